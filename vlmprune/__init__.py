@@ -1,10 +1,54 @@
-"""Training-free visual token pruning and merging for HuggingFace vision-language models."""
+"""Training-free visual token pruning and merging for HuggingFace vision-language models.
 
+    model = vlmprune.apply(model, method="divprune", keep=0.25)
+    out = model.generate(**inputs)
+    vlmprune.remove(model)
+"""
+
+from importlib import import_module
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 # In a source checkout `kernels/`, `patches/` and `eval/` lie beside this folder and not in it (a wheel has them inside).
 # They have no `__init__.py`, so that the repository root never shadows the public package `kernels`.
 if (_root := Path(__file__).resolve().parent.parent).joinpath("kernels", "segmented_topk.py").is_file():
     __path__.append(str(_root))
 
+if TYPE_CHECKING:
+    from . import errors, methods
+    from .api import apply, last_run, list_methods, pruned, remove
+    from .record import ImageRecord, RunRecord
+
 __version__ = "0.1.0"
+__all__ = [
+    "ImageRecord",
+    "RunRecord",
+    "apply",
+    "errors",
+    "last_run",
+    "list_methods",
+    "methods",
+    "pruned",
+    "remove",
+]
+
+_HOMES = {
+    **dict.fromkeys(("apply", "last_run", "list_methods", "pruned", "remove"), "vlmprune.api"),
+    **dict.fromkeys(("ImageRecord", "RunRecord"), "vlmprune.record"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    # Lazy, so that `vlmprune --help` and `vlmprune.__version__` need not import torch.
+    if name in ("errors", "methods"):
+        return import_module(f"vlmprune.{name}")
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name]), name)
+    from difflib import get_close_matches
+
+    match = get_close_matches(name, __all__, n=1)
+    raise AttributeError(f"module 'vlmprune' has no attribute {name!r}." + (f" Did you mean {match[0]!r}?" if match else ""))
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -1,0 +1,76 @@
+"""LLaVA-1.5: `LlavaForConditionalGeneration` with any CLIP or SigLIP tower and any decoder-only language model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from vlmprune.errors import LayoutError, UnsupportedMethodError
+from vlmprune.layout import VisualLayout, raster_layout, unknown_layout
+from vlmprune.methods.visual_batch import TowerFacts
+from .family import Family
+
+
+class Llava(Family):
+    """One tile an image, one raster of patch features, 1-D positions."""
+
+    name: ClassVar[str] = "LLaVA"
+    model_classes: ClassVar[tuple[str, ...]] = ("LlavaForConditionalGeneration",)
+
+    @property
+    def vision_tower(self) -> nn.Module:
+        """The CLIP or SigLIP vision model."""
+        return self.multimodal_model.vision_tower  # type: ignore[return-value]
+
+    @cached_property
+    def _vision_layers(self) -> nn.ModuleList:
+        tower = getattr(self.vision_tower, "vision_model", self.vision_tower)
+        layers = getattr(getattr(tower, "encoder", None), "layers", None)
+        if not isinstance(layers, nn.ModuleList):
+            raise UnsupportedMethodError(
+                f"The vision tower {type(self.vision_tower).__name__} has no `encoder.layers`; its attention cannot be read."
+            )
+        return layers
+
+    def vision_attention(self, layer: int) -> nn.Module:
+        """Return `self_attn` of an encoder layer."""
+        return self._vision_layers[layer].self_attn  # type: ignore[return-value]
+
+    @property
+    def vision_heads(self) -> int:
+        """Number of attention heads of the vision tower."""
+        return int(self.config.vision_config.num_attention_heads)
+
+    @cached_property
+    def tower_facts(self) -> TowerFacts:
+        """Facts of the tower; with several feature layers the deepest counts as the feature layer."""
+        layers = int(self.config.vision_config.num_hidden_layers)
+        chosen = self.config.vision_feature_layer
+        states = [chosen] if isinstance(chosen, int) else list(chosen)
+        deepest = max(state if state >= 0 else layers + 1 + state for state in states)
+        tower = getattr(self.vision_tower, "vision_model", self.vision_tower)
+        has_cls = hasattr(getattr(tower, "embeddings", None), "class_embedding")
+        return TowerFacts(layers=layers, feature_layer=max(deepest - 1, 0), has_cls=has_cls)
+
+    @property
+    def has_grid(self) -> bool:
+        """True unless the CLS token stays among the features."""
+        return not (self.tower_facts.has_cls and self.config.vision_feature_select_strategy == "full")
+
+    def layouts(self, counts: Sequence[int], image_outputs: Any, inputs: Mapping[str, Any]) -> tuple[VisualLayout, ...]:
+        """Return a raster per image; of unknown geometry where the CLS token stays among the features."""
+        return tuple(self._layout(count) for count in counts)
+
+    def _layout(self, count: int) -> VisualLayout:
+        side = round(count**0.5)
+        return raster_layout(side, side) if side * side == count and self.has_grid else unknown_layout(count)
+
+    def image_vision(self, signal: Tensor, counts: Sequence[int]) -> Tensor:
+        """Drop the CLS column where the features have none; one tile is one image."""
+        tokens = signal.shape[1]
+        if len(set(counts)) != 1 or counts[0] not in (tokens, tokens - 1):
+            raise LayoutError(f"The vision tower scored {tokens} tokens a tile, the images have {list(counts)} visual tokens.")
+        return signal[:, tokens - counts[0] :].flatten(0, 1)

@@ -1,0 +1,27 @@
+"""Which family serves which model class."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from vlmprune.errors import UnsupportedFamilyError, nearest
+from .family import Family
+from .llava import Llava
+
+FAMILIES: tuple[type[Family], ...] = (Llava,)
+
+
+def find_family(model: nn.Module) -> Family:
+    """Return the adapter of the model's family, found by the names of its class and base classes.
+
+    Raises:
+        UnsupportedFamilyError: names the supported classes and the nearest one.
+    """
+    names = [cls.__name__ for cls in type(model).__mro__]
+    for family in FAMILIES:
+        if any(name in family.model_classes for name in names):
+            return family(model)
+    supported = [name for family in FAMILIES for name in family.model_classes]
+    match = nearest(names[0], [name.lower() for name in supported])
+    hint = next((f" The nearest is {name}." for name in supported if name.lower() == match), "")
+    raise UnsupportedFamilyError(f"{names[0]} is of no supported family.{hint} Supported: {', '.join(supported)}.")

@@ -1,0 +1,159 @@
+"""Applying a method to a model and taking it away again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from .errors import AlreadyAppliedError, NotAppliedError, UnsupportedFamilyError, UnsupportedMethodError, unknown
+from .methods.base import Method
+from .methods.registry import METHODS, make_method
+from .record import RunRecord
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from vlmprune.patches.engine import PruningEngine
+    from vlmprune.patches.families.family import Family
+
+ModelT = TypeVar("ModelT", bound="nn.Module")
+
+_ATTRIBUTE = "_vlmprune"
+_POSITIONS = ("compact", "original")
+
+
+def apply(
+    model: ModelT,
+    method: str | Method | type[Method] | Sequence[str | Method] = "divprune",
+    keep: float | int | None = None,
+    *,
+    positions: str | None = None,
+    **parameters: Any,
+) -> ModelT:
+    """Prune or merge the visual tokens of every later prefill of `model`, in place.
+
+    Args:
+        model: a transformers vision-language model of a supported family.
+        method: a method's name, class or object, or a list with one of them.
+        keep: share of visual tokens kept, a float in (0, 1], or the number kept per image, an int; 0.25 if not given.
+        positions: "compact" renumbers the kept tokens, "original" leaves their positions; by default as the family needs it.
+        parameters: the method's own parameters, under the symbols of its paper.
+
+    Returns:
+        The same model.
+
+    Raises:
+        AlreadyAppliedError: the model carries a method already.
+        UnsupportedFamilyError: the model's class belongs to no supported family.
+        UnsupportedMethodError: the method needs something that this model does not have.
+        UnknownNameError: unknown method, parameter or `positions`.
+        BudgetError: bad `keep`.
+        ParameterError: bad parameter.
+    """
+    from vlmprune.patches.engine import PruningEngine
+    from vlmprune.patches.families.registry import find_family
+
+    chosen = _one_method(method, keep, parameters)
+    if positions is not None and positions not in _POSITIONS:
+        raise unknown("positions", positions, _POSITIONS)
+    family = find_family(model)
+    current = model.__dict__.get(_ATTRIBUTE)
+    if current is not None:
+        raise AlreadyAppliedError(
+            f"{type(model).__name__} already carries {current.method!r}. Call vlmprune.remove(model) before applying {chosen!r}."
+        )
+    _check_served(chosen, family)
+    engine = PruningEngine(family, chosen, positions or ("original" if family.mrope else "compact"))
+    engine.install()
+    model.__dict__[_ATTRIBUTE] = engine
+    return model
+
+
+def remove(model: ModelT) -> ModelT:
+    """Take the method away; the model is exactly what it was before `apply`.
+
+    Raises:
+        NotAppliedError: no method was applied.
+    """
+    _engine(model).hooks.remove()
+    del model.__dict__[_ATTRIBUTE]
+    return model
+
+
+@contextmanager
+def pruned(
+    model: ModelT,
+    method: str | Method | type[Method] | Sequence[str | Method] = "divprune",
+    keep: float | int | None = None,
+    *,
+    positions: str | None = None,
+    **parameters: Any,
+) -> Iterator[ModelT]:
+    """Apply a method for the body of a `with` statement; undone even when the body raises. Arguments as for `apply`."""
+    apply(model, method, keep, positions=positions, **parameters)
+    try:
+        yield model
+    finally:
+        remove(model)
+
+
+def last_run(model: nn.Module) -> RunRecord:
+    """Return the record of the latest prefill.
+
+    Raises:
+        NotAppliedError: no method is applied.
+        NoRunError: no prefill has run since.
+    """
+    record: RunRecord = _engine(model).last_run()
+    return record
+
+
+def list_methods(model: nn.Module | None = None) -> list[str]:
+    """Return the names of all methods, or of those that this model can be served with.
+
+    Raises:
+        UnsupportedFamilyError: the model's class belongs to no supported family.
+    """
+    if model is None:
+        return list(METHODS)
+    from vlmprune.patches.families.registry import find_family
+
+    family = find_family(model)
+    return [name for name, cls in METHODS.items() if _missing(cls, family) is None]
+
+
+def _one_method(method: Any, keep: object, parameters: dict[str, Any]) -> Method:
+    if not isinstance(method, (list, tuple)):
+        return make_method(method, keep, **parameters)
+    if len(method) != 1:
+        names = ", ".join(repr(item) for item in method) or "none"
+        raise UnsupportedMethodError(f"A list of methods must hold one per site; all methods so far act at the input: {names}.")
+    return make_method(method[0], keep, **parameters)
+
+
+def _missing(method: Method | type[Method], family: Family) -> str | None:
+    if method.needs_cls and not family.tower_facts.has_cls:
+        return "a CLS token in the vision tower"
+    if method.needs_grid and not family.has_grid:
+        return "visual tokens that form one plain grid"
+    return None
+
+
+def _check_served(method: Method, family: Family) -> None:
+    missing = _missing(method, family)
+    if missing is not None:
+        served = ", ".join(list_methods(family.model))
+        raise UnsupportedMethodError(
+            f"{method.name!r} needs {missing}, which this {family.name} model does not have. It can be served with: {served}."
+        )
+
+
+def _engine(model: Any) -> PruningEngine:
+    engine = getattr(model, "__dict__", {}).get(_ATTRIBUTE)
+    if engine is None:
+        raise NotAppliedError(f"No vlmprune method is applied to this {type(model).__name__}. Call vlmprune.apply(model, ...).")
+    return engine
+
+
+__all__ = ["UnsupportedFamilyError", "apply", "last_run", "list_methods", "pruned", "remove"]

@@ -1,0 +1,43 @@
+"""DivPrune: the subset whose tokens are farthest from each other."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from vlmprune.kernels.max_min import max_min
+
+from .base import Method
+from .visual_batch import Selection, VisualBatch
+
+
+@dataclass(frozen=True, kw_only=True)
+class DivPrune(Method):
+    """Keep tokens greedily so that the smallest cosine distance among them stays as large as possible.
+
+    First pick: the token whose nearest neighbour is farthest; every next pick: the token farthest from all picked ones. Ties go
+    to the lowest index; kept tokens stay in position order.
+
+    Source: "DivPrune: Diversity-based Visual Token Pruning for Large Multimodal Models", CVPR 2025, arXiv 2503.02175.
+    The official code computes distances in the model's dtype and may pick a duplicate twice; here distances are fp32 and
+    picked tokens are masked.
+    """
+
+    name: ClassVar[str] = "divprune"
+
+    def select(self, batch: VisualBatch) -> Selection:
+        """Pick `budgets[i]` tokens of each image."""
+        order = max_min(batch.features, batch.offsets, batch.budgets)
+        return Selection(sort_segments(order, batch.budgets), batch.budgets)
+
+
+def sort_segments(indices: Tensor, counts: tuple[int, ...]) -> Tensor:
+    """Sort local `indices [sum(counts)]` ascending inside each segment of `counts`, without waiting for the device."""
+    if len(counts) == 1:
+        return indices.sort().values
+    segment = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts)).to(indices.device)
+    offset = segment << 40
+    return (indices + offset).sort().values - offset

@@ -1,0 +1,74 @@
+"""Pool: 2-D average pooling of the token grid, the honest cheap baseline."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn.functional import adaptive_avg_pool2d
+
+from .base import Method
+from .visual_batch import Selection, VisualBatch
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pool(Method):
+    """Average-pool the token grid to the nearest smaller grid of at most `keep` tokens.
+
+    The pooled grid keeps the shape of the image as well as the count allows, so it can hold a few tokens fewer than the
+    budget (58 of a 24 x 24 grid become 7 x 8). A pooled token takes the position of the token in the middle of its cell.
+    """
+
+    name: ClassVar[str] = "pool"
+    merges: ClassVar[bool] = True
+    needs_grid: ClassVar[bool] = True
+
+    def select(self, batch: VisualBatch) -> Selection:
+        """Pool each image's grid."""
+        kept, counts, merged = [], [], []
+        images = batch.features.split(list(batch.counts))
+        for features, layout, budget in zip(images, batch.layouts, batch.budgets, strict=True):
+            if layout.grid is None:
+                raise ValueError("Pool needs a plain grid of visual tokens.")
+            target = pooled_grid(*layout.grid, budget)
+            plane = features.float().T.reshape(1, -1, *layout.grid)
+            merged.append(adaptive_avg_pool2d(plane, target)[0].flatten(1).T.to(features.dtype))
+            kept.append(cell_centres(*layout.grid, *target))
+            counts.append(target[0] * target[1])
+        indices = torch.cat(kept).to(batch.features.device, non_blocking=True)
+        return Selection(indices, tuple(counts), torch.cat(merged))
+
+
+@lru_cache(maxsize=256)
+def pooled_grid(rows: int, columns: int, budget: int) -> tuple[int, int]:
+    """Return the grid of at most `budget` cells nearest to the budget whose shape stays near that of `rows` x `columns`.
+
+    Among the grids whose aspect ratio is within 1.5 times the image's, the largest wins, then the one nearest in shape;
+    where none is that near in shape, the nearest in shape wins.
+    """
+    best: tuple[tuple[float, ...], tuple[int, int]] | None = None
+    for new_rows in range(1, min(rows, budget) + 1):
+        new_columns = min(columns, budget // new_rows)
+        for width in {new_columns, max(1, min(new_columns, round(new_rows * columns / rows)))}:
+            ratio = (new_rows * columns) / (width * rows)
+            distortion = max(ratio, 1 / ratio)
+            near = distortion <= 1.5
+            rank = (1.0, new_rows * width, -distortion) if near else (0.0, -distortion, new_rows * width)
+            if best is None or rank > best[0]:
+                best = (rank, (new_rows, width))
+    return best[1] if best else (1, 1)
+
+
+@lru_cache(maxsize=256)
+def cell_centres(rows: int, columns: int, new_rows: int, new_columns: int) -> Tensor:
+    """Return the raster index of the middle token of every pooled cell, `[new_rows * new_columns]` int64, ascending."""
+
+    def middles(size: int, cells: int) -> Tensor:
+        start = torch.arange(cells) * size // cells
+        end = -((-(torch.arange(cells) + 1) * size) // cells)
+        return (start + end - 1) // 2
+
+    return (middles(rows, new_rows)[:, None] * columns + middles(columns, new_columns)).flatten()

@@ -1,0 +1,48 @@
+"""Uniform: evenly spaced tokens of the grid."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from .base import Method
+from .visual_batch import Selection, VisualBatch
+
+
+@dataclass(frozen=True, kw_only=True)
+class Uniform(Method):
+    """Keep evenly spaced tokens: even rows of the grid, evenly spaced columns in each; evenly spaced in the sequence where there is no grid."""
+
+    name: ClassVar[str] = "uniform"
+
+    def select(self, batch: VisualBatch) -> Selection:
+        """Take `budgets[i]` evenly spaced tokens of each image."""
+        kept = [
+            even_grid(*layout.grid, budget) if layout.grid else even_steps(count, budget)
+            for count, budget, layout in zip(batch.counts, batch.budgets, batch.layouts, strict=True)
+        ]
+        return Selection(torch.cat(kept).to(batch.features.device, non_blocking=True), batch.budgets)
+
+
+@lru_cache(maxsize=256)
+def even_steps(count: int, budget: int) -> Tensor:
+    """Return `budget` indices in `[0, count)`, the middles of equal steps; int64, ascending."""
+    return ((2 * torch.arange(budget) + 1) * count) // (2 * budget)
+
+
+@lru_cache(maxsize=256)
+def even_grid(rows: int, columns: int, budget: int) -> Tensor:
+    """Return exactly `budget` raster indices spread evenly over a grid of `rows` x `columns`; int64, ascending."""
+    used_rows = min(rows, max(round((budget * rows / columns) ** 0.5), -(-budget // columns), 1))
+    per_row, longer_rows = divmod(budget, used_rows)
+    longer = set(even_steps(used_rows, longer_rows).tolist()) if longer_rows else set()
+    picks = [
+        row * columns + even_steps(columns, per_row + (index in longer))
+        for index, row in enumerate(even_steps(rows, used_rows).tolist())
+        if per_row + (index in longer)
+    ]
+    return torch.cat(picks)

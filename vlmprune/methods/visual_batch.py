@@ -1,0 +1,99 @@
+"""What a method sees of a prefill, what it may ask of the vision tower, and what it answers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import accumulate
+from typing import Literal, NamedTuple
+
+from torch import Tensor
+
+from ..errors import ParameterError
+from ..layout import VisualLayout
+
+VisionSignalKind = Literal["cls_attention", "cls_logits", "received_attention"]
+
+
+class VisionSignal(NamedTuple):
+    """Attention of one vision tower layer that a method scores by.
+
+    Attributes:
+        kind: "cls_attention" (softmaxed attention of the CLS query), "cls_logits" (the same before the softmax) or
+            "received_attention" (mean over all queries of the softmaxed attention).
+        layer: 0-based index of the encoder layer.
+    """
+
+    kind: VisionSignalKind
+    layer: int
+
+
+@dataclass(frozen=True)
+class TowerFacts:
+    """What a method needs to know of a vision tower to name the layers it asks for.
+
+    Attributes:
+        layers: number of encoder layers.
+        feature_layer: 0-based index of the layer whose output becomes the visual tokens.
+        has_cls: whether token 0 of the tower is a CLS token.
+    """
+
+    layers: int
+    feature_layer: int
+    has_cls: bool
+
+
+@dataclass(frozen=True, eq=False)
+class VisualBatch:
+    """All images of one prefill, packed one after the other.
+
+    Attributes:
+        features: `[tokens, dim]` visual tokens as they enter the language model, in its dtype; `tokens = sum(counts)`.
+        counts: visual tokens per image.
+        budgets: visual tokens to keep per image.
+        layouts: geometry per image.
+        tower: facts of the vision tower.
+        vision: per requested signal an fp32 tensor `[tokens, heads]`.
+    """
+
+    features: Tensor
+    counts: tuple[int, ...]
+    budgets: tuple[int, ...]
+    layouts: tuple[VisualLayout, ...]
+    tower: TowerFacts
+    vision: Mapping[VisionSignal, Tensor] = field(default_factory=dict)
+
+    @cached_property
+    def offsets(self) -> tuple[int, ...]:
+        """Start of each image in the packed tokens, and the end of the last: `len(counts) + 1` entries."""
+        return tuple(accumulate(self.counts, initial=0))
+
+
+@dataclass(frozen=True, eq=False)
+class Selection:
+    """The answer of a method.
+
+    Attributes:
+        kept: int64 `[sum(counts)]`, per image the indices into its own visual tokens, ascending.
+        counts: kept tokens per image (host integers, so that nothing waits for the device).
+        features: `[sum(counts), dim]` values that replace the kept tokens' own (merging methods), or None.
+    """
+
+    kept: Tensor
+    counts: tuple[int, ...]
+    features: Tensor | None = None
+
+
+def check_positive(name: str, value: int) -> None:
+    """Raise ParameterError unless `value` is an int of at least 1."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ParameterError(f"{name}={value!r}; allowed: an int >= 1.")
+
+
+def check_choice(name: str, value: str, allowed: Sequence[str]) -> None:
+    """Raise UnknownNameError unless `value` is one of `allowed`."""
+    from ..errors import unknown
+
+    if value not in allowed:
+        raise unknown(name, value, allowed)

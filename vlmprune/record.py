@@ -1,0 +1,64 @@
+"""What a prefill kept: the record that `last_run` returns."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class ImageRecord:
+    """One image of a prefill.
+
+    Attributes:
+        batch_index: row of the batch (after the expansion for beams and return sequences).
+        total: visual tokens before pruning.
+        kept: int64 `[kept]`, indices into the image's own visual token order; for merged tokens the index whose
+            position the merged token took.
+        grid: `(rows, columns)` where the tokens are one plain raster, else None.
+    """
+
+    batch_index: int
+    total: int
+    kept: Tensor
+    grid: tuple[int, int] | None
+
+
+@dataclass(frozen=True, eq=False)
+class RunRecord:
+    """The latest prefill of a model. Tensors stay where they are until `images` is read.
+
+    Attributes:
+        method: name of the method, or names joined by "+".
+        signal: what the method scored by ("cls_attention layer 22", say), None where it used no attention.
+        text_tokens: valid prompt tokens that are not visual, per row.
+        visual_tokens_per_layer: visual tokens per row `[rows]` and language-model layer `[layers]`.
+    """
+
+    method: str
+    signal: str | None
+    text_tokens: list[int]
+    visual_tokens_per_layer: list[list[int]]
+    image_rows: Sequence[int]
+    image_totals: Sequence[int]
+    image_grids: Sequence[tuple[int, int] | None]
+    kept_per_image: Sequence[Tensor | int]
+
+    @cached_property
+    def images(self) -> list[ImageRecord]:
+        """One `ImageRecord` an image, in prompt order; reading it moves the kept indices to the CPU."""
+        import torch
+
+        return [
+            ImageRecord(row, total, torch.arange(kept) if isinstance(kept, int) else kept.to("cpu", torch.int64), grid)
+            for row, total, grid, kept in zip(
+                self.image_rows, self.image_totals, self.image_grids, self.kept_per_image, strict=True
+            )
+        ]
+
+    def __repr__(self) -> str:
+        kept = [k if isinstance(k, int) else k.numel() for k in self.kept_per_image]
+        return f"RunRecord(method={self.method!r}, visual tokens per image={list(self.image_totals)} -> {kept})"
