@@ -30,8 +30,12 @@ class DivPrune(Method):
 
     def select(self, batch: VisualBatch) -> Selection:
         """Pick `budgets[i]` tokens of each image."""
-        order = max_min(batch.features, batch.offsets, batch.budgets)
-        return Selection(sort_segments(order, batch.budgets), batch.budgets)
+        return Selection(sort_segments(divprune_order(batch), batch.budgets), batch.budgets)
+
+
+def divprune_order(batch: VisualBatch) -> Tensor:
+    """Return the picks of every image in the order in which they are made: local indices, int64 `[sum(budgets)]`."""
+    return max_min(batch.features, batch.offsets, batch.budgets)
 
 
 def sort_segments(indices: Tensor, counts: tuple[int, ...]) -> Tensor:

@@ -1,0 +1,78 @@
+"""Comparing results with a case's expected tensors by the case's `compare` rule."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Tensors = Mapping[str, Tensor]
+
+
+def differences(case: Mapping[str, Any], inputs: Tensors, got: Tensors, expected: Tensors) -> list[str]:
+    """Return one line per expected tensor that `got` does not match; results that were left out are not compared."""
+    rule = str(case["compare"])
+    if "set of distinct vectors" in rule:
+        return _distinct_vectors(case, inputs, got)
+    found = []
+    for name, wanted in expected.items():
+        if name not in got:
+            continue
+        result = got[name]
+        if "every newline position to" in rule:
+            result, wanted = (_same_newline(values, rule, inputs) for values in (result, wanted))
+        line = _difference(result, wanted, *_tolerance(case["compare"], name))
+        if line:
+            found.append(f"{name}: {line}")
+    return found
+
+
+def _difference(got: Tensor, expected: Tensor, rtol: float, atol: float) -> str | None:
+    if got.shape != expected.shape:
+        return f"shape {list(got.shape)} instead of {list(expected.shape)}"
+    if expected.is_floating_point():
+        close = torch.isclose(got.double(), expected.double(), rtol=rtol, atol=atol, equal_nan=True)
+        gap = (got.double() - expected.double()).abs()
+    else:
+        close = got.to(torch.int64) == expected.to(torch.int64)
+        gap = (got.to(torch.int64) - expected.to(torch.int64)).abs()
+    if bool(close.all()):
+        return None
+    where = (~close).nonzero()[0].tolist()
+    return (
+        f"{int((~close).sum())} of {close.numel()} values differ, first at {where}: "
+        f"{got[tuple(where)].item()} instead of {expected[tuple(where)].item()}; largest difference {gap.max().item():g}"
+    )
+
+
+def _tolerance(rule: str | Mapping[str, str], name: str) -> tuple[float, float]:
+    if not isinstance(rule, str):
+        rule = rule.get(name, rule.get("scores" if name.startswith("scores") else name, "rtol 1e-4, atol 1e-7"))
+    relative = re.search(r"rtol ([\d.e-]+)", rule)
+    absolute = re.search(r"(?:atol|within) ([\d.e-]+)", rule)
+    if relative is None and absolute is None:
+        return 0.0, 0.0
+    return float(relative.group(1)) if relative else 0.0, float(absolute.group(1)) if absolute else 1e-7
+
+
+def _same_newline(indices: Tensor, rule: str, inputs: Tensors) -> Tensor:
+    match = re.search(r"every newline position to (\d+)", rule)
+    assert match is not None
+    newline = int(match.group(1))
+    features = inputs["features"]
+    same = (features == features[newline]).all(-1)
+    return torch.where(same[indices], newline, indices)
+
+
+def _distinct_vectors(case: Mapping[str, Any], inputs: Tensors, got: Tensors) -> list[str]:
+    picks = got["indices_sorted"]
+    found = []
+    if len(picks) != case["params"]["K"] or len(picks.unique()) != len(picks):
+        found.append(f"indices_sorted: {picks.tolist()} are not {case['params']['K']} unique indices")
+    distinct = len(inputs["features"][picks].unique(dim=0))
+    if distinct != case["params"]["distinct"]:
+        found.append(f"indices_sorted: {distinct} distinct vectors instead of {case['params']['distinct']}")
+    return found
