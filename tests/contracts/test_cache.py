@@ -1,0 +1,102 @@
+"""Contract 7: the KV cache shrinks and stays usable."""
+
+import copy
+
+import pytest
+import torch
+import vlmprune
+from support.matrix import METHOD_PARAMETERS, over_matrix
+from support.oracle import suppressed
+
+
+def lengths(cache):
+    return [layer.keys.shape[-2] for layer in cache.layers]
+
+
+@over_matrix
+def test_cache_holds_only_what_was_kept(method, family):
+    model = family.build(torch.float32)
+    inputs = family.inputs([[3, "A", 4], [2, "B", 6]])
+    with torch.no_grad(), vlmprune.pruned(model, method, keep=0.3, **METHOD_PARAMETERS[method]):
+        cache = model(**inputs, use_cache=True).past_key_values
+        run = vlmprune.last_run(model)
+    longest = max(run.visual_tokens_per_layer[row][0] + run.text_tokens[row] for row in range(2))
+    assert lengths(cache) == [longest] * len(cache.layers)
+    assert longest < inputs["input_ids"].shape[1]
+
+
+@over_matrix
+@pytest.mark.parametrize("rows", [[[3, "A", 4]], [[3, "A", 4], [2, "B", 1, "C", 6], [9]]], ids=["single", "padded"])
+def test_second_turn_continues_the_returned_cache(method, family, rows):
+    model = family.build(torch.float32)
+    first = family.inputs(rows)
+    question = torch.tensor([[21, 22, 23]]).expand(len(rows), -1)
+    greedy = {"max_new_tokens": 4, "do_sample": False}
+    with torch.no_grad(), vlmprune.pruned(model, method, keep=0.3, **METHOD_PARAMETERS[method]):
+        turn = model.generate(**first, **greedy, return_dict_in_generate=True)
+        ids = torch.cat([turn.sequences, question], 1)
+        mask = torch.cat([first["attention_mask"], torch.ones(len(rows), 7, dtype=torch.long)], 1)
+        images = {key: value for key, value in first.items() if key not in ("input_ids", "attention_mask")}
+        from_scratch = model.generate(input_ids=ids, attention_mask=mask, **images, **greedy)
+        continued = model.generate(
+            input_ids=ids, attention_mask=mask, past_key_values=copy.deepcopy(turn.past_key_values), **greedy
+        )
+        assert torch.equal(continued, from_scratch)
+        by_hand = model(
+            input_ids=ids[:, -4:],
+            attention_mask=mask,
+            position_ids=(mask.cumsum(1) - 1)[:, -4:],
+            past_key_values=turn.past_key_values,
+        ).logits[:, -1]
+    assert torch.equal(suppressed(by_hand).argmax(-1), from_scratch[:, ids.shape[1]])
+
+
+@over_matrix
+def test_image_in_the_second_turn(method, family):
+    model = family.build(torch.float32)
+    greedy = {"max_new_tokens": 4, "do_sample": False}
+    with torch.no_grad(), vlmprune.pruned(model, method, keep=0.3, **METHOD_PARAMETERS[method]):
+        first = family.inputs([[3, "A", 4], [2, "B", 9]])
+        turn = model.generate(**first, **greedy, return_dict_in_generate=True)
+        second = family.inputs([[2, "C", 5], [2, "D", 5]])
+        ids = torch.cat([turn.sequences, second["input_ids"]], 1)
+        tail = torch.ones(2, ids.shape[1] - first["attention_mask"].shape[1], dtype=torch.long)
+        mask = torch.cat([first["attention_mask"], tail], 1)
+        images = {key: value for key, value in second.items() if key not in ("input_ids", "attention_mask")}
+        continued = model.generate(
+            input_ids=ids, attention_mask=mask, past_key_values=turn.past_key_values, **images, **greedy
+        )
+        both = family.inputs([[3, "A", 4, 4, 2, "C", 5], [2, "B", 9, 4, 2, "D", 5]])
+        all_images = {key: value for key, value in both.items() if key not in ("input_ids", "attention_mask")}
+        from_scratch = model.generate(input_ids=ids, attention_mask=mask, **all_images, **greedy)
+    assert torch.equal(continued, from_scratch)
+
+
+@over_matrix
+def test_text_first_then_image(method, family):
+    model = family.build(torch.float32)
+    greedy = {"max_new_tokens": 3, "do_sample": False}
+    with torch.no_grad(), vlmprune.pruned(model, method, keep=0.3, **METHOD_PARAMETERS[method]):
+        first = family.inputs([[5], [8]])
+        turn = model.generate(**first, **greedy, return_dict_in_generate=True)
+        second = family.inputs([[2, "C", 5], [2, "D", 5]])
+        ids = torch.cat([turn.sequences, second["input_ids"]], 1)
+        tail = torch.ones(2, ids.shape[1] - first["attention_mask"].shape[1], dtype=torch.long)
+        mask = torch.cat([first["attention_mask"], tail], 1)
+        images = {key: value for key, value in second.items() if key not in ("input_ids", "attention_mask")}
+        continued = model.generate(
+            input_ids=ids, attention_mask=mask, past_key_values=turn.past_key_values, **images, **greedy
+        )
+        from_scratch = model.generate(input_ids=ids, attention_mask=mask, **images, **greedy)
+    assert torch.equal(continued, from_scratch)
+
+
+@over_matrix
+def test_wrong_mask_for_a_pruned_cache_is_refused(method, family):
+    model = family.build(torch.float32)
+    with torch.no_grad(), vlmprune.pruned(model, method, keep=0.3, **METHOD_PARAMETERS[method]):
+        cache = model(**family.inputs([[3, "A", 4]]), use_cache=True).past_key_values
+        with pytest.raises(vlmprune.errors.UnsupportedCallError, match="are needed"):
+            model(input_ids=torch.tensor([[5]]), attention_mask=torch.ones(1, 6), past_key_values=cache)
+        with pytest.raises(vlmprune.errors.UnsupportedCallError, match="rows"):
+            model(input_ids=torch.tensor([[5], [6]]), past_key_values=cache)

@@ -1,0 +1,81 @@
+"""Contracts 9, 10 and 12: one selection a prefill, the same answer every time, no mixing of calls."""
+
+import threading
+
+import torch
+import vlmprune
+from support.matrix import METHOD_PARAMETERS, over_matrix
+from support.oracle import suppressed
+from vlmprune.methods.registry import get_method
+
+
+@over_matrix
+def test_one_selection_a_prefill_and_none_at_decode(method, family, monkeypatch):
+    model = family.build(torch.float32)
+    cls, calls = get_method(method), []
+    original = cls.select
+    monkeypatch.setattr(cls, "select", lambda self, batch: calls.append(len(batch.counts)) or original(self, batch))
+    inputs = family.inputs([[3, "A", 4], [2, "B", 1, "C", 6], [9]])
+    with torch.no_grad(), vlmprune.pruned(model, method, keep=0.3, **METHOD_PARAMETERS[method]):
+        model.generate(**inputs, max_new_tokens=6, do_sample=False, num_beams=2)
+    assert calls == [3], "one call for all images, each image once however many beams show it"
+
+
+@over_matrix
+def test_the_same_call_gives_the_same_bits(method, family):
+    model = family.build(torch.float32)
+    inputs = family.inputs([[3, "A", 4], [2, "B", 1, "C", 6], [9]])
+    with torch.no_grad(), vlmprune.pruned(model, method, keep=0.3, **METHOD_PARAMETERS[method]):
+        first, second = model(**inputs).logits, model(**inputs).logits
+        kept = [image.kept.tolist() for image in vlmprune.last_run(model).images]
+    assert torch.equal(first, second)
+    assert all(indices == sorted(set(indices)) for indices in kept)
+
+
+@over_matrix
+def test_threads_do_not_mix(method, family):
+    model = family.build(torch.float32)
+    prompts = [family.inputs([[3, name, 4], [2 + index]]) for index, name in enumerate("ABCD")]
+    greedy = {"max_new_tokens": 6, "do_sample": False}
+    with torch.no_grad(), vlmprune.pruned(model, method, keep=0.3, **METHOD_PARAMETERS[method]):
+        expected = [model.generate(**prompt, **greedy) for prompt in prompts]
+        results = [None] * len(prompts)
+        barrier = threading.Barrier(len(prompts))
+
+        def work(index):
+            barrier.wait()
+            with torch.no_grad():
+                results[index] = model.generate(**prompts[index], **greedy)
+
+        threads = [threading.Thread(target=work, args=(index,)) for index in range(len(prompts))]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert all(torch.equal(result, answer) for result, answer in zip(results, expected, strict=True))
+
+
+@over_matrix
+def test_interleaved_generations_do_not_mix(method, family):
+    model = family.build(torch.float32)
+    prompts = [family.inputs([[3, "A", 4], [6]]), family.inputs([[1, "B", 1, "C", 7]])]
+    with torch.no_grad(), vlmprune.pruned(model, method, keep=0.3, **METHOD_PARAMETERS[method]):
+        expected = [model.generate(**prompt, max_new_tokens=4, do_sample=False) for prompt in prompts]
+        states = []
+        for prompt in prompts:
+            mask = prompt["attention_mask"]
+            positions = (mask.cumsum(1) - 1).clamp(min=0)
+            output = model(**prompt, position_ids=positions, use_cache=True)
+            states.append([output.past_key_values, mask, [suppressed(output.logits[:, -1]).argmax(-1)]])
+        for _ in range(3):
+            for state in states:
+                cache, mask, tokens = state
+                mask = torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
+                positions = mask.sum(1, keepdim=True) - 1
+                output = model(
+                    input_ids=tokens[-1][:, None], attention_mask=mask, position_ids=positions, past_key_values=cache
+                )
+                state[1] = mask
+                tokens.append(suppressed(output.logits[:, -1]).argmax(-1))
+    for (_, _, tokens), answer in zip(states, expected, strict=True):
+        assert torch.equal(torch.stack(tokens, 1), answer[:, -4:])
