@@ -1,0 +1,138 @@
+"""The cells of a benchmark: the unpruned model, and every method at every budget."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, fields
+from typing import Any
+
+from transformers import PreTrainedModel
+
+import vlmprune
+from vlmprune.budget import Keep, check_keep
+from vlmprune.errors import BudgetError, ParameterError, unknown
+from vlmprune.methods.registry import get_method, make_method
+
+FULL = "full"
+BASELINES = ("random", "uniform", "pool")
+"""Honest cheap baselines that every table shows."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One row of the table: a method with parameters at a budget, or the unpruned model."""
+
+    method: str = FULL
+    keep: Keep | None = None
+    parameters: tuple[tuple[str, Any], ...] = ()
+
+    @property
+    def is_full(self) -> bool:
+        """Whether this is the unpruned model."""
+        return self.method == FULL
+
+    @property
+    def title(self) -> str:
+        """The method with those of its parameters that were asked for, as ``parse_methods`` reads it."""
+        return ":".join([self.method, *(f"{name}={value}" for name, value in self.parameters if name != "seed")])
+
+    @property
+    def label(self) -> str:
+        """Title and budget."""
+        return self.title if self.is_full else f"{self.title} keep={self.keep}"
+
+    @property
+    def slug(self) -> str:
+        """A file name that no other cell has."""
+        plain = re.sub(r"[^A-Za-z0-9._=-]+", "-", self.label)
+        return plain if plain == self.label else f"{plain}-{hashlib.sha256(self.label.encode()).hexdigest()[:6]}"
+
+    def applied_to(self, model: PreTrainedModel) -> AbstractContextManager[Any]:
+        """A context in which ``model`` is pruned as this cell says."""
+        if self.is_full:
+            return nullcontext(model)
+        return vlmprune.pruned(model, self.method, keep=self.keep, **dict(self.parameters))
+
+
+def parse_methods(text: str) -> list[tuple[str, dict[str, Any]]]:
+    """Names with parameters from ``"pool,fastervlm:layer=-2"``: methods by comma, parameters by colon.
+
+    Raises ``UnknownNameError`` for a method or parameter that does not exist, ``ParameterError`` for a value that
+    does not fit.
+    """
+    methods: list[tuple[str, dict[str, Any]]] = []
+    for item in filter(None, (part.strip() for part in text.split(","))):
+        name, *pairs = item.split(":")
+        cls = get_method(name)
+        parameters: dict[str, Any] = {}
+        for pair in pairs:
+            key, equals, value = pair.partition("=")
+            if not equals:
+                raise ParameterError(f"{pair!r} in {item!r} is no parameter; write {name}:name=value.")
+            if key not in (allowed := [field.name for field in fields(cls) if field.name != "keep"]):
+                raise unknown(f"parameter of {name}", key, allowed)
+            parameters[key] = parse_value(value)
+        make_method(name, **parameters)
+        methods.append((name, parameters))
+    if not methods:
+        raise ParameterError(f"--methods {text!r} names no method.")
+    return methods
+
+
+def parse_value(text: str) -> Any:
+    """``text`` as an int, float, bool, None, or tuple of these (parts joined by "+"), else as it is."""
+    if "+" in text.strip("+"):
+        return tuple(parse_value(part) for part in text.split("+"))
+    named = {"true": True, "false": False, "none": None}
+    if text.lower() in named:
+        return named[text.lower()]
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
+
+
+def parse_keeps(text: str) -> list[Keep]:
+    """Budgets from ``"0.5,0.25,64"``: numbers with a point are shares, whole numbers are counts."""
+    keeps: list[Keep] = []
+    for item in filter(None, (part.strip() for part in text.split(","))):
+        try:
+            keep = check_keep(float(item) if re.search(r"[.eE]|nan|inf", item) else int(item))
+        except ValueError as error:
+            if isinstance(error, BudgetError):
+                raise
+            raise BudgetError(f"keep={item!r} is no number; allowed: shares like 0.25 or counts like 64.") from None
+        if keep not in keeps:
+            keeps.append(keep)
+    if not keeps:
+        raise BudgetError(f"--keep {text!r} names no budget.")
+    return keeps
+
+
+def make_cells(
+    methods: Iterable[tuple[str, dict[str, Any]]], keeps: Iterable[Keep], seed: int, baselines: bool
+) -> list[Cell]:
+    """The unpruned cell, then every method at every budget; ``seed`` goes to the methods that take one."""
+    wanted = list(methods)
+    if baselines:
+        named = {name for name, _ in wanted}
+        wanted = [(name, {}) for name in BASELINES if name not in named] + wanted
+    budgets = list(keeps)
+    cells = [Cell()]
+    for name, parameters in wanted:
+        takes_seed = any(field.name == "seed" for field in fields(get_method(name)))
+        given = {**({"seed": seed} if takes_seed else {}), **parameters}
+        cells.extend(Cell(name, keep, tuple(sorted(given.items()))) for keep in budgets)
+    return list(dict.fromkeys(cells))
+
+
+def check_cells(model: PreTrainedModel, cells: Iterable[Cell]) -> None:
+    """Put every cell's method on and off once, so that one which cannot serve the model is refused at once."""
+    for cell in cells:
+        with cell.applied_to(model):
+            pass

@@ -1,0 +1,149 @@
+"""Loading a vision-language model and its processor for evaluation."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
+
+from vlmprune.errors import VlmpruneError, unknown
+
+from .flops import VISION_FAMILIES
+from .model_names import ModelLoadError, resolve_model
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+SHORT_DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+
+
+class DeviceError(VlmpruneError, RuntimeError):
+    """The device does not exist here or the model does not fit on it."""
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model in evaluation mode with its processor; ``source`` is the folder or hub name it came from."""
+
+    model: PreTrainedModel
+    processor: Any
+    source: str
+
+    def describe(self) -> dict[str, Any]:
+        """What a result depends on: weights, dtype, attention implementation and processor settings."""
+        config = self.model.config
+        image = getattr(self.processor, "image_processor", None)
+        settings = image.to_dict() if image is not None else {}
+        return {
+            "source": self.source,
+            "fingerprint": fingerprint(self.source),
+            "model_type": config.model_type,
+            "text_model_type": config.get_text_config().model_type,
+            "parameters": sum(p.numel() for p in self.model.parameters()),
+            "dtype": str(self.model.dtype).removeprefix("torch."),
+            "device": str(self.model.device),
+            "attention": getattr(config, "_attn_implementation", None),
+            "image_processor": {
+                k: v for k, v in sorted(settings.items()) if isinstance(v, (str, int, float, dict, list))
+            },
+        }
+
+
+def load_model(name: str, dtype: str = "auto", device: str = "auto") -> LoadedModel:
+    """Load the model that ``name`` means (see ``resolve_model``) with its processor.
+
+    ``dtype`` "auto" takes what the checkpoint stores; ``device`` "auto" takes a GPU where there is one. Raises
+    ``ModelLoadError`` where anything about the folder or hub name is wrong and ``DeviceError`` where the weights
+    cannot fit.
+    """
+    target = pick_device(device)
+    wanted = pick_dtype(dtype)
+    source = resolve_model(name)
+    try:
+        config = AutoConfig.from_pretrained(source)
+    except Exception as error:
+        raise ModelLoadError(_load_message(source, error)) from error
+    if config.model_type not in VISION_FAMILIES:
+        raise unknown("model type", config.model_type, VISION_FAMILIES)
+    check_memory(source, target)
+    try:
+        processor = AutoProcessor.from_pretrained(source)
+        model, info = AutoModelForImageTextToText.from_pretrained(source, dtype=wanted, output_loading_info=True)
+        model = model.to(target).eval()
+    except torch.OutOfMemoryError as error:
+        raise DeviceError(f"{source!r} does not fit on {target}: {error}") from error
+    except Exception as error:
+        raise ModelLoadError(_load_message(source, error)) from error
+    if info["missing_keys"] or info["mismatched_keys"]:
+        lost = sorted(str(key) for key in [*info["missing_keys"], *info["mismatched_keys"]])
+        raise ModelLoadError(f"The weights of {source!r} lack or misfit {len(lost)} tensors, {lost[0]!r} first.")
+    if not getattr(processor, "chat_template", None):
+        raise ModelLoadError(
+            f"The processor of {source!r} has no chat template, so questions cannot be put to the model."
+        )
+    return LoadedModel(model, processor, source)
+
+
+def _load_message(source: str, error: Exception) -> str:
+    first = str(error).strip().splitlines()[0] if str(error).strip() else ""
+    place = (
+        "model folder" if os.path.isdir(source) else "hub model (is there a network? a local folder works without one)"
+    )
+    return f"Cannot load {place} {source!r}: {type(error).__name__}: {first}"
+
+
+def pick_device(name: str) -> torch.device:
+    """The device of that name; raises ``DeviceError`` if it is not there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise DeviceError(f"Device {name!r} cannot be used here: {str(error).splitlines()[0]}") from error
+    return device
+
+
+def pick_dtype(name: str) -> torch.dtype | str:
+    """The dtype of that name, or "auto"."""
+    if name == "auto":
+        return "auto"
+    full = SHORT_DTYPES.get(name, name)
+    if full not in DTYPES:
+        raise unknown("dtype", name, ["auto", *DTYPES, *SHORT_DTYPES])
+    return DTYPES[full]
+
+
+def check_memory(source: str, device: torch.device) -> None:
+    """Raise ``DeviceError`` before loading a local folder whose weights alone are larger than the free memory."""
+    needed = sum(os.path.getsize(path) for path in Path(source).glob("*.safetensors")) if os.path.isdir(source) else 0
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_memory()
+    if free is not None and needed > free:
+        raise DeviceError(
+            f"{source!r} needs {needed / 2**30:.1f} GiB for its weights, {free / 2**30:.1f} GiB are free on {device}."
+        )
+
+
+def available_memory() -> int | None:
+    """Bytes of main memory that can be had without swapping; None where the system does not tell."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
+
+
+def fingerprint(source: str) -> str | None:
+    """Checksum of a local folder's configuration, tokenizer and weights' sizes and heads; None for a hub name."""
+    if not os.path.isdir(source):
+        return None
+    digest = hashlib.sha256()
+    for path in sorted(Path(source).iterdir()):
+        if path.suffix in {".json", ".jinja", ".safetensors", ".bin"}:
+            with path.open("rb") as file:
+                digest.update(f"{path.name}:{path.stat().st_size}:".encode())
+                digest.update(file.read(64 * 2**20))
+    return digest.hexdigest()[:16]

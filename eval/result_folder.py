@@ -1,0 +1,107 @@
+"""A folder of results that an interrupted run can go on with and that never mixes two configurations."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from vlmprune.errors import VlmpruneError
+
+from .cells import Cell
+
+
+class ResultFolderError(VlmpruneError, RuntimeError):
+    """The folder cannot take these results, or holds a file that cannot be read."""
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write ``content`` so that the file is either the old or the new one, whatever happens."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(
+        "w", dir=path.parent, prefix=".", suffix=".tmp", delete=False, encoding="utf-8"
+    ) as file:
+        json.dump(content, file, indent=1, allow_nan=False, default=str)
+        file.write("\n")
+    os.replace(file.name, path)
+
+
+def read_json(path: Path) -> Any:
+    """Read a result file; raises ``ResultFolderError`` naming the file where it is damaged."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ResultFolderError(
+            f"Result file {str(path)!r} cannot be read ({error}). Delete it to have it made again."
+        ) from error
+
+
+class ResultFolder:
+    """``configuration.json``, one file a finished cell under ``cells/``, and ``timing.json``.
+
+    Raises ``ResultFolderError`` where ``path`` holds results of another configuration, or other files.
+    """
+
+    def __init__(self, path: str | Path, configuration: Mapping[str, Any], write: bool = True) -> None:
+        self.path = Path(path)
+        self.configuration = json.loads(json.dumps(configuration, default=str))
+        file = self.path / "configuration.json"
+        if self.path.exists() and not self.path.is_dir():
+            raise ResultFolderError(f"--out {str(path)!r} is a file; name a folder.")
+        if file.exists():
+            self._compare(read_json(file))
+        elif self.path.is_dir() and any(self.path.iterdir()):
+            raise ResultFolderError(
+                f"--out {str(path)!r} is not empty and holds no vlmprune results; name another folder."
+            )
+        elif write:
+            try:
+                write_json(file, self.configuration)
+            except OSError as error:
+                raise ResultFolderError(f"--out {str(path)!r} cannot be written: {error}") from error
+
+    def _compare(self, stored: Any) -> None:
+        changed = list(differences(stored, self.configuration))
+        if changed:
+            shown = "; ".join(f"{key}: {old!r} there, {new!r} now" for key, old, new in changed[:4])
+            more = f" and {len(changed) - 4} more" if len(changed) > 4 else ""
+            raise ResultFolderError(
+                f"{str(self.path)!r} holds results of another configuration ({shown}{more}). "
+                "Name another --out, or delete the folder."
+            )
+
+    def cell_file(self, cell: Cell) -> Path:
+        """Where the cell's result is or will be."""
+        return self.path / "cells" / f"{cell.slug}.json"
+
+    def has(self, cell: Cell) -> bool:
+        """Whether the cell is finished."""
+        return self.cell_file(cell).exists()
+
+    def read(self, cell: Cell) -> dict[str, Any]:
+        """The cell's result."""
+        result = read_json(self.cell_file(cell))
+        if not isinstance(result, dict) or result.get("label") != cell.label:
+            raise ResultFolderError(
+                f"Result file {str(self.cell_file(cell))!r} is not of cell {cell.label!r}. Delete it."
+            )
+        return result
+
+    def write(self, cell: Cell, result: Mapping[str, Any]) -> None:
+        """Store the finished cell."""
+        write_json(self.cell_file(cell), {"label": cell.label, **result})
+
+
+def differences(old: Any, new: Any, prefix: str = "") -> list[tuple[str, Any, Any]]:
+    """(path, old, new) of every leaf in which two JSON values differ."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        keys = [*old, *(key for key in new if key not in old)]
+        return [
+            d
+            for key in keys
+            for d in differences(old.get(key), new.get(key), f"{prefix}.{key}" if prefix else str(key))
+        ]
+    return [] if old == new else [(prefix, old, new)]

@@ -1,0 +1,110 @@
+"""Tables for a terminal of 100 columns."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from rich import box
+from rich.table import Table
+
+from .summary import Row
+
+FLOPS_UNITS = (("TFLOPs", 1e12), ("GFLOPs", 1e9), ("MFLOPs", 1e6))
+MEMORY_UNITS = (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10), ("B", 1))
+
+
+def accuracy_table(rows: Sequence[Row]) -> Table:
+    """Accuracy by task, on average and relative to the unpruned model."""
+    names = short_names(list(rows[0].scores))
+    table = _table("Accuracy (%)")
+    _identity(table)
+    for name in names:
+        table.add_column(name, justify="right", overflow="fold")
+    table.add_column("average", justify="right", style="bold")
+    table.add_column("of full", justify="right")
+    for row, last in _with_breaks(rows):
+        relative = "-" if row.relative is None else f"{100 * row.relative:.1f}%"
+        scores = [f"{100 * score:.1f}" for score in (*row.scores.values(), row.average)]
+        table.add_row(row.title, row.keep_text, tokens(row), *scores, relative, end_section=last)
+    return table
+
+
+def cost_table(rows: Sequence[Row]) -> Table:
+    """FLOPs by stage and measured times."""
+    unit, divisor = flops_unit(max(row.flops["prefill_total"] for row in rows))
+    memory, bytes_each = next(item for item in MEMORY_UNITS if rows[0].kv_cache_bytes >= item[1])
+    table = _table(
+        f"Cost of one request: {unit} until the first token, KV cache, measured milliseconds at batch size 1"
+    )
+    _identity(table)
+    for name in ("tower", "proj.", "LLM", "sum", f"KV {memory}", "prefill", "speed-up", "ms/token"):
+        table.add_column(name, justify="right", no_wrap=True)
+    full = next((row.prefill_ms for row in rows if row.keep is None), None)
+    for row, last in _with_breaks(rows):
+        flops = row.flops
+        stages = [flops["vision"], flops["projector"], flops["prefill"] + flops["head"], flops["prefill_total"]]
+        speed = f"{full / row.prefill_ms:.2f}x" if full and row.prefill_ms else "-"
+        table.add_row(
+            row.title,
+            row.keep_text,
+            tokens(row),
+            *(three_figures(value / divisor) for value in stages),
+            three_figures(row.kv_cache_bytes / bytes_each),
+            _milliseconds(row.prefill_ms),
+            speed,
+            _milliseconds(row.decode_ms),
+            end_section=last,
+        )
+    return table
+
+
+def _table(title: str) -> Table:
+    return Table(
+        title=title,
+        title_justify="left",
+        title_style="bold",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1),
+        collapse_padding=True,
+    )
+
+
+def _identity(table: Table) -> None:
+    table.add_column("method", no_wrap=True, max_width=24)
+    table.add_column("keep", justify="right")
+    table.add_column("tokens", justify="right", no_wrap=True)
+
+
+def _with_breaks(rows: Sequence[Row]) -> Iterable[tuple[Row, bool]]:
+    following = [*(row.title for row in rows[1:]), None]
+    return ((row, row.title != after) for row, after in zip(rows, following, strict=True))
+
+
+def short_names(names: Sequence[str]) -> list[str]:
+    """Task names without a first part that all share (up to an underscore), cut at ten characters."""
+    prefix = names[0][: names[0].rfind("_") + 1]
+    shared = all(name.startswith(prefix) for name in names)
+    return [(name.removeprefix(prefix) if shared else name)[:10] for name in names]
+
+
+def tokens(row: Row) -> str:
+    """Visual tokens before and after (averaged over layers and requests)."""
+    return f"{_count(row.before)}>{_count(row.after)}"
+
+
+def _count(value: float) -> str:
+    return f"{value:.0f}" if abs(value - round(value)) < 0.05 or value >= 100 else f"{value:.1f}"
+
+
+def flops_unit(largest: float) -> tuple[str, float]:
+    """The unit in which ``largest`` FLOPs are a number of readable size, and its divisor."""
+    return next(((name, size) for name, size in FLOPS_UNITS if largest >= size), FLOPS_UNITS[-1])
+
+
+def three_figures(value: float) -> str:
+    """``value`` with three figures, at most three of them after the point."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.{1 if value >= 10 else 2 if value >= 1 else 3}f}"
+
+
+def _milliseconds(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1f}"

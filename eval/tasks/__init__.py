@@ -1,0 +1,1 @@
+"""Embedded lmms-eval tasks: questions about procedural scenes, with local data."""

@@ -1,0 +1,129 @@
+"""The command line. Heavy imports happen inside commands, so that ``--help`` is quick."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+import vlmprune
+
+from .errors import VlmpruneError, missing_extra
+
+USER_ERROR = 2
+INTERRUPTED = 130
+
+app = typer.Typer(
+    name="vlmprune",
+    help="Training-free visual token pruning and merging for vision-language models.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+@contextmanager
+def _clear_errors() -> Iterator[None]:
+    try:
+        yield
+    except VlmpruneError as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(USER_ERROR) from None
+    except KeyboardInterrupt:
+        typer.echo("\ninterrupted; finished cells are kept, the same command goes on from there", err=True)
+        raise typer.Exit(INTERRUPTED) from None
+
+
+def _require_extra(extra: str, *modules: str) -> None:
+    for module in modules:
+        if find_spec(module) is None:
+            raise missing_extra(extra, module)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"vlmprune {vlmprune.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and leave.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def methods() -> None:
+    """List the methods that can be named."""
+    from dataclasses import fields
+
+    from vlmprune.methods.registry import get_method, method_names
+
+    width = max(map(len, method_names()))
+    for name in method_names():
+        cls = get_method(name)
+        own = ", ".join(f"{field.name}={field.default!r}" for field in fields(cls) if field.name != "keep")
+        line = (cls.__doc__ or "").strip().splitlines()[0]
+        typer.echo(f"{name:<{width}}  {line}{f' ({own})' if own else ''}")
+
+
+@app.command()
+def bench(
+    model: Annotated[str, typer.Option(help="Shipped model (tiny-llava), local folder or hub name.")],
+    out: Annotated[Path, typer.Option(help="Folder for the results; an interrupted run goes on from it.")],
+    methods: Annotated[
+        str, typer.Option(help="Methods by comma; parameters as name:parameter=value.")
+    ] = "random,uniform,pool,fastervlm,divprune",
+    keep: Annotated[str, typer.Option(help="Budgets by comma: shares (0.25) or counts (64).")] = "0.5,0.25,0.1,0.05",
+    tasks: Annotated[
+        str, typer.Option(help="lmms-eval tasks, tags or groups by comma; all: the embedded ones.")
+    ] = "all",
+    limit: Annotated[int | None, typer.Option(min=1, help="Items of each task; all by default.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Requests answered at once.")] = 1,
+    dtype: Annotated[str, typer.Option(help="auto (as stored), float32, bfloat16 or float16.")] = "auto",
+    device: Annotated[str, typer.Option(help="auto (a GPU if there is one), cpu, cuda, cuda:1, ...")] = "auto",
+    seed: Annotated[int, typer.Option(min=0, help="Seed of random methods and of lmms-eval.")] = 0,
+    baselines: Annotated[bool, typer.Option(help="Add random, uniform and pool where they are not named.")] = True,
+    include_path: Annotated[list[str] | None, typer.Option(help="Folder with further lmms-eval task files.")] = None,
+    timing_seconds: Annotated[
+        float, typer.Option(min=0, help="Time spent on measuring latency; 0 leaves it out.")
+    ] = 20.0,
+) -> None:
+    """Measure accuracy and cost of a model, unpruned and pruned, through lmms-eval."""
+    with _clear_errors():
+        _require_extra("eval", "lmms_eval", "datasets", "accelerate", "matplotlib")
+        from vlmprune.eval.cells import parse_keeps, parse_methods
+
+        wanted, budgets = parse_methods(methods), parse_keeps(keep)
+        from vlmprune.eval.bench import BenchOptions, run_bench
+
+        run_bench(
+            BenchOptions(
+                model=model,
+                methods=wanted,
+                keeps=budgets,
+                tasks=[name.strip() for name in tasks.split(",") if name.strip()],
+                out=out,
+                limit=limit,
+                batch_size=batch_size,
+                dtype=dtype,
+                device=device,
+                seed=seed,
+                baselines=baselines,
+                task_folders=include_path or (),
+                timing_seconds=timing_seconds,
+            )
+        )
+
+
+def main() -> None:
+    """Entry point of the ``vlmprune`` command."""
+    sys.exit(app())
