@@ -6,9 +6,16 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from vlmprune.kernels.greedy import LAST, features_reference, greedy_reference, lowest_row_maximum
+from vlmprune.kernels.greedy import (
+    LAST,
+    affinity_triton,
+    features_reference,
+    features_triton,
+    greedy_reference,
+    lowest_row_maximum,
+)
 from vlmprune.kernels.implementation import choose_implementation
-from vlmprune.kernels.segments import check_counts, check_offsets, check_seeds
+from vlmprune.kernels.segments import check_counts, check_offsets, check_seeds, on_device
 
 
 def max_min(
@@ -42,11 +49,12 @@ def max_min(
         raise ValueError(f"features must be two-dimensional [tokens, dim]; got shape {tuple(features.shape)}.")
     if metric != "cosine":
         raise ValueError(f"metric={metric!r} is not 'cosine'; give other distances to max_min_from_distances.")
-    choose_implementation(features.device, implementation)
+    chosen = choose_implementation(features.device, implementation)
     bounds = check_offsets(offsets, features.shape[0])
     counts = check_counts(k, bounds)
     firsts = None if seeds is None else check_seeds(seeds, bounds)
-    return features_reference(features, bounds, counts, firsts, total=False)
+    greedy = features_triton if chosen == "triton" else features_reference
+    return greedy(features, bounds, counts, firsts, total=False)
 
 
 def max_min_from_distances(
@@ -71,13 +79,16 @@ def max_min_from_distances(
         raise ValueError(f"distances must be square [tokens, tokens]; got shape {tuple(distances.shape)}.")
     tokens = distances.shape[0]
     (count,) = check_counts([k], [0, tokens])
-    choose_implementation(distances.device, implementation)
+    chosen = choose_implementation(distances.device, implementation)
     if seed is not None:
         (seed,) = check_seeds([seed], [0, tokens])
     if count == 0:
         return torch.empty(0, dtype=torch.int64, device=distances.device)
     affinity = torch.nan_to_num(-distances.to(torch.float32), nan=LAST, posinf=LAST, neginf=-LAST)
     affinity.fill_diagonal_(-LAST)
+    if chosen == "triton":
+        first = affinity.amax(0).argmin() if seed is None else on_device([seed], distances.device)
+        return affinity_triton(affinity, first, count)
     if seed is None:
         seed = lowest_row_maximum(affinity.amax(0), None)
     return greedy_reference(affinity.__getitem__, seed, count, False, None)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from torch import Tensor
-from vlmprune.kernels.greedy import features_reference
+from vlmprune.kernels.greedy import features_reference, features_triton
 from vlmprune.kernels.implementation import choose_implementation
 from vlmprune.kernels.segments import check_counts, check_offsets, check_seeds
 
@@ -20,8 +20,8 @@ def max_sum(
 ) -> Tensor:
     """Return `k[s]` tokens of every segment, each the least similar in sum to those before it: local int64 `[sum k]`.
 
-    In pick order, from `seeds[s]` on; each next pick has the lowest fp32 sum of cosines to all chosen tokens. Ties go to
-    the lowest index and no token is chosen twice. Zero rows and rows with NaN or inf count as in `max_min`.
+    In pick order, from `seeds[s]` on; each next pick has the lowest fp32 sum of cosines to all chosen tokens. Ties go
+    to the lowest index and no token is chosen twice. Zero rows and rows with NaN or inf count as in `max_min`.
 
     Args:
         features: `[tokens, dim]` fp16, bf16 or fp32, any strides.
@@ -36,7 +36,8 @@ def max_sum(
     """
     if features.dim() != 2:
         raise ValueError(f"features must be two-dimensional [tokens, dim]; got shape {tuple(features.shape)}.")
-    choose_implementation(features.device, implementation)
+    chosen = choose_implementation(features.device, implementation)
     bounds = check_offsets(offsets, features.shape[0])
     counts = check_counts(k, bounds)
-    return features_reference(features, bounds, counts, check_seeds(seeds, bounds), total=True)
+    greedy = features_triton if chosen == "triton" else features_reference
+    return greedy(features, bounds, counts, check_seeds(seeds, bounds), total=True)
