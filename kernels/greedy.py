@@ -12,7 +12,7 @@ from itertools import pairwise
 
 import torch
 from torch import Tensor
-from vlmprune.kernels.implementation import tl, triton, triton_is_interpreted
+from vlmprune.kernels.implementation import dot_needs_fp32, tl, triton, triton_is_interpreted
 from vlmprune.kernels.segments import on_device, running_starts
 
 # The affinities of one segment are kept whole up to this size; above it they are computed from the features again.
@@ -259,7 +259,7 @@ def _launch_affinity(
     block_dim = min(128 // features.element_size(), max(16, triton.next_power_of_2(dim)))
     _affinity_kernel[grid](
         *(features, *features.stride(), scales, table, gram, nearest, dim),
-        TILE=TILE, BLOCK_D=block_dim, ALIGNMENT=ROW_ALIGNMENT, MAXIMA=maxima, KEEP=keep,
+        TILE=TILE, BLOCK_D=block_dim, ALIGNMENT=ROW_ALIGNMENT, MAXIMA=maxima, KEEP=keep, UPCAST=dot_needs_fp32(features),
         num_warps=8, num_stages=3,
     )  # fmt: skip
 
@@ -305,6 +305,7 @@ def _affinity_kernel(
     ALIGNMENT: tl.constexpr,
     MAXIMA: tl.constexpr,
     KEEP: tl.constexpr,
+    UPCAST: tl.constexpr,
 ):
     """Cosines of the upper triangle's tiles, written on both sides of the diagonal.
 
@@ -333,6 +334,9 @@ def _affinity_kernel(
             o_d = (i_d + tl.arange(0, BLOCK_D))[None, :]
             b_r = tl.load(p_r + o_d.to(tl.int64) * stride_d, mask=o_d < D, other=0.0)  # [TILE, BLOCK_D]
             b_c = tl.load(p_c + o_d.to(tl.int64) * stride_d, mask=o_d < D, other=0.0)  # [TILE, BLOCK_D]
+            if UPCAST:
+                b_r = b_r.to(tl.float32)
+                b_c = b_c.to(tl.float32)
             b_cosine = tl.dot(b_r, tl.trans(b_c), b_cosine, input_precision="ieee")
         b_scale_r = tl.load(scales + i_begin + o_r, mask=m_r, other=0.0)
         b_scale_c = tl.load(scales + i_begin + o_c, mask=m_c, other=0.0)

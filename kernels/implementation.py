@@ -41,6 +41,13 @@ def triton_is_interpreted() -> bool:
     return TRITON_FOUND and type(tl.sum).__name__ == "InterpretedFunction"
 
 
+def dot_needs_fp32(*operands: torch.Tensor) -> bool:
+    """Whether a kernel must widen these operands to fp32 before `tl.dot`: unlike dtypes, or bf16 in the interpreter."""
+    # The interpreter (triton 3.6 to 3.9) multiplies the raw bits of bf16 numbers.
+    dtypes = {operand.dtype for operand in operands}
+    return len(dtypes) > 1 or (torch.bfloat16 in dtypes and triton_is_interpreted())
+
+
 def choose_implementation(tensor_device: torch.device | str, implementation: str | None = None) -> str:
     """Return "torch" or "triton" for tensors on `tensor_device`.
 
