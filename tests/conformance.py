@@ -2,9 +2,9 @@
 
     python tests/conformance.py CASES_DIR [--out OUT_DIR] [--methods a,b]
 
-CASES_DIR holds `<method>/cases.json` and the safetensors files it names. Only the tensors listed under `inputs` are read by
-the methods; results go to `<OUT_DIR>/<method>/<file>` under the names listed under `expected`. The exit status is 1 if a
-case differs from its expected tensors or cannot be run.
+CASES_DIR holds `<method>/cases.json` and the safetensors files it names. The methods see only the tensors listed
+under `inputs`; results go to `<OUT_DIR>/<method>/<file>` under the names listed under `expected`. The exit status is
+1 if a case differs from its expected tensors or cannot be run.
 """
 
 from __future__ import annotations
@@ -18,13 +18,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from official_cases import input_site
+from official_cases import input_site, tiled_methods
 from official_cases.comparison import differences
+from official_cases.todre import todre
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-RUNS = dict(input_site.RUNS)
+RUNS = {**input_site.RUNS, **tiled_methods.RUNS, "todre": todre}
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
+
 from vlmprune.layout import VisualLayout, raster_layout, unknown_layout
 from vlmprune.methods.base import Method
 from vlmprune.methods.visual_batch import Selection, TowerFacts, VisionSignal, VisualBatch

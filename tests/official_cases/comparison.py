@@ -42,9 +42,10 @@ def _difference(got: Tensor, expected: Tensor, rtol: float, atol: float) -> str 
     if bool(close.all()):
         return None
     where = (~close).nonzero()[0].tolist()
+    count, at = int((~close).sum()), tuple(where)
     return (
-        f"{int((~close).sum())} of {close.numel()} values differ, first at {where}: "
-        f"{got[tuple(where)].item()} instead of {expected[tuple(where)].item()}; largest difference {gap.max().item():g}"
+        f"{count} of {close.numel()} values differ, first at {where}: {got[at].item()} instead of {expected[at].item()}; "
+        f"largest difference {gap.max().item():g}"
     )
 
 

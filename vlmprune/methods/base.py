@@ -26,6 +26,7 @@ class Method:
     merges: ClassVar[bool] = False
     needs_cls: ClassVar[bool] = False
     needs_grid: ClassVar[bool] = False
+    needs_tiles: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "keep", check_keep(self.keep))
@@ -33,6 +34,10 @@ class Method:
     def budget(self, total: int) -> int:
         """Return how many of `total` visual tokens of one image are kept."""
         return token_budget(self.keep, total)
+
+    def parts(self) -> tuple[Method, ...]:
+        """Return the stages of a method that acts at several sites; itself by default."""
+        return (self,)
 
     def vision_signals(self, tower: TowerFacts) -> tuple[VisionSignal, ...]:
         """Return the vision tower attention that `select` reads; nothing by default."""

@@ -18,12 +18,12 @@ from .visual_batch import Selection, VisualBatch
 class DivPrune(Method):
     """Keep tokens greedily so that the smallest cosine distance among them stays as large as possible.
 
-    First pick: the token whose nearest neighbour is farthest; every next pick: the token farthest from all picked ones. Ties go
-    to the lowest index; kept tokens stay in position order.
+    First pick: the token whose nearest neighbour is farthest; every next pick: the token farthest from all picked
+    ones. Ties go to the lowest index; kept tokens stay in position order.
 
     Source: "DivPrune: Diversity-based Visual Token Pruning for Large Multimodal Models", CVPR 2025, arXiv 2503.02175.
-    The official code computes distances in the model's dtype and may pick a duplicate twice; here distances are fp32 and
-    picked tokens are masked.
+    The official code computes distances in the model's dtype and may pick a duplicate twice; here distances are fp32
+    and picked tokens are masked.
     """
 
     name: ClassVar[str] = "divprune"

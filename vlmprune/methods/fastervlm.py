@@ -7,9 +7,8 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from vlmprune.kernels.segmented_topk import segmented_topk
-
 from .base import Method
+from .tile_segments import select_evenly
 from .visual_batch import Selection, TowerFacts, VisionSignal, VisualBatch
 
 
@@ -17,27 +16,28 @@ from .visual_batch import Selection, TowerFacts, VisionSignal, VisualBatch
 class FasterVLM(Method):
     """Keep the tokens that the vision tower's CLS token attends to most.
 
-    The score is the softmaxed CLS attention (over all keys, CLS included, not renormalised) of the layer whose output becomes
-    the visual tokens, averaged over heads. Kept tokens stay in raster order.
+    The score is the softmaxed CLS attention (over all keys, CLS included, not renormalised) of the layer whose output
+    becomes the visual tokens, averaged over heads. Every tile of a tiled image keeps the same number of tokens, as
+    far as it has that many; newlines are dropped first. Kept tokens stay in raster order. A tower without CLS token
+    is scored by the attention that a token receives from all tokens.
 
-    Source: "[CLS] Attention is All You Need for Training-Free Visual Token Pruning", arXiv 2412.01818v1.
-    The official code scores in the model's half precision; here scores are fp32, ties go to the lowest index.
+    Source: "[CLS] Attention is All You Need for Training-Free Visual Token Pruning", arXiv 2412.01818v1. The official
+    code scores in the model's half precision; here scores are fp32, ties go to the lowest index. On LLaVA-NeXT it
+    also selects among padding tokens, which transformers' models do not have.
     """
 
     name: ClassVar[str] = "fastervlm"
-    needs_cls: ClassVar[bool] = True
 
     def vision_signals(self, tower: TowerFacts) -> tuple[VisionSignal, ...]:
         """Ask for the CLS attention of the feature layer."""
-        return (VisionSignal("cls_attention", tower.feature_layer),)
+        return (tower.attention(tower.feature_layer),)
 
     def select(self, batch: VisualBatch) -> Selection:
-        """Take the `budgets[i]` highest scores of each image."""
-        attention = batch.vision[VisionSignal("cls_attention", batch.tower.feature_layer)]
-        kept = segmented_topk(fastervlm_score(attention), batch.offsets, batch.budgets)
-        return Selection(kept, batch.budgets)
+        """Take the highest scores, `budgets[i]` of each image."""
+        attention = batch.vision[batch.tower.attention(batch.tower.feature_layer)]
+        return select_evenly(fastervlm_score(attention), batch)
 
 
-def fastervlm_score(cls_attention: Tensor) -> Tensor:
-    """Return the mean over heads of `cls_attention [tokens, heads]`: `[tokens]` fp32."""
-    return cls_attention.float().mean(-1)
+def fastervlm_score(attention: Tensor) -> Tensor:
+    """Return the mean over heads of `attention [..., heads]` in fp32."""
+    return attention.float().mean(-1)

@@ -43,6 +43,10 @@ class TowerFacts:
     feature_layer: int
     has_cls: bool
 
+    def attention(self, layer: int) -> VisionSignal:
+        """Return the CLS attention of a layer, or the attention received from all tokens where there is no CLS token."""
+        return VisionSignal("cls_attention" if self.has_cls else "received_attention", layer)
+
 
 @dataclass(frozen=True, eq=False)
 class VisualBatch:
@@ -54,7 +58,9 @@ class VisualBatch:
         budgets: visual tokens to keep per image.
         layouts: geometry per image.
         tower: facts of the vision tower.
-        vision: per requested signal an fp32 tensor `[tokens, heads]`.
+        vision: per requested signal an fp32 tensor `[tokens, heads]`, 0 at newlines.
+        tile_vision: per requested signal and image the whole maps of its tiles, padding included, fp32
+            `[tiles, tile rows * tile columns, heads]`.
     """
 
     features: Tensor
@@ -63,6 +69,7 @@ class VisualBatch:
     layouts: tuple[VisualLayout, ...]
     tower: TowerFacts
     vision: Mapping[VisionSignal, Tensor] = field(default_factory=dict)
+    tile_vision: Mapping[VisionSignal, tuple[Tensor, ...]] = field(default_factory=dict)
 
     @cached_property
     def offsets(self) -> tuple[int, ...]:

@@ -1,0 +1,132 @@
+"""Cases of HiRED and GlobalCom2, which divide a budget over the tiles of an image."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from official_cases.anyres import anyres_layout, best_crops
+from official_cases.batches import CLIP, make_batch, square_layout
+from official_cases.input_site import CLS_ATTENTION, Run, Tensors, pair, per_token, tile_and_token
+from torch import Tensor
+from vlmprune.kernels.row_attention import row_attention
+
+from vlmprune.layout import VisualLayout
+from vlmprune.methods.globalcom2 import GlobalCom2, crop_shares
+from vlmprune.methods.globalcom2_scores import guide, holistic_scores
+from vlmprune.methods.hired import HiRED
+from vlmprune.methods.tile_segments import tile_segments
+from vlmprune.methods.visual_batch import VisionSignal
+
+FIRST_LAYER = VisionSignal("cls_attention", 0)
+LAST_LOGITS = VisionSignal("cls_logits", CLIP.layers - 1)
+
+
+def cls_rows(inputs: Tensors, heads: int, logits: bool) -> Tensor:
+    """Return the CLS row over the patches, `[tiles, heads, N]`, from projected queries and keys."""
+    query, key = (inputs[name].unflatten(-1, (heads, -1)) for name in "qk")
+    return row_attention(query[:, :1], key, logits=logits)[:, 0, :, 1:]
+
+
+def hired(params: Mapping[str, Any], inputs: Tensors) -> dict[str, Tensor]:
+    """Counts, masks over whole tiles, and the sequence that goes to the language model."""
+    if "q" in inputs:
+        return {"cls_attn": cls_rows(inputs, params["heads"], logits=False)}
+    final = inputs["cls_attn_final"].transpose(1, 2)
+    rate = params["token_budget_rate"]
+    if "cls_attn_init" not in inputs:
+        return _hired_untiled(rate, final)
+    initial = inputs["cls_attn_init"].transpose(1, 2)
+    is_paper = params["variant"] == "paper"
+    topk = params.get("content_topk")
+    method = HiRED(
+        keep=rate,
+        alpha=params.get("alpha", 0.5),
+        content="mass" if is_paper else "count",
+        content_topk=topk if isinstance(topk, int) else None,
+        cells="grid" if is_paper else "bands",
+        faithful=True,
+    )
+    if "num_tiles" in inputs:
+        sizes, tiles = inputs["image_sizes"].tolist(), inputs["num_tiles"].tolist()
+        grids = [best_crops(*size, params["tile"]) for size in sizes]
+    else:
+        sizes, tiles, grids = [pair(inputs["image_size"])], [len(final)], [pair(inputs["grid"])]
+    side = params["tile"] // params["patch"]
+    layouts = [anyres_layout(grid, side, *size) for grid, size in zip(grids, sizes, strict=True)]
+    maps = list(zip(initial.split(tiles), final.split(tiles), strict=True))
+    content = method.content_scores(
+        torch.cat([per_token(first, layout).sum(-1) for (first, _), layout in zip(maps, layouts, strict=True)]),
+        tuple(layouts),
+        tile_segments(tuple(layouts)),
+    )
+    masks = [
+        method.tile_masks(last.sum(-1), weights[: len(last) - 1], layout.total)
+        for (_, last), weights, layout in zip(maps, content, layouts, strict=True)
+    ]
+    results = {
+        "budgets": torch.cat([counts for counts, _ in masks]),
+        "mask": torch.cat([mask for _, mask in masks]),
+        "content": content.flatten(),
+    }
+    if len(layouts) == 1:
+        results["packed"] = _hired_packed(method, layouts[0], *maps[0])
+        transposed = anyres_layout((grids[0][1], grids[0][0]), side, *sizes[0])
+        results["packed_official"] = _hired_packed(method, transposed, *maps[0])
+    return results
+
+
+def _hired_packed(method: HiRED, layout: VisualLayout, initial: Tensor, final: Tensor) -> Tensor:
+    vision = {FIRST_LAYER: per_token(initial, layout), CLS_ATTENTION: per_token(final, layout)}
+    batch = make_batch(method, [layout], vision=vision, tile_vision={CLS_ATTENTION: (final,)})
+    return tile_and_token(layout)[method.select(batch).kept]
+
+
+def _hired_untiled(rate: float, final: Tensor) -> dict[str, Tensor]:
+    layout, method = square_layout(final.shape[1]), HiRED(keep=rate, faithful=True)
+    vision = {FIRST_LAYER: torch.zeros_like(final[0]), CLS_ATTENTION: final[0]}
+    batch = make_batch(method, [layout], vision=vision, tile_vision={CLS_ATTENTION: (final,)})
+    kept = method.select(batch).kept
+    return {"keep_idx": kept, "mask": torch.zeros(layout.total, dtype=torch.bool).index_fill_(0, kept, True)}
+
+
+def globalcom2(params: Mapping[str, Any], inputs: Tensors) -> dict[str, Tensor]:
+    """Crop ratios and scores, and the sequence that goes to the language model in both orders."""
+    if "q" in inputs:
+        return {"cls_scores": cls_rows(inputs, params["heads"], logits=True).mean(1)}
+    scores = inputs["cls_scores"]
+    columns, rows = pair(inputs["grid"])
+    width, height = pair(inputs["image_size"])
+    layout = anyres_layout((rows, columns), params["tile"] // params["patch"], height, width)
+    rate, temperature = float(params["retention_ratio"]), params["temperature"]
+    token_scores = per_token(scores, layout)
+    ids = tile_and_token(layout)
+
+    segments = tile_segments((layout,))
+    crop_tokens = segments.order[segments.offsets[1] : segments.offsets[rows * columns + 1]]
+    boost, view = guide(token_scores, layout, temperature)
+    results = {
+        "scales": crop_shares(boost, rate),
+        "n_valid": segments.sizes[0, 1:-1],
+        "valid_idx": ids[crop_tokens, 1],
+        "global_scores": view[crop_tokens],
+        "combined": holistic_scores(token_scores, view, segments)[crop_tokens],
+    }
+    vision = {LAST_LOGITS: token_scores[:, None]}
+    for order, name in (("position", "packed_fixed"), ("official", "packed_official")):
+        method = GlobalCom2(keep=rate, temperature=temperature, faithful=True, order=order)
+        batch = make_batch(method, [layout], features=ids.float(), vision=vision)
+        selection = method.select(batch)
+        packed = ids[selection.kept] if selection.features is None else selection.features.long()
+        results[name] = packed
+    kept = results["packed_fixed"]
+    by_crop = [kept[kept[:, 0] == crop, 1] for crop in range(1, rows * columns + 1)]
+    results["counts"] = torch.tensor([len(tokens) for tokens in by_crop])
+    results["crop_keep"] = torch.cat(by_crop)
+    official = results["packed_official"]
+    results["thumb_idx"] = official[official[:, 0] == 0, 1]
+    return results
+
+
+RUNS: dict[str, Run] = {"hired": hired, "globalcom2": globalcom2}

@@ -1,0 +1,59 @@
+"""Cases of both stages of ToDRE."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from official_cases.anyres import anyres_layout
+from official_cases.batches import CLIP, make_batch, square_layout
+from official_cases.input_site import Tensors
+from torch import Tensor
+
+from vlmprune.methods.layer_method import LayerBatch, ProbedLayer
+from vlmprune.methods.todre import ToDRE
+from vlmprune.methods.todre_relevance import SYSTEM, TEXT, VISUAL, ToDRERelevance, relevance_shares
+from vlmprune.methods.visual_batch import VisionSignal
+
+
+def todre_diversity(params: Mapping[str, Any], inputs: Tensors) -> dict[str, Tensor]:
+    """One image; with attention for fewer tokens than there are, these are its thumbnail."""
+    features, attention = inputs["features"], inputs["cls_attention"].flatten()
+    total, thumbnail = len(features), len(attention)
+    layout = square_layout(total)
+    if total > thumbnail:
+        crops, side = total // thumbnail - 1, round(thumbnail**0.5)
+        layout = anyres_layout((2, crops // 2), side, 1, 1, unpad=False, newlines=False)
+    method = ToDRE(keep=params["K"], variant="kcenter" if params["variant"] == "kcenter" else "max_sum")
+    # The crops are scored too in a model; the highest of all lies there and must not become the pivot.
+    scores = torch.full((total, 1), float(attention.max()) + 1)
+    scores[:thumbnail, 0] = attention
+    batch = make_batch(
+        method, [layout], features=features, vision={VisionSignal("cls_attention", CLIP.layers - 1): scores}
+    )
+    return {"order": method.order(batch), "indices_sorted": method.select(batch).kept}
+
+
+def todre_relevance(params: Mapping[str, Any], inputs: Tensors) -> dict[str, Tensor]:
+    """One row, given by the attention of the probed layer: queries and keys are made that give just this attention."""
+    attention = inputs["attn"]
+    heads, tokens = attention.shape[:2]
+    kinds = torch.zeros(1, tokens, dtype=torch.int8)
+    for name, kind in (("system_idx", SYSTEM), ("visual_idx", VISUAL), ("text_idx", TEXT)):
+        kinds[0, inputs[name]] = kind
+    query = attention.clamp(min=torch.finfo(torch.float32).tiny).log().transpose(0, 1)[None]
+    key = torch.eye(tokens)[None, :, None].expand(1, tokens, heads, tokens)
+    probed = ProbedLayer(query=query, key=key, kinds=kinds, scale=1.0)
+    text_to_visual, visual_to_text = relevance_shares(probed)
+    visual = inputs["visual_idx"]
+    method = ToDRERelevance(layer=1, tau=params["tau"])
+    batch = LayerBatch(layer=1, counts=(len(visual),), budgets=(None,), rows=(0,), probed=probed)
+    kept = visual[method.select_at_layer(batch).kept]
+    positions = torch.cat([inputs["system_idx"], kept, inputs["text_idx"]]).sort().values
+    return {"alpha_tv": text_to_visual, "alpha_vt": visual_to_text, "kept_positions": positions}
+
+
+def todre(params: Mapping[str, Any], inputs: Tensors) -> dict[str, Tensor]:
+    """A case of either stage."""
+    return (todre_diversity if params["stage"] == 1 else todre_relevance)(params, inputs)

@@ -1,0 +1,102 @@
+"""ToDRE: the most different tokens at the input, and none in late layers that no longer look at them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from vlmprune.kernels.max_min import max_min
+from vlmprune.kernels.max_sum import max_sum
+from vlmprune.kernels.segmented_topk import segmented_topk
+
+from ..layout import VisualLayout
+from .base import Method
+from .tile_segments import local_indices, newline_surplus, tile_segments, to_device
+from .todre_relevance import ToDRERelevance
+from .visual_batch import Selection, TowerFacts, VisionSignal, VisualBatch, check_choice
+
+
+@dataclass(frozen=True, kw_only=True)
+class ToDRE(Method):
+    """Keep tokens greedily, each with the lowest sum of cosines to those kept before ("max_sum"), from a pivot on.
+
+    The pivot is the token with the highest CLS attention (mean over heads) of the last vision tower layer, in the
+    thumbnail where there is one; without a CLS token, the one that receives the most attention in the feature layer.
+    Newlines are dropped first. Kept tokens stay in position order; ties go to the lowest index.
+
+    The second stage, `ToDRERelevance`, drops all visual tokens of a row at a late layer of the language model if text
+    and image hardly look at each other there. `keep` counts the tokens of the first stage; `keep=1.0` drops nothing
+    at all.
+
+    Source: "ToDRE: Effective Visual Token Pruning via Token Diversity and Task Relevance", arXiv 2505.18757. There is
+    no official code. The paper draws a random pivot where there is no CLS token and says nothing of newlines and of
+    the order.
+
+    Attributes:
+        variant: "max_sum" as version 2 of the paper, "kcenter" for the farthest token from all kept ones (the words
+            of version 1).
+        relevance: whether the second stage runs.
+        layer: 0-based layer of the second stage; `floor(7L / 8)` if not given.
+        tau: threshold of the second stage.
+    """
+
+    variant: Literal["max_sum", "kcenter"] = "max_sum"
+    relevance: bool = True
+    layer: int | None = None
+    tau: float = 0.1
+
+    name: ClassVar[str] = "todre"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_choice("variant", self.variant, ("max_sum", "kcenter"))
+        self.parts()
+
+    def parts(self) -> tuple[Method, ...]:
+        """Return this first stage, and the second one unless it is switched off or nothing is to be dropped."""
+        second = ToDRERelevance(layer=self.layer, tau=self.tau)
+        return (self, second) if self.relevance and self.keep != 1.0 else (self,)
+
+    def vision_signals(self, tower: TowerFacts) -> tuple[VisionSignal, ...]:
+        """Ask for the attention that the pivot is found by."""
+        return (tower.attention(tower.layers - 1 if tower.has_cls else tower.feature_layer),)
+
+    def select(self, batch: VisualBatch) -> Selection:
+        """Pick `budgets[i]` tokens of each image."""
+        device, segments = batch.features.device, tile_segments(batch.layouts)
+        patches, newlines, _ = _token_kinds(batch.layouts)
+        picks = self.order(batch)
+        surplus = newline_surplus(segments, batch.budgets)
+        first = segments.patches.cumsum(0) - segments.patches
+        first = first.repeat_interleave(torch.tensor(batch.budgets) - surplus)
+        packed = to_device(patches, device)[picks + to_device(first, device)]
+        if int(surplus.sum()):
+            starts = (segments.sizes[:, -1].cumsum(0) - segments.sizes[:, -1]).tolist()
+            extra = [newlines[start : start + count] for start, count in zip(starts, surplus.tolist(), strict=True)]
+            packed = torch.cat([packed, to_device(torch.cat(extra), device)])
+        return Selection(local_indices(packed.sort().values, segments, batch.budgets), batch.budgets)
+
+    def order(self, batch: VisualBatch) -> Tensor:
+        """Return the picks of each image in the order in which they are made, pivot first: int64 indices among its patches."""
+        device, segments = batch.features.device, tile_segments(batch.layouts)
+        patches, _, in_thumbnail = (to_device(kind, device) for kind in _token_kinds(batch.layouts))
+        (signal,) = self.vision_signals(batch.tower)
+        offsets = (0, *segments.patches.cumsum(0).tolist())
+        counts = tuple(min(pair) for pair in zip(batch.budgets, segments.patches.tolist(), strict=True))
+        scores = batch.vision[signal].float().mean(-1)[patches]
+        pivots = segmented_topk(scores.masked_fill(~in_thumbnail, -torch.inf), offsets, [1] * len(counts))
+        choose = max_sum if self.variant == "max_sum" else max_min
+        return choose(batch.features[patches], offsets, counts, seeds=pivots)
+
+
+@lru_cache(maxsize=64)
+def _token_kinds(layouts: tuple[VisualLayout, ...]) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the packed indices of all patches and of all newlines, and which of the patches lie in a thumbnail."""
+    newline = torch.cat([layout.newline for layout in layouts])
+    tile = torch.cat([layout.tile for layout in layouts])
+    patches = (~newline).nonzero().flatten()
+    return patches, newline.nonzero().flatten(), tile[patches] == 0
