@@ -1,0 +1,48 @@
+VENV ?= .venv
+PYTHON ?= python3
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+TYPED := build/typed/vlmprune
+
+.PHONY: help setup test test-gpu lint format demo tiny bench-gpu clean
+
+help:  ## Show the targets.
+	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*## /\t/' | expand -t 12
+
+setup: $(STAMP)  ## Make a virtual environment with everything that tests and benchmarks need.
+
+$(STAMP): pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --editable '.[eval,dev]'
+	touch $(STAMP)
+
+test: setup  ## Run the whole test suite on the CPU.
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+
+test-gpu: setup  ## Run the kernel tests on a GPU.
+	$(BIN)/python -m pytest tests/kernels
+
+lint: setup  ## Check style and types.
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	@rm -rf build/typed && mkdir -p build/typed && cp -r vlmprune build/typed/
+	@cp -r kernels patches eval $(TYPED)/
+	cd build/typed && MYPYPATH=. ../../$(BIN)/mypy --config-file ../../pyproject.toml -p vlmprune
+
+format:  ## Reformat the code.
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+demo: setup  ## Accuracy against FLOPs and latency of several methods on the shipped tiny LLaVA.
+	HF_HUB_OFFLINE=1 $(BIN)/vlmprune bench --model tiny-llava --methods random,uniform,pool,fastervlm,divprune \
+		--keep 0.5,0.25,0.1,0.05 --tasks all --limit 50 --batch-size 16 --out results/demo
+
+tiny: setup  ## Train the shipped checkpoints again (hours on a CPU).
+	$(BIN)/python -m vlmprune.eval.tiny.train --out results/tiny --resume
+
+bench-gpu: setup  ## Time the selection kernels.
+	$(BIN)/python -m vlmprune.kernels.bench --out results/kernels.csv
+
+clean:  ## Remove what the targets made.
+	rm -rf $(VENV) build dist results *.egg-info
