@@ -24,6 +24,8 @@ def apportion(totals: Tensor, weights: Tensor, capacities: Tensor) -> Tensor:
     Returns:
         int64 `[rows, parts]`.
     """
+    if capacities.shape[-1] == 0:
+        return torch.zeros_like(capacities)
     room = capacities.double()
     wanted = torch.minimum(totals, capacities.sum(-1)).double()[:, None]
     shares = torch.nan_to_num(weights.double()).clamp(min=0)

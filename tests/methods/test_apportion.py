@@ -1,0 +1,53 @@
+"""Splitting a budget over parts."""
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vlmprune.methods.apportion import apportion
+
+rows = st.integers(1, 6).flatmap(
+    lambda parts: st.tuples(
+        st.lists(st.integers(0, 50), min_size=parts, max_size=parts),
+        st.lists(st.floats(0, 100), min_size=parts, max_size=parts),
+        st.integers(0, 200),
+    )
+)
+
+
+@settings(deadline=None)
+@given(row=rows)
+def test_totals_are_exact_and_capacities_hold(row):
+    capacities, weights, total = row
+    split = apportion(torch.tensor([total]), torch.tensor([weights]), torch.tensor([capacities]))[0]
+    assert int(split.sum()) == min(total, sum(capacities))
+    assert (split >= 0).all()
+    assert (split <= torch.tensor(capacities)).all()
+
+
+@settings(deadline=None)
+@given(row=rows)
+def test_open_parts_are_within_one_of_their_share(row):
+    capacities, weights, total = row
+    split = apportion(torch.tensor([total]), torch.tensor([weights]), torch.tensor([capacities]))[0].tolist()
+    free = [index for index, count in enumerate(split) if count < capacities[index] and weights[index] > 1e-3]
+    left, weight = sum(split[index] for index in free), sum(weights[index] for index in free)
+    assert all(abs(split[index] - left * weights[index] / weight) <= 1 for index in free)
+
+
+def test_remainders_go_to_the_largest_and_then_the_first():
+    def split(total, weights, capacities):
+        return apportion(torch.tensor([total]), torch.tensor([weights]), torch.tensor([capacities]))[0].tolist()
+
+    assert split(7, [1.0, 1.0, 1.0], [9, 9, 9]) == [3, 2, 2]
+    assert split(10, [0.55, 0.25, 0.2], [99, 99, 99]) == [6, 2, 2]
+    assert split(10, [8.0, 1.0, 1.0], [2, 9, 9]) == [2, 4, 4]
+    assert split(5, [1.0, 0.0, 0.0], [3, 4, 4]) == [3, 1, 1]
+    assert split(5, [0.0, 0.0], [4, 4]) == [3, 2]
+    assert split(4, [float("nan"), 1.0], [4, 4]) == [0, 4]
+    assert split(9, [1.0, 1.0], [2, 3]) == [2, 3]
+
+
+def test_rows_do_not_mix():
+    totals, weights = torch.tensor([3, 8]), torch.tensor([[1.0, 2.0], [1.0, 1.0]])
+    assert apportion(totals, weights, torch.tensor([[5, 5], [2, 9]])).tolist() == [[1, 2], [2, 6]]

@@ -1,0 +1,69 @@
+"""What holds for every method that selects before the language model."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support import method_batches as build
+
+from vlmprune.methods.registry import METHODS
+
+INPUT_METHODS = [name for name, cls in METHODS.items() if cls.site == "input"]
+ANY_LAYOUT = [name for name in INPUT_METHODS if not METHODS[name].needs_grid]
+QUICK = settings(max_examples=25, deadline=None)
+
+
+@pytest.mark.parametrize("name", ANY_LAYOUT)
+@QUICK
+@given(
+    images=st.lists(build.layouts(), min_size=1, max_size=3),
+    keep=build.keeps,
+    tower=build.towers,
+    equal=st.booleans(),
+    seed=st.integers(0, 99),
+)
+def test_budgets_are_spent_exactly(name, images, keep, tower, equal, seed):
+    method = METHODS[name](keep=keep)
+    batch = build.random_batch(method, images, seed, tower, equal)
+    build.check_selection(method.select(batch), batch)
+
+
+@pytest.mark.parametrize("name", ANY_LAYOUT)
+@QUICK
+@given(images=st.lists(build.layouts(), min_size=2, max_size=3), keep=build.keeps, tower=build.towers)
+def test_an_image_gives_the_same_alone_and_in_a_batch(name, images, keep, tower):
+    method = METHODS[name](keep=keep)
+    whole = build.random_batch(method, images, 7, tower)
+    together = method.select(whole).kept.split(list(whole.budgets))
+    for index, layout in enumerate(images):
+        span = slice(whole.offsets[index], whole.offsets[index + 1])
+        vision = {signal: values[span] for signal, values in whole.vision.items()}
+        alone = build.make_batch(method, [layout], whole.features[span], vision, tower)
+        assert torch.equal(method.select(alone).kept, together[index])
+
+
+@pytest.mark.parametrize("name", ANY_LAYOUT)
+@pytest.mark.parametrize("tiled", [False, True], ids=["raster", "tiles"])
+def test_one_token_and_all_tokens(name, tiled):
+    layout = build.anyres_layout((2, 2), 4, 100, 150) if tiled else build.raster_layout(5, 6)
+    for keep in (1, layout.total - 1, layout.total):
+        method = METHODS[name](keep=keep)
+        batch = build.random_batch(method, [layout], 3)
+        build.check_selection(method.select(batch), batch)
+
+
+@pytest.mark.parametrize("name", ["fastervlm", "vtc_cls", "hired"])
+def test_ties_go_to_the_lowest_index(name):
+    method = METHODS[name](keep=6)
+    batch = build.random_batch(method, [build.raster_layout(4, 4)], 0, equal=True)
+    assert method.select(batch).kept.tolist() == list(range(6))
+
+
+@pytest.mark.parametrize("name", INPUT_METHODS)
+def test_half_precision_features_are_served(name):
+    method = METHODS[name](keep=0.3)
+    batch = build.random_batch(method, [build.raster_layout(4, 4)], 5)
+    half = build.make_batch(method, batch.layouts, batch.features.bfloat16(), batch.vision, build.WITH_CLS)
+    selection = method.select(half)
+    assert selection.kept.numel() == sum(selection.counts)
+    assert selection.features is None or selection.features.dtype == torch.bfloat16

@@ -1,0 +1,101 @@
+"""HiRED's split of the budget over thumbnail and crops."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support import method_batches as build
+
+from vlmprune.errors import ParameterError, UnknownNameError
+from vlmprune.methods import HiRED
+
+parameters = st.fixed_dictionaries(
+    {
+        "alpha": st.floats(0, 1),
+        "content": st.sampled_from(["count", "mass"]),
+        "cells": st.sampled_from(["grid", "bands"]),
+        "content_topk": st.one_of(st.none(), st.integers(1, 99)),
+    }
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(layout=build.layouts(tiled=True), parameters=parameters, seed=st.integers(0, 99), data=st.data())
+def test_the_budget_is_exact_and_newlines_come_last(layout, parameters, seed, data):
+    method = HiRED(keep=data.draw(st.integers(1, layout.total)), **parameters)
+    batch = build.random_batch(method, [layout], seed)
+    selection = method.select(batch)
+    build.check_selection(selection, batch)
+    *tiles, newlines = build.tiles_of(selection.kept, layout)
+    sizes = build.tiles_of(torch.arange(layout.total), layout)
+    assert newlines == max(0, method.keep - sum(sizes[:-1]))
+    crops_full = sum(tiles[1:]) == sum(sizes[1:-1])
+    assert tiles[0] == min(int((method.keep - newlines) * method.alpha), sizes[0]) or crops_full
+
+
+@settings(max_examples=40, deadline=None)
+@given(images=st.lists(build.layouts(), min_size=1, max_size=3), keep=st.floats(0.02, 1), parameters=parameters)
+def test_faithful_never_keeps_more_than_its_budget(images, keep, parameters):
+    method = HiRED(keep=keep, faithful=True, **parameters)
+    batch = build.random_batch(method, images, 4)
+    selection = method.select(batch)
+    build.check_selection(selection, batch, counts=selection.counts)
+    for layout, count in zip(images, selection.counts, strict=True):
+        tiles = 1 + (layout.crops[0] * layout.crops[1] if layout.crops else 0)
+        assert count <= max(1, int(tiles * layout.tile_grid[0] * layout.tile_grid[1] * keep))
+
+
+def corner_batch(method):
+    """All content of the thumbnail lies in the upper right corner: the second of four crops, the first two bands."""
+    layout = build.anyres_layout((2, 2), 4, 100, 100)
+    batch = build.random_batch(method, [layout], 2)
+    first, _ = method.vision_signals(batch.tower)
+    row, column = layout.row, layout.column
+    corner = (layout.tile == 0) & (row < 2) & (column >= 2)
+    batch.vision[first][:] = torch.where(corner, 1.0, 0.0)[:, None]
+    return layout, batch
+
+
+def test_cells_are_rectangles_or_bands():
+    by_grid = HiRED(keep=20, content="mass")
+    layout, batch = corner_batch(by_grid)
+    assert build.tiles_of(by_grid.select(batch).kept, layout) == [10, 0, 10, 0, 0, 0]
+    by_band = HiRED(keep=20, content="mass", cells="bands")
+    assert build.tiles_of(by_band.select(batch).kept, layout) == [10, 5, 5, 0, 0, 0]
+
+
+def test_count_counts_the_highest():
+    method = HiRED(keep=20, content_topk=6)
+    layout, batch = corner_batch(method)
+    # Four in the corner; the ties of the rest go to the first two tokens, in the first crop's cell.
+    assert build.tiles_of(method.select(batch).kept, layout) == [10, 3, 7, 0, 0, 0]
+
+
+def test_a_crop_that_is_full_leaves_its_share_to_the_others():
+    method = HiRED(keep=60, content="mass")
+    layout, batch = corner_batch(method)
+    kept = build.tiles_of(method.select(batch).kept, layout)
+    assert kept == [16, 10, 16, 9, 9, 0]
+
+
+def test_without_content_crops_share_evenly():
+    method = HiRED(keep=24, content="mass")
+    layout, batch = corner_batch(method)
+    first, _ = method.vision_signals(batch.tower)
+    batch.vision[first][:] = 0
+    assert build.tiles_of(method.select(batch).kept, layout) == [12, 3, 3, 3, 3, 0]
+
+
+@pytest.mark.parametrize("alpha", [-0.1, 1.1, float("nan"), "0.5", True])
+def test_alpha_is_a_share(alpha):
+    with pytest.raises(ParameterError, match="alpha"):
+        HiRED(alpha=alpha)
+
+
+def test_bad_choices_are_refused():
+    with pytest.raises(UnknownNameError, match="'mass'"):
+        HiRED(content="mas")
+    with pytest.raises(UnknownNameError, match="cells"):
+        HiRED(cells="quadrants")
+    with pytest.raises(ParameterError, match="content_topk"):
+        HiRED(content_topk=0)

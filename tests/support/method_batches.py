@@ -1,0 +1,77 @@
+"""Batches of random images for the property tests: plain rasters and images cut in tiles."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from hypothesis import strategies as st
+from official_cases.anyres import anyres_layout
+from official_cases.batches import make_batch
+from torch import Tensor
+
+from vlmprune.layout import VisualLayout, raster_layout
+from vlmprune.methods.base import Method
+from vlmprune.methods.visual_batch import Selection, TowerFacts, VisualBatch
+
+WITH_CLS = TowerFacts(layers=10, feature_layer=8, has_cls=True)
+WITHOUT_CLS = TowerFacts(layers=10, feature_layer=9, has_cls=False)
+
+
+@st.composite
+def layouts(draw: st.DrawFn, tiled: bool = False) -> VisualLayout:
+    """An image as a plain raster, or cut in tiles with padding taken off and newlines."""
+    if not tiled and draw(st.booleans()):
+        return raster_layout(draw(st.integers(1, 7)), draw(st.integers(1, 7)))
+    rows, columns = draw(st.sampled_from([(1, 2), (2, 1), (2, 2), (3, 1), (1, 3)]))
+    height, width = draw(st.integers(60, 140)) * rows, draw(st.integers(60, 140)) * columns
+    return anyres_layout((rows, columns), draw(st.integers(2, 6)), height, width, newlines=draw(st.booleans()))
+
+
+keeps = st.one_of(st.floats(0.01, 1.0), st.integers(1, 300))
+towers = st.sampled_from([WITH_CLS, WITHOUT_CLS])
+
+
+def random_batch(
+    method: Method, images: Sequence[VisualLayout], seed: int, tower: TowerFacts = WITH_CLS, equal: bool = False
+) -> VisualBatch:
+    """Return a batch with random features and attention, or with features and attention that are all the same."""
+    generator = torch.Generator().manual_seed(seed)
+    total = sum(layout.total for layout in images)
+
+    def values(*shape: int) -> Tensor:
+        return torch.ones(shape) if equal else torch.rand(shape, generator=generator)
+
+    newline = torch.cat([layout.newline for layout in images])
+    vision, tile_vision = {}, {}
+    for signal in method.vision_signals(tower):
+        maps = []
+        for layout in images:
+            crops = layout.crops or (0, 0)
+            side = layout.tile_grid or (1, layout.total)
+            maps.append(values(1 + crops[0] * crops[1], side[0] * side[1], 2))
+        index = [layout.row * (layout.tile_grid or (1, 1))[1] + layout.column for layout in images]
+        picked = [
+            tiles[layout.tile, place.clamp(min=0)] for tiles, layout, place in zip(maps, images, index, strict=True)
+        ]
+        vision[signal] = torch.cat(picked).masked_fill(newline[:, None], 0)
+        tile_vision[signal] = tuple(maps)
+    return make_batch(method, images, values(total, 8), vision, tower, tile_vision=tile_vision)
+
+
+def check_selection(selection: Selection, batch: VisualBatch, counts: Sequence[int] | None = None) -> None:
+    """Counts as asked for; indices unique, in range and in position order."""
+    assert list(selection.counts) == list(batch.budgets if counts is None else counts)
+    assert selection.kept.dtype == torch.int64
+    assert selection.kept.numel() == sum(selection.counts)
+    for kept, total in zip(selection.kept.split(list(selection.counts)), batch.counts, strict=True):
+        assert (kept.diff() > 0).all()
+        assert kept.numel() == 0 or (kept[0] >= 0 and kept[-1] < total)
+
+
+def tiles_of(kept: Tensor, layout: VisualLayout) -> list[int]:
+    """Return how many tokens of each tile are kept, and of the newlines as last entry."""
+    crops = layout.crops or (0, 0)
+    patches = kept[~layout.newline[kept]]
+    counts = torch.bincount(layout.tile[patches], minlength=1 + crops[0] * crops[1]).tolist()
+    return [*counts, int(layout.newline[kept].sum())]
