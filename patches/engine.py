@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from vlmprune.errors import NoRunError, UnsupportedCallError
 from vlmprune.methods.base import Method
+from vlmprune.methods.pipeline import Pipeline
 from vlmprune.methods.visual_batch import Selection, VisualBatch
 from vlmprune.record import RunRecord
 from .call_frames import FrameStack, ModelFrame
@@ -18,8 +19,10 @@ from .compaction import Compaction, plan_compaction, restore_columns
 from .families.family import Family
 from .hooks import HookSet
 from .image_spans import ImageSpans, columns_of, find_image_spans
+from .layer_run import LayerRun
+from .layer_site import LayerSite
 from .multi_turn import patch_generation_inputs
-from .pruned_cache import PrunedCacheState, cache_state, set_cache_state
+from .pruned_cache import CacheSegment, PrunedCacheState, cache_state, set_cache_state
 from .vision_capture import SIGNALS_ATTRIBUTE, VisionCapture
 
 
@@ -30,11 +33,19 @@ class PruningEngine:
     spreads the hidden states over the caller's columns. In later calls it translates mask and positions for the short cache.
     """
 
-    def __init__(self, family: Family, method: Method, positions: str) -> None:
+    def __init__(self, family: Family, pipeline: Pipeline, positions: str | None = None) -> None:
         self.family = family
-        self.method = method
-        self.positions = positions
+        self.pipeline = pipeline
+        first, inner = pipeline.at_input or pipeline.at_layers, pipeline.at_layers
+        assert first is not None
+        self.method: Method = first
+        default = "original" if family.mrope else "compact"
+        self.positions = positions or default
         self.frames = FrameStack()
+        self.layer_site: LayerSite | None = None
+        if inner is not None:
+            compact = (positions or inner.positions or default) == "compact"
+            self.layer_site = LayerSite(family, inner, self.frames, compact)
         self.hooks = HookSet()
         self.record: RunRecord | None = None
         self._model_parameters = list(inspect.signature(family.multimodal_model.forward).parameters)
@@ -49,6 +60,8 @@ class PruningEngine:
             hooks.after("model exit", family.multimodal_model, self._leave_model, always=True)
             hooks.before("language model entry", family.language_model, self._enter_language_model)
             hooks.after("language model exit", family.language_model, self._leave_language_model)
+            if self.layer_site is not None:
+                self.layer_site.install(hooks)
             patch_generation_inputs(family.model, hooks)
         except BaseException:
             hooks.remove()
@@ -57,7 +70,7 @@ class PruningEngine:
     def last_run(self) -> RunRecord:
         """Return the record of the latest prefill."""
         if self.record is None:
-            raise NoRunError(f"{self.method.name!r} is applied, but no prefill has run yet. Call the model first.")
+            raise NoRunError(f"{self.pipeline.name!r} is applied, but no prefill has run yet. Call the model first.")
         return self.record
 
     def _enter_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -97,19 +110,32 @@ class PruningEngine:
             if cache is None or int(cache.get_seq_length()) == 0:
                 self._record_text_only(kwargs)
             return None
-        return args, self._continue(state, cache, kwargs)
+        return args, self._continue(frame, state, cache, kwargs)
 
     def _leave_language_model(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
-        if not self.frames.model or self.frames.model[-1].compaction is None:
+        if not self.frames.model:
             return None
         frame = self.frames.model[-1]
-        compaction, state = frame.compaction
+        compaction, state = frame.compaction or (None, None)
+        run: LayerRun | None = frame.layer_run
+        if run is not None and run.images is not None:
+            assert self.layer_site is not None
+            state = run.left_behind()
+            self.record = self.layer_site.finish_record(run)
+        if state is None:
+            return None
         if output.past_key_values is not None:
             set_cache_state(output.past_key_values, state)
-        output.last_hidden_state = restore_columns(output.last_hidden_state, compaction)
+
+        def spread(hidden: Tensor | None, layer: int) -> Tensor | None:
+            if hidden is None or (run is None and compaction is None):
+                return hidden
+            return restore_columns(hidden, compaction) if run is None else run.restored(hidden, layer)
+
+        output.last_hidden_state = spread(output.last_hidden_state, self.family.decoder_layers)
         if output.hidden_states is not None:
-            spread = [None if h is None else restore_columns(h, compaction) for h in output.hidden_states[:-1]]
-            output.hidden_states = (*spread, output.last_hidden_state)
+            earlier = [spread(hidden, layer - 1) for layer, hidden in enumerate(output.hidden_states[:-1])]
+            output.hidden_states = (*earlier, output.last_hidden_state)
         return output
 
     def _prefill(self, frame: ModelFrame, kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -125,9 +151,11 @@ class PruningEngine:
         budgets = tuple(self.method.budget(count) for count in spans.counts)
         if budgets == spans.counts:
             self._record(frame, spans, list(budgets), [0] * embeddings.shape[0])
+            columns = spans.flat.to(embeddings.device, non_blocking=True)
+            kwargs = self._begin_layers(frame, spans, columns, list(spans.counts), None, kwargs, kwargs)
             cache = kwargs.get("past_key_values")
             state = cache_state(cache) if cache is not None else None
-            return kwargs if state is None else self._continue(state, cache, kwargs)
+            return kwargs if state is None else self._continue(frame, state, cache, kwargs)
         self._check_mask(kwargs.get("attention_mask"))
 
         selection, unique_counts = self._select(frame, spans, budgets, embeddings, signals.vision)
@@ -135,7 +163,50 @@ class PruningEngine:
         kept_counts = [unique_counts[image] for image in spans.unique]
         compaction = self._plan(frame, spans, kept_counts, kept_columns, embeddings)
         self._record(frame, spans, per_image, list(compaction.removed))
-        return self._compacted_inputs(frame, compaction, spans, selection, kept_columns, kwargs)
+        compacted = self._compacted_inputs(frame, compaction, spans, selection, kept_columns, kwargs)
+        return self._begin_layers(frame, spans, kept_columns, per_image, compaction, kwargs, compacted)
+
+    def _begin_layers(
+        self,
+        frame: ModelFrame,
+        spans: ImageSpans,
+        columns: Tensor,
+        index: Sequence[Tensor | int],
+        entry: Compaction | None,
+        given: dict[str, Any],
+        kwargs: dict[str, Any],
+    ) -> dict[str, Any]:
+        if self.layer_site is None:
+            return kwargs
+        cache = given.get("past_key_values")
+        state = cache_state(cache) if cache is not None else None
+        past = int(cache.get_seq_length()) if cache is not None else 0
+        call = self._layer_run(frame, state, cache, given)
+        frame.layer_run = run = self.layer_site.begin_prefill(frame, spans, columns, index, entry, past, call)
+        if run is None:
+            return kwargs
+        self._check_mask(given.get("attention_mask"))
+        return self.layer_site.hold_back_deepstack(run, kwargs)
+
+    def _layer_run(
+        self, frame: ModelFrame, state: PrunedCacheState | None, cache: Any, kwargs: Mapping[str, Any]
+    ) -> LayerRun:
+        embeddings, mask = kwargs.get("inputs_embeds"), kwargs.get("attention_mask")
+        tokens = embeddings if embeddings is not None else kwargs["input_ids"]
+        past = 0 if cache is None else int(cache.get_seq_length()) if state is None else state.caller_past(cache)
+        if isinstance(mask, Tensor):
+            # What lies before `start` is in the cache's own state. The CPU copy spares a wait for the device.
+            start, seen = 0 if state is None else state.caller_length, frame.attention_mask
+            mask = None if bool((mask if seen is None else seen)[:, start:].all()) else mask.bool()
+        return LayerRun(
+            positions=self._positions(kwargs.get("position_ids"), *tokens.shape[:2], past, tokens.device),
+            mask=mask,
+            caller_past=past,
+            state=state,
+            compact_entry=self.positions == "compact",
+            compact_layers=self.layer_site is not None and self.layer_site.compact,
+            record=self.record,
+        )
 
     def _select(
         self, frame: ModelFrame, spans: ImageSpans, budgets: tuple[int, ...], embeddings: Tensor, vision: Mapping[Any, Tensor]
@@ -224,10 +295,15 @@ class PruningEngine:
         frame.compaction = (
             compaction,
             PrunedCacheState(
-                caller_length=caller_past + columns,
-                cache_length=past + compaction.width,
-                valid=valid,
-                removed=removed if state is None else removed + state.removed,
+                caller_past + columns,
+                (
+                    CacheSegment(
+                        first_layer=0,
+                        cache_length=past + compaction.width,
+                        valid=valid,
+                        removed=removed if state is None else removed + state.removed,
+                    ),
+                ),
             ),
         )
         mask = valid
@@ -269,7 +345,9 @@ class PruningEngine:
             before = torch.ones(present.shape[0], past, dtype=torch.bool, device=present.device)
         return torch.cat([before, present], dim=1)
 
-    def _continue(self, state: PrunedCacheState, cache: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+    def _continue(
+        self, frame: ModelFrame, state: PrunedCacheState, cache: Any, kwargs: dict[str, Any]
+    ) -> dict[str, Any]:
         embeddings = kwargs.get("inputs_embeds")
         tokens = embeddings if embeddings is not None else kwargs["input_ids"]
         batch, columns = tokens.shape[:2]
@@ -278,7 +356,18 @@ class PruningEngine:
         mask = state.valid_columns(cache, kwargs.get("attention_mask"), columns)
         caller_past = state.caller_past(cache)
         positions = self._positions(kwargs.get("position_ids"), batch, columns, caller_past, tokens.device)
+        if len(state.segments) > 1 and frame.layer_run is None:
+            self._check_segments(state)
+            frame.layer_run = self._layer_run(frame, state, cache, kwargs)
         return {**kwargs, "attention_mask": mask, "position_ids": positions - state.removed}
+
+    def _check_segments(self, state: PrunedCacheState) -> None:
+        first = state.segments[1].first_layer
+        if self.layer_site is None or self.layer_site.first_hooked > first:
+            raise UnsupportedCallError(
+                f"The cache was pruned from layer {first} on by another method than {self.pipeline.name!r}; "
+                "continue it with the method that made it."
+            )
 
     @staticmethod
     def _positions(given: Tensor | None, batch: int, columns: int, past: int, device: torch.device) -> Tensor:
@@ -306,7 +395,7 @@ class PruningEngine:
         visual = frame.visual_mask.sum(1).tolist()
         layouts = self.family.layouts(spans.counts, frame.image_outputs, frame.inputs)
         self.record = RunRecord(
-            method=self.method.name,
+            method=self.pipeline.name,
             signal=self._signal_name(),
             text_tokens=(valid & ~frame.visual_mask).sum(1).tolist(),
             visual_tokens_per_layer=[
@@ -324,7 +413,7 @@ class PruningEngine:
         mask = kwargs.get("attention_mask")
         is_plain = isinstance(mask, Tensor) and mask.ndim == 2
         self.record = RunRecord(
-            method=self.method.name,
+            method=self.pipeline.name,
             signal=self._signal_name(),
             text_tokens=mask[:, -columns:].sum(1).tolist() if is_plain else [columns] * batch,  # type: ignore[index]
             visual_tokens_per_layer=[[0] * self.family.decoder_layers for _ in range(batch)],
@@ -336,4 +425,7 @@ class PruningEngine:
 
     def _signal_name(self) -> str | None:
         signals = self.method.vision_signals(self.family.tower_facts)
-        return ", ".join(f"{signal.kind} layer {signal.layer}" for signal in signals) or None
+        names = [f"{signal.kind} layer {signal.layer}" for signal in signals]
+        if self.layer_site is not None:
+            names.append(self.layer_site.signal)
+        return ", ".join(names) or None

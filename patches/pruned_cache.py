@@ -14,20 +14,60 @@ _ATTRIBUTE = "_vlmprune_state"
 
 
 @dataclass(frozen=True, eq=False)
+class CacheSegment:
+    """Neighbouring layers whose caches hold the same tokens.
+
+    Attributes:
+        first_layer: 0-based layer at which the segment begins.
+        cache_length: entries of these layers' caches at the end of the latest prefill.
+        valid: bool `[batch, cache_length]`, false at padding; None if there is none.
+        removed: int64 `[batch, 1]`, how far positions after the prefill move down in these layers.
+    """
+
+    first_layer: int
+    cache_length: int
+    valid: Tensor | None
+    removed: Tensor
+
+    def extended(self, later: Tensor | None, count: int) -> Tensor | None:
+        """Return the mask `[batch, cache_length + count]` once `count` later tokens follow, or None if nothing is masked.
+
+        Args:
+            later: the caller's mask of those tokens, bool `[batch, count]`, or None.
+        """
+        if later is None and self.valid is None:
+            return None
+        batch, device = self.removed.shape[0], self.removed.device
+        head = self.valid if self.valid is not None else torch.ones(batch, self.cache_length, dtype=torch.bool, device=device)
+        tail = later if later is not None else torch.ones(batch, count, dtype=torch.bool, device=device)
+        return torch.cat([head, tail.to(head)], dim=1)
+
+
+@dataclass(frozen=True, eq=False)
 class PrunedCacheState:
     """How a cache relates to the sequence that the caller believes to be in it.
 
     Attributes:
         caller_length: tokens of the caller's sequence at the end of the latest prefill.
-        cache_length: entries of the cache at that moment.
-        valid: bool `[batch, cache_length]`, false at padding; None if there is none.
-        removed: int64 `[batch, 1]`, how far positions after the prefill move down.
+        segments: groups of layers with equal caches, from layer 0 up.
     """
 
     caller_length: int
-    cache_length: int
-    valid: Tensor | None
-    removed: Tensor
+    segments: tuple[CacheSegment, ...]
+
+    @property
+    def cache_length(self) -> int:
+        """Entries of the first layer's cache at the end of the latest prefill."""
+        return self.segments[0].cache_length
+
+    @property
+    def removed(self) -> Tensor:
+        """How far positions after the prefill move down in the first layer, int64 `[batch, 1]`."""
+        return self.segments[0].removed
+
+    def segment(self, layer: int) -> CacheSegment:
+        """Return the segment that holds `layer`."""
+        return next(segment for segment in reversed(self.segments) if segment.first_layer <= layer)
 
     def caller_past(self, cache: Any) -> int:
         """Return how many tokens of the caller's sequence the cache stands for now."""
@@ -40,8 +80,16 @@ class PrunedCacheState:
                 f"A pruned cache of {self.removed.shape[0]} rows was continued with {batch} rows; allowed: the same rows."
             )
 
+    def check_columns(self, attention_mask: Tensor | None, expected: int, new_columns: int) -> None:
+        """Raise UnsupportedCallError unless the caller's mask covers `expected` tokens, of which `new_columns` are new."""
+        if attention_mask is not None and attention_mask.shape[1] != expected:
+            raise UnsupportedCallError(
+                f"attention_mask has {attention_mask.shape[1]} columns; the pruned cache stands for {expected - new_columns} "
+                f"tokens of the full sequence and {new_columns} are new, so {expected} are needed."
+            )
+
     def valid_columns(self, cache: Any, attention_mask: Tensor | None, new_columns: int) -> Tensor | None:
-        """Return the mask `[batch, entries before + new_columns]` in cache columns, or None if nothing is masked.
+        """Return the mask `[batch, entries before + new_columns]` of the first layer, or None if nothing is masked.
 
         Args:
             cache: the cache before this call's tokens are added.
@@ -49,20 +97,9 @@ class PrunedCacheState:
             new_columns: tokens of this call.
         """
         expected = self.caller_past(cache) + new_columns
-        if attention_mask is not None and attention_mask.shape[1] != expected:
-            raise UnsupportedCallError(
-                f"attention_mask has {attention_mask.shape[1]} columns; the pruned cache stands for {expected - new_columns} "
-                f"tokens of the full sequence and {new_columns} are new, so {expected} are needed."
-            )
-        if attention_mask is None and self.valid is None:
-            return None
-        batch, later = self.removed.shape[0], expected - self.caller_length
-        ones = torch.ones(batch, later, dtype=torch.bool, device=self.removed.device)
-        tail = ones if attention_mask is None else attention_mask[:, self.caller_length :].to(ones)
-        head = self.valid
-        if head is None:
-            head = torch.ones(batch, self.cache_length, dtype=torch.bool, device=tail.device)
-        return torch.cat([head, tail], dim=1)
+        self.check_columns(attention_mask, expected, new_columns)
+        later = None if attention_mask is None else attention_mask[:, self.caller_length :]
+        return self.segments[0].extended(later, expected - self.caller_length)
 
 
 def cache_state(cache: Any) -> PrunedCacheState | None:

@@ -6,8 +6,16 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from .errors import AlreadyAppliedError, NotAppliedError, UnsupportedFamilyError, UnsupportedMethodError, unknown
+from .errors import (
+    AlreadyAppliedError,
+    NotAppliedError,
+    ParameterError,
+    UnsupportedFamilyError,
+    UnsupportedMethodError,
+    unknown,
+)
 from .methods.base import Method
+from .methods.pipeline import Pipeline, make_pipeline
 from .methods.registry import METHODS, make_method
 from .record import RunRecord
 
@@ -35,7 +43,7 @@ def apply(
 
     Args:
         model: a transformers vision-language model of a supported family.
-        method: a method's name, class or object, or a list with one of them.
+        method: a method's name, class or object, or a list of them that act at different sites (a pipeline).
         keep: share of visual tokens kept, a float in (0, 1], or the number kept per image, an int; 0.25 if not given.
         positions: "compact" renumbers the kept tokens, "original" leaves their positions; by default as the family needs it.
         parameters: the method's own parameters, under the symbols of its paper.
@@ -54,17 +62,19 @@ def apply(
     from vlmprune.patches.engine import PruningEngine
     from vlmprune.patches.families.registry import find_family
 
-    chosen = _one_method(method, keep, parameters)
+    chosen = _pipeline(method, keep, parameters)
     if positions is not None and positions not in _POSITIONS:
         raise unknown("positions", positions, _POSITIONS)
     family = find_family(model)
     current = model.__dict__.get(_ATTRIBUTE)
     if current is not None:
         raise AlreadyAppliedError(
-            f"{type(model).__name__} already carries {current.method!r}. Call vlmprune.remove(model) before applying {chosen!r}."
+            f"{type(model).__name__} already carries {current.pipeline!r}. "
+            f"Call vlmprune.remove(model) before applying {chosen!r}."
         )
-    _check_served(chosen, family)
-    engine = PruningEngine(family, chosen, positions or ("original" if family.mrope else "compact"))
+    for chosen_method in chosen.methods:
+        _check_served(chosen_method, family)
+    engine = PruningEngine(family, chosen, positions)
     engine.install()
     model.__dict__[_ATTRIBUTE] = engine
     return model
@@ -123,13 +133,15 @@ def list_methods(model: nn.Module | None = None) -> list[str]:
     return [name for name, cls in METHODS.items() if _missing(cls, family) is None]
 
 
-def _one_method(method: Any, keep: object, parameters: dict[str, Any]) -> Method:
+def _pipeline(method: Any, keep: object, parameters: dict[str, Any]) -> Pipeline:
     if not isinstance(method, (list, tuple)):
-        return make_method(method, keep, **parameters)
-    if len(method) != 1:
-        names = ", ".join(repr(item) for item in method) or "none"
-        raise UnsupportedMethodError(f"A list of methods must hold one per site; all methods so far act at the input: {names}.")
-    return make_method(method[0], keep, **parameters)
+        return make_pipeline([make_method(method, keep, **parameters)])
+    if len(method) > 1 and (keep is not None or parameters):
+        given = ", ".join((["keep"] if keep is not None else []) + list(parameters))
+        raise ParameterError(
+            f"{given} given beside a list of methods; set it on each of them: [DivPrune(keep=0.5), PyramidDrop(keep=0.3)]."
+        )
+    return make_pipeline([make_method(item, keep, **parameters) for item in method])
 
 
 def _missing(method: Method | type[Method], family: Family) -> str | None:
@@ -137,15 +149,22 @@ def _missing(method: Method | type[Method], family: Family) -> str | None:
         return "a CLS token in the vision tower"
     if method.needs_grid and not family.has_grid:
         return "visual tokens that form one plain grid"
+    if method.needs_tiles and not family.has_tiles:
+        return "images cut in a thumbnail and crops"
     return None
 
 
 def _check_served(method: Method, family: Family) -> None:
     missing = _missing(method, family)
     if missing is not None:
+        from vlmprune.patches.families.registry import FAMILIES
+
+        tiled = ", ".join(cls.name for cls in FAMILIES if cls.has_tiles) or "none so far"
+        where = f" Families that have them: {tiled}." if method.needs_tiles else ""
         served = ", ".join(list_methods(family.model))
         raise UnsupportedMethodError(
-            f"{method.name!r} needs {missing}, which this {family.name} model does not have. It can be served with: {served}."
+            f"{method.name!r} needs {missing}, which this {family.name} model does not have.{where} "
+            f"It can be served with: {served}."
         )
 
 

@@ -17,7 +17,8 @@ class ImageRecord:
         batch_index: row of the batch (after the expansion for beams and return sequences).
         total: visual tokens before pruning.
         kept: int64 `[kept]`, indices into the image's own visual token order; for merged tokens the index whose
-            position the merged token took.
+            position the merged token took; for methods that drop inside the language model those alive after its last layer.
+        stages: the kept indices with the first layer of the language model that sees just these, ascending by layer.
         grid: `(rows, columns)` where the tokens are one plain raster, else None.
     """
 
@@ -25,6 +26,7 @@ class ImageRecord:
     total: int
     kept: Tensor
     grid: tuple[int, int] | None
+    stages: tuple[tuple[int, Tensor], ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,6 +38,7 @@ class RunRecord:
         signal: what the method scored by ("cls_attention layer 22", say), None where it used no attention.
         text_tokens: valid prompt tokens that are not visual, per row.
         visual_tokens_per_layer: visual tokens per row `[rows]` and language-model layer `[layers]`.
+        kept_by_stage: with methods that drop inside the language model, per stage its first layer and the kept indices per image.
     """
 
     method: str
@@ -46,16 +49,26 @@ class RunRecord:
     image_totals: Sequence[int]
     image_grids: Sequence[tuple[int, int] | None]
     kept_per_image: Sequence[Tensor | int]
+    kept_by_stage: Sequence[tuple[int, Sequence[Tensor | int]]] = ()
 
     @cached_property
     def images(self) -> list[ImageRecord]:
         """One `ImageRecord` an image, in prompt order; reading it moves the kept indices to the CPU."""
         import torch
 
+        def indices(kept: Tensor | int) -> Tensor:
+            return torch.arange(kept) if isinstance(kept, int) else kept.to("cpu", torch.int64)
+
         return [
-            ImageRecord(row, total, torch.arange(kept) if isinstance(kept, int) else kept.to("cpu", torch.int64), grid)
-            for row, total, grid, kept in zip(
-                self.image_rows, self.image_totals, self.image_grids, self.kept_per_image, strict=True
+            ImageRecord(
+                row,
+                total,
+                indices(kept),
+                grid,
+                tuple((layer, indices(per_image[image])) for layer, per_image in self.kept_by_stage) or ((0, indices(kept)),),
+            )
+            for image, (row, total, grid, kept) in enumerate(
+                zip(self.image_rows, self.image_totals, self.image_grids, self.kept_per_image, strict=True)
             )
         ]
 

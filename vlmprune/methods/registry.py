@@ -8,11 +8,19 @@ from ..errors import ParameterError, unknown
 from .base import Method
 from .divprune import DivPrune
 from .fastervlm import FasterVLM
+from .fastv import FastV
+from .globalcom2 import GlobalCom2
+from .hired import HiRED
 from .pool import Pool
+from .pyramiddrop import PyramidDrop
 from .random import Random
+from .todre import ToDRE
 from .uniform import Uniform
+from .vtc_cls import VTCCLS
 
-METHODS: dict[str, type[Method]] = {cls.name: cls for cls in (Random, Uniform, Pool, FasterVLM, DivPrune)}
+METHODS: dict[str, type[Method]] = {
+    cls.name: cls for cls in (Random, Uniform, Pool, FasterVLM, VTCCLS, HiRED, GlobalCom2, DivPrune, ToDRE, FastV, PyramidDrop)
+}
 
 
 def method_names() -> list[str]:

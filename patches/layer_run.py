@@ -1,0 +1,242 @@
+"""One call whose sequence differs from layer to layer: what is alive, and what each layer must be given."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .compaction import Compaction, plan_compaction, restore_columns
+from .pruned_cache import CacheSegment, PrunedCacheState
+
+
+@dataclass(eq=False)
+class VisualTokens:
+    """The images of a prefill and what is left of them.
+
+    Attributes:
+        rows: batch row per image.
+        columns: per image int64 `[alive]`, `row * columns + column` of the alive tokens in the caller's columns.
+        index: per image int64 `[alive]`, indices into the image's own visual token order.
+        cuts: per image the layers at which it is cut, and to how many tokens (None: the method decides).
+        text: bool `[batch, columns]`, valid tokens that are not visual.
+        visual: bool `[batch, columns]`, placeholders before any pruning.
+        text_lengths: true entries per row of `text`.
+        visual_lengths: true entries per row of `visual`.
+    """
+
+    rows: tuple[int, ...]
+    columns: list[Tensor]
+    index: list[Tensor]
+    cuts: list[dict[int, int | None]]
+    text: Tensor
+    visual: Tensor
+    text_lengths: list[int]
+    visual_lengths: list[int]
+
+    @property
+    def counts(self) -> list[int]:
+        """Alive tokens per image."""
+        return [len(columns) for columns in self.columns]
+
+    @property
+    def row_counts(self) -> list[int]:
+        """Alive tokens per batch row."""
+        counts = [0] * len(self.text_lengths)
+        for row, count in zip(self.rows, self.counts, strict=True):
+            counts[row] += count
+        return counts
+
+    def images_at(self, layer: int) -> list[int]:
+        """Return the images that lose tokens at `layer`."""
+        return [
+            image
+            for image, (cuts, count) in enumerate(zip(self.cuts, self.counts, strict=True))
+            if layer in cuts and count and (cuts[layer] is None or cuts[layer] < count)  # type: ignore[operator]
+        ]
+
+    def plan(self) -> Compaction:
+        """Plan the sequence of text and alive visual tokens."""
+        keep = self.text.flatten().clone()
+        keep[torch.cat(self.columns)] = True
+        counts = self.row_counts
+        return plan_compaction(
+            keep.view_as(self.text),
+            self.visual,
+            tuple(text + count for text, count in zip(self.text_lengths, counts, strict=True)),
+            tuple(total - count for total, count in zip(self.visual_lengths, counts, strict=True)),
+        )
+
+
+@dataclass(eq=False)
+class LayerRun:
+    """A running call of the language model, in the caller's columns.
+
+    Attributes:
+        positions: what the caller passed, int64 `[..., batch, columns]`.
+        mask: the caller's mask `[batch, caller_past + columns]` as bool, None where it masks nothing.
+        caller_past: tokens of the caller's sequence before this call.
+        state: what earlier prefills left behind, or None.
+        images: the images of a prefill that is cut, or None.
+        entry: what was dropped before the first layer, or None.
+        last_column: int64 `[batch]`, column of the last prompt token at the entry.
+        compact_entry: whether positions close the gaps of what was dropped before the first layer.
+        compact_layers: whether positions close the gaps of what was dropped inside.
+        record: the record of this prefill as it was at the entry.
+        deepstack: per layer the features that are added to the visual tokens of its output.
+        compaction: the current sequence; None while it is the caller's.
+        inputs: what replaces the host's arguments of the layers from here on.
+        segments: the caches' segments up to here.
+        stages: the cuts so far, and the sequence after each.
+        kept: after each cut the indices alive per image.
+        captured: projections of the probed layer.
+        projected_keys: a layer and its keys before rotation, which that layer need not project again.
+    """
+
+    positions: Tensor
+    mask: Tensor | None
+    caller_past: int
+    state: PrunedCacheState | None
+    images: VisualTokens | None = None
+    entry: Compaction | None = None
+    last_column: Tensor | None = None
+    compact_entry: bool = True
+    compact_layers: bool = True
+    record: Any = None
+    deepstack: dict[int, Tensor] = field(default_factory=dict)
+    compaction: Compaction | None = None
+    inputs: dict[str, Any] | None = None
+    segments: list[CacheSegment] = field(default_factory=list)
+    stages: list[tuple[int, Compaction]] = field(default_factory=list)
+    kept: list[tuple[int, list[Tensor]]] = field(default_factory=list)
+    captured: dict[str, Any] = field(default_factory=dict)
+    projected_keys: tuple[int, Tensor] | None = None
+
+    def __post_init__(self) -> None:
+        self.compaction = self.entry
+        inner = self.state.segments[1:] if self.state is not None else ()
+        self.boundaries = {segment.first_layer for segment in inner}
+        if self.images is not None:
+            for cuts in self.images.cuts:
+                self.boundaries.update(cuts)
+            self.entry_columns = torch.cat(self.images.columns).sort().values
+
+    @property
+    def batch(self) -> int:
+        """Rows of the call."""
+        return self.positions.shape[-2]
+
+    @property
+    def width(self) -> int:
+        """Columns of the current sequence."""
+        return self.positions.shape[-1] if self.compaction is None else self.compaction.width
+
+    def last_tokens(self) -> Tensor:
+        """Return the current column of each row's last prompt token, int64 `[batch]`."""
+        if self.compaction is None:
+            assert self.last_column is not None
+            return self.last_column
+        return torch.full((self.batch,), self.compaction.width - 1, device=self.positions.device)
+
+    def current(self, columns: Tensor) -> Tensor:
+        """Translate flat caller's columns to flat columns `row * width + column` of the current sequence."""
+        if self.compaction is None:
+            return columns
+        return self.compaction.destination.flatten()[columns] + columns // self.positions.shape[-1] * self.compaction.width
+
+    def compact(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """Drop what is no longer alive from `hidden [batch, width, dim]` and go on with the shorter sequence.
+
+        Returns:
+            The shorter states, and for each of their columns the one it came from.
+        """
+        assert self.images is not None
+        planned = self.images.plan()
+        source = planned.index.clamp(min=0)
+        if self.compaction is not None:
+            source = self.compaction.destination.gather(1, source).clamp(max=self.compaction.width - 1)
+        shorter = hidden[torch.arange(self.batch, device=hidden.device)[:, None], source]
+        if planned.ragged:
+            shorter = shorter * (planned.index >= 0)[..., None]
+        self.compaction = planned
+        return shorter, source
+
+    def kinds(self, past: int, valid: Tensor | None) -> Tensor:
+        """Return the kind of every key, int8 `[batch, past + width]`: 0 padding, 1 system, 2 visual, 3 text."""
+        assert self.images is not None
+        text, visual = self.images.text, self.images.visual
+        kinds = torch.where(visual, 2, torch.where(visual.cumsum(1) > 0, 3, 1)) * (text | visual)
+        if self.compaction is not None:
+            kinds = kinds.gather(1, self.compaction.index.clamp(min=0)) * (self.compaction.index >= 0)
+        kinds = torch.cat([torch.ones(self.batch, past, dtype=kinds.dtype, device=kinds.device), kinds], dim=1)
+        return (kinds if valid is None else kinds * valid).to(torch.int8)
+
+    def segment_inputs(self, layer: int, past: int) -> tuple[Tensor, Tensor | None]:
+        """Return positions `[..., batch, width]` and mask `[batch, past + width]` (or None) from `layer` on."""
+        before = self.state.segment(layer) if self.state is not None else None
+        positions, removed = self._positions(before)
+        valid = self.valid_columns(layer, past)
+        if self.images is not None:
+            self.segments.append(CacheSegment(layer, past + self.width, valid, removed))
+        return positions, valid
+
+    def valid_columns(self, layer: int, past: int) -> Tensor | None:
+        """Return the bool mask `[batch, past + width]` of the current sequence in `layer`, or None if nothing is masked."""
+        before = None
+        if self.state is not None:
+            length = self.state.caller_length
+            later = None if self.mask is None else self.mask[:, length : self.caller_past]
+            before = self.state.segment(layer).extended(later, self.caller_past - length)
+        elif self.mask is not None and past:
+            before = self.mask[:, :past]
+        present = None
+        if self.compaction is None:
+            present = None if self.mask is None else self.mask[:, -self.width :]
+        elif self.compaction.ragged:
+            present = self.compaction.index >= 0
+        if before is None and present is None:
+            return None
+        return torch.cat([self._ones(past) if before is None else before, self._ones() if present is None else present], 1)
+
+    def restored(self, hidden: Tensor, layer: int) -> Tensor:
+        """Spread the output `hidden` of `layer` over the caller's columns; as it is where nothing was dropped before."""
+        compaction = self.entry
+        for first, planned in self.stages:
+            if first <= layer:
+                compaction = planned
+        return hidden if compaction is None else restore_columns(hidden, compaction)
+
+    def left_behind(self) -> PrunedCacheState:
+        """Return what later calls with this cache must know."""
+        return PrunedCacheState(self.caller_past + self.positions.shape[-1], tuple(self.segments))
+
+    def _ones(self, width: int | None = None) -> Tensor:
+        size = self.width if width is None else width
+        return torch.ones(self.batch, size, dtype=torch.bool, device=self.positions.device)
+
+    def _positions(self, before: CacheSegment | None) -> tuple[Tensor, Tensor]:
+        positions = self.positions
+        removed = torch.zeros(self.batch, 1, dtype=torch.int64, device=positions.device)
+        if before is not None:
+            positions, removed = positions - before.removed, before.removed
+        if self.compaction is None:
+            return positions, removed
+        dropped: Tensor | int = 0
+        counts = [0] * self.batch
+        entry_removed = self.entry.removed if self.entry is not None else (0,) * self.batch
+        if self.entry is not None and self.compact_entry:
+            dropped = self.entry.dropped_before
+            counts = list(entry_removed)
+        if self.compact_layers and self.compaction is not self.entry:
+            inner = self.compaction.dropped_before - (self.entry.dropped_before if self.entry is not None else 0)
+            dropped = dropped + inner
+            counts = [
+                count + total - entry
+                for count, total, entry in zip(counts, self.compaction.removed, entry_removed, strict=True)
+            ]
+        index = self.compaction.index.clamp(min=0)
+        positions = (positions - dropped).take_along_dim(index.expand(*positions.shape[:-1], -1), -1)
+        positions = positions * (self.compaction.index >= 0)
+        return positions, removed + torch.tensor(counts).to(removed.device, non_blocking=True)[:, None]

@@ -1,0 +1,320 @@
+"""Dropping visual tokens between the layers of the language model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.masking_utils import create_causal_mask
+from vlmprune.kernels.row_attention import row_attention
+
+from vlmprune.methods.layer_method import LayerBatch, LayerMethod, ProbedLayer
+from vlmprune.methods.visual_batch import Selection
+from vlmprune.record import RunRecord
+
+from .call_frames import FrameStack, ModelFrame
+from .compaction import Compaction
+from .families.family import Family
+from .hooks import HookSet
+from .image_spans import ImageSpans
+from .layer_run import LayerRun, VisualTokens
+from .layer_scores import cached_keys, check_decoder, rotary_row, rotate
+
+
+class LayerSite:
+    """The hooks on the decoder layers, from the first that a method probes or cuts.
+
+    At a cut the hidden states are compacted, and mask and positions are replaced for that layer and all later ones; the host
+    passes every layer the ones it made for the first. In later calls each group of layers gets those of its own cache.
+    """
+
+    def __init__(self, family: Family, method: LayerMethod, frames: FrameStack, compact: bool) -> None:
+        self.family = family
+        self.method = method
+        self.frames = frames
+        self.compact = compact
+        self.cuts = method.cut_layers(family.decoder_layers)
+
+    @property
+    def first_hooked(self) -> int:
+        """The lowest layer that is watched."""
+        return min(self.cuts) - (self.method.probe == "layer before")
+
+    @property
+    def signal(self) -> str:
+        """What the method scores by."""
+        back = int(self.method.probe == "layer before")
+        layers = ", ".join(str(cut - back) for cut in self.cuts)
+        whose = "last token" if self.method.reads == "last token" else "text"
+        return f"{whose} attention layer {layers}"
+
+    def install(self, hooks: HookSet) -> None:
+        """Register the hooks on layers and projections."""
+        model: Any = self.family.language_model
+        before = self.method.probe == "layer before"
+        probed = [cut - before for cut in self.cuts]
+        first = self.first_hooked
+        check_decoder(model, range(first, self.family.decoder_layers), self.method.name)
+        for layer in range(first, self.family.decoder_layers):
+            hooks.before(f"decoder layer {layer}", model.layers[layer], self._layer_hook(layer, before and layer in probed))
+        for layer in probed:
+            attention = model.layers[layer].self_attn
+            if before:
+                for kind in ("q_proj", "k_proj"):
+                    hooks.after(f"decoder layer {layer} {kind}", getattr(attention, kind), self._capture_hook(kind, layer))
+            elif type(attention.k_proj) is nn.Linear:
+                hooks.before(f"decoder layer {layer} k_proj skipped", attention.k_proj, self._skip_hook(layer))
+                hooks.after(f"decoder layer {layer} k_proj reused", attention.k_proj, self._reuse_hook(layer))
+
+    def begin_prefill(
+        self,
+        frame: ModelFrame,
+        spans: ImageSpans,
+        columns: Tensor,
+        index: Sequence[Tensor | int],
+        entry: Compaction | None,
+        past: int,
+        call: LayerRun,
+    ) -> LayerRun | None:
+        """Return the run of a prefill with images, or None if nothing changes inside the language model.
+
+        Args:
+            frame: the running forward.
+            spans: the images.
+            columns: int64 `[tokens]`, flat columns in the caller's sequence of the visual tokens that enter the language model.
+            index: per image their indices into its own visual token order, or their number if that is all of them.
+            entry: what was dropped before the first layer.
+            past: entries of the first layer's cache.
+            call: the run as the caller's arguments describe it.
+        """
+        depth = self.family.decoder_layers
+        counts = [kept if isinstance(kept, int) else len(kept) for kept in index]
+        cuts: list[dict[int, int | None]] = []
+        for count in counts:
+            alive, wanted = count, {}
+            for cut in self.method.schedule(count, depth):
+                if cut.tokens is None or cut.tokens < alive:
+                    wanted[cut.layer] = cut.tokens
+                    alive = cut.tokens or 0
+            cuts.append(wanted)
+        if not any(cuts) and not call.boundaries:
+            return None
+        assert frame.visual_mask is not None
+        device, width = columns.device, frame.visual_mask.shape[1]
+        valid = torch.ones_like(frame.visual_mask)
+        if frame.attention_mask is not None:
+            valid = frame.attention_mask[:, -width:]
+        text = valid & ~frame.visual_mask
+        last = (valid * torch.arange(width)).amax(1)
+        images = VisualTokens(
+            rows=spans.rows,
+            columns=list(columns.split(counts)),
+            index=[torch.arange(kept, device=device) if isinstance(kept, int) else kept for kept in index],
+            cuts=cuts,
+            text=text.to(device, non_blocking=True),
+            visual=frame.visual_mask.to(device, non_blocking=True),
+            text_lengths=text.sum(1).tolist(),
+            visual_lengths=frame.visual_mask.sum(1).tolist(),
+        )
+        run = replace(call, images=images, entry=entry, last_column=last.to(device, non_blocking=True))
+        run.segment_inputs(0, past)
+        return run
+
+    def hold_back_deepstack(self, run: LayerRun, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Take away the deep visual features that the host would add by its own columns after the first cut."""
+        features = kwargs.get("deepstack_visual_embeds")
+        if features is None or run.images is None:
+            return kwargs
+        first = min((layer for cuts in run.images.cuts for layer in cuts), default=len(features))
+        run.deepstack = dict(enumerate(features))
+        for layer in range(min(first, len(features))):
+            del run.deepstack[layer]
+        return {**kwargs, "deepstack_visual_embeds": list(features)[:first]} if run.deepstack else kwargs
+
+    @staticmethod
+    def finish_record(run: LayerRun) -> RunRecord:
+        """Return the record of a finished prefill, with what every layer saw."""
+        record: RunRecord = run.record
+        assert run.images is not None
+        per_layer = [list(row) for row in record.visual_tokens_per_layer]
+        for first, compaction in run.stages:
+            for row, (total, removed) in enumerate(zip(run.images.visual_lengths, compaction.removed, strict=True)):
+                per_layer[row][first:] = [total - removed] * (len(per_layer[row]) - first)
+        if not run.stages:
+            return record
+        return replace(
+            record,
+            visual_tokens_per_layer=per_layer,
+            kept_per_image=run.images.index,
+            kept_by_stage=((0, record.kept_per_image), *run.kept),
+        )
+
+    def _layer_hook(self, layer: int, probed: bool) -> Any:
+        def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            run = self._run()
+            if run is None:
+                return None
+            hidden = args[0] if args else kwargs["hidden_states"]
+            entering = hidden
+            if run.inputs is not None:
+                kwargs = {**kwargs, **run.inputs}
+            if layer - 1 in run.deepstack:
+                hidden = self._add_deepstack(run, hidden, run.deepstack[layer - 1])
+            if layer in run.boundaries:
+                hidden, kwargs = self._change(run, layer, hidden, kwargs)
+            if probed:
+                run.captured["position_embeddings"] = kwargs["position_embeddings"]
+            if run.inputs is None and hidden is entering:
+                return None
+            return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
+
+        return enter
+
+    def _change(
+        self, run: LayerRun, layer: int, hidden: Tensor, kwargs: dict[str, Any]
+    ) -> tuple[Tensor, dict[str, Any]]:
+        cut = False
+        if run.images is not None:
+            chosen = run.images.images_at(layer)
+            if chosen:
+                hidden, cut = self._cut(run, layer, chosen, hidden, kwargs)
+        inner = run.state is not None and run.state.segment(layer).first_layer == layer
+        if not cut and not inner:
+            return hidden, kwargs
+        cache = kwargs.get("past_key_values")
+        past = 0 if cache is None else int(cache.get_seq_length(layer))
+        positions, valid = run.segment_inputs(layer, past)
+        model: Any = self.family.language_model
+        run.inputs = {
+            "attention_mask": create_causal_mask(
+                config=model.config,
+                inputs_embeds=hidden,
+                attention_mask=valid,
+                past_key_values=cache,
+                layer_idx=layer,
+                allow_is_causal_skip=valid is None,
+            ),
+            # Flash attention reads gaps as packed sequences, so only gapless positions go to the attention function.
+            "position_ids": positions if positions.ndim == 2 and self._gapless(run) else None,
+            "position_embeddings": model.rotary_emb(hidden, self._rotary_positions(positions)),
+        }
+        return hidden, {**kwargs, **run.inputs}
+
+    def _gapless(self, run: LayerRun) -> bool:
+        return run.compact_layers and (run.entry is None or run.compact_entry)
+
+    def _rotary_positions(self, positions: Tensor) -> Tensor:
+        if not self.family.mrope:
+            return positions
+        if positions.ndim == 2:
+            return positions[None].expand(3, -1, -1)
+        return positions[1:] if positions.shape[0] == 4 else positions
+
+    def _cut(
+        self, run: LayerRun, layer: int, chosen: list[int], hidden: Tensor, kwargs: dict[str, Any]
+    ) -> tuple[Tensor, bool]:
+        assert run.images is not None
+        images = run.images
+        with torch.no_grad():
+            batch, keys = self._batch(run, layer, chosen, hidden, kwargs)
+            selection = self.method.select_at_layer(batch)
+        if selection.counts == batch.counts:
+            return hidden, False
+        self._keep(images, chosen, selection)
+        shorter, source = run.compact(hidden)
+        assert run.compaction is not None
+        run.stages.append((layer, run.compaction))
+        run.kept.append((layer, list(images.index)))
+        if keys is not None and not torch.is_grad_enabled():
+            run.projected_keys = (layer, keys[torch.arange(run.batch, device=keys.device)[:, None], source])
+        return shorter, True
+
+    @staticmethod
+    def _keep(images: VisualTokens, chosen: list[int], selection: Selection) -> None:
+        for image, kept in zip(chosen, selection.kept.split(list(selection.counts)), strict=True):
+            images.columns[image] = images.columns[image][kept]
+            images.index[image] = images.index[image][kept]
+
+    def _batch(
+        self, run: LayerRun, layer: int, chosen: list[int], hidden: Tensor, kwargs: dict[str, Any]
+    ) -> tuple[LayerBatch, Tensor | None]:
+        assert run.images is not None
+        images = run.images
+        model: Any = self.family.language_model
+        before = self.method.probe == "layer before"
+        probed = layer - before
+        attention = model.layers[probed].self_attn
+        cache = kwargs.get("past_key_values")
+        past = 0 if cache is None else int(cache.get_seq_length(probed)) - (run.width if before else 0)
+        projected = None
+        if before:
+            embeddings, query_states, key_states = (run.captured[name] for name in ("position_embeddings", "q_proj", "k_proj"))
+        else:
+            embeddings = kwargs["position_embeddings"]
+            normed = model.layers[probed].input_layernorm(hidden)
+            key_states = projected = attention.k_proj(normed)
+            rows = torch.arange(run.batch, device=hidden.device)
+            query_states = attention.q_proj(normed[rows, run.last_tokens()])
+        key = rotate(attention, key_states, embeddings, "k_norm")
+        earlier = cached_keys(cache, probed, past)
+        if earlier is not None:
+            key = torch.cat([earlier, key], dim=1)
+        valid = run.valid_columns(probed, past)
+        batch = LayerBatch(
+            layer=layer,
+            counts=tuple(images.counts[image] for image in chosen),
+            budgets=tuple(images.cuts[image][layer] for image in chosen),
+            rows=tuple(images.rows[image] for image in chosen),
+        )
+        if self.method.reads == "all tokens":
+            query = rotate(attention, query_states, embeddings, "q_norm")
+            return replace(batch, probed=ProbedLayer(query, key, run.kinds(past, valid), attention.scaling)), projected
+        query = rotary_row(attention, query_states, embeddings, run.last_tokens())
+        scores = row_attention(query, key, scale=attention.scaling, mask=valid, reduce="mean")[:, 0, past:]
+        columns = torch.cat([images.columns[image] for image in chosen])
+        return replace(batch, attention=scores.flatten()[run.current(columns)]), projected
+
+    @staticmethod
+    def _add_deepstack(run: LayerRun, hidden: Tensor, features: Tensor) -> Tensor:
+        assert run.images is not None
+        columns = torch.cat(run.images.columns)
+        source = torch.searchsorted(run.entry_columns, columns)
+        added = hidden.flatten(0, 1).index_add(0, run.current(columns), features[source].to(hidden))
+        return added.view_as(hidden)
+
+    def _capture_hook(self, kind: str, layer: int) -> Any:
+        whole = kind == "k_proj" or self.method.reads == "all tokens"
+
+        def keep(module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
+            run = self._run()
+            if run is None or run.images is None or not run.images.images_at(layer + 1):
+                return
+            rows = torch.arange(run.batch, device=output.device)
+            run.captured[kind] = output.detach() if whole else output.detach()[rows, run.last_tokens()]
+
+        return keep
+
+    def _skip_hook(self, layer: int) -> Any:
+        def skip(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            run = self._run()
+            if run is None or run.projected_keys is None or run.projected_keys[0] != layer:
+                return None
+            return (args[0][:, :0], *args[1:]), kwargs
+
+        return skip
+
+    def _reuse_hook(self, layer: int) -> Any:
+        def reuse(module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> Tensor | None:
+            run = self._run()
+            if run is None or run.projected_keys is None or run.projected_keys[0] != layer:
+                return None
+            keys, run.projected_keys = run.projected_keys[1], None
+            return keys
+
+        return reuse
+
+    def _run(self) -> LayerRun | None:
+        return self.frames.model[-1].layer_run if self.frames.model else None

@@ -1,0 +1,114 @@
+"""FastV: one cut after a few layers, by the attention of the last prompt token."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from torch import Tensor
+
+from vlmprune.kernels.segmented_topk import segmented_topk
+
+from ..budget import Keep
+from ..errors import BudgetError, ParameterError
+from .layer_method import LayerBatch, LayerCut, LayerMethod, check_depth, check_layers
+from .visual_batch import Selection, check_choice
+
+
+@dataclass(frozen=True, kw_only=True)
+class FastV(LayerMethod):
+    """Drop visual tokens once, at the input of layer K, by the attention that the last prompt token pays them in layer K-1.
+
+    Kept tokens stay in place with their original positions, and so does everything after them.
+
+    Give `ratio` as in the paper, or `keep`, the average over all layers: `keep * L = K + (L - K) * share` is solved for the share
+    that stays after the cut.
+
+    Attributes:
+        layer: the paper's K, 0-based layer at whose input the tokens are dropped, an int >= 1.
+        ratio: the paper's R, the share that is dropped, in [0, 1).
+        rounding: "round" keeps `round(N * (1 - R))` tokens as the official code for transformers, "floor" truncates.
+
+    Source: "An Image is Worth 1/2 Tokens After Layer 2: Plug-and-Play Inference Acceleration for Large Vision-Language Models",
+    ECCV 2024, arXiv 2403.06764. The official code takes the ranking of row 0 for a whole batch; here every row has its own.
+    """
+
+    layer: int = 2
+    ratio: float | None = None
+    rounding: Literal["round", "floor"] = "round"
+
+    name: ClassVar[str] = "fastv"
+    probe = "layer before"
+    positions = "original"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_layers("layer", (self.layer,))
+        check_choice("rounding", self.rounding, ("round", "floor"))
+        if self.ratio is None:
+            if self.keep is None:
+                object.__setattr__(self, "keep", 0.25)
+            return
+        if self.keep is not None:
+            raise ParameterError(
+                f"keep={self.keep!r} and ratio={self.ratio!r} both set the budget; give one of them. "
+                "keep is the average over layers, ratio is the share dropped at the cut."
+            )
+        if isinstance(self.ratio, bool) or not isinstance(self.ratio, (int, float)) or not 0 <= self.ratio < 1:
+            raise ParameterError(f"ratio={self.ratio!r}; allowed: a number in [0, 1), the share that is dropped.")
+
+    def cut_layers(self, layers: int) -> tuple[int, ...]:
+        """Return the one layer."""
+        check_depth("layer", (self.layer,), layers)
+        if isinstance(self.keep, float):
+            share_after_cut(self.keep, self.layer, layers)
+        return (self.layer,)
+
+    def schedule(self, total: int, layers: int) -> tuple[LayerCut, ...]:
+        """Return the one cut."""
+        if self.ratio is not None:
+            count = fastv_count(total, self.ratio, self.rounding)
+            if count == 0:
+                raise BudgetError(
+                    f"ratio={self.ratio} keeps none of an image's {total} visual tokens; nearest: ratio={1 - 1 / total:.4g}."
+                )
+            return (LayerCut(self.layer, count),)
+        assert self.keep is not None
+        if self.keep >= (total if isinstance(self.keep, int) else 1):
+            return ()
+        share = share_after_cut(self.keep, self.layer, layers, total)
+        return (LayerCut(self.layer, max(1, round(total * share))),)
+
+    def select_at_layer(self, batch: LayerBatch) -> Selection:
+        """Take the `budgets[i]` highest scores of each image."""
+        assert batch.attention is not None
+        budgets = tuple(budget or 0 for budget in batch.budgets)
+        return Selection(fastv_keep(batch.attention, batch.offsets, budgets), budgets)
+
+
+def fastv_keep(attention: Tensor, offsets: Sequence[int], budgets: Sequence[int]) -> Tensor:
+    """Return the local indices of the `budgets[i]` highest values of `attention [tokens]` in each segment, ascending."""
+    return segmented_topk(attention, offsets, budgets)
+
+
+def fastv_count(total: int, ratio: float, rounding: str = "round") -> int:
+    """Return how many of `total` tokens stay when the share `ratio` is dropped."""
+    return round(total * (1 - ratio)) if rounding == "round" else int(total * (1 - ratio))
+
+
+def share_after_cut(keep: Keep, cut: int, layers: int, total: int = 1) -> float:
+    """Return the share of tokens after the cut for which the average over layers is `keep`; at most 1.
+
+    Raises:
+        BudgetError: the layers before the cut alone exceed the average.
+    """
+    average = keep / total if isinstance(keep, int) else keep
+    share = (average * layers - cut) / (layers - cut)
+    if share <= 0:
+        nearest = f"{cut * total // layers + 1}" if isinstance(keep, int) else f"{(int(cut / layers * 100 + 1e-9) + 1) / 100}"
+        raise BudgetError(
+            f"keep={keep}, averaged over {layers} layers, cannot be reached: all visual tokens pass the first {cut} layers; "
+            f"nearest: keep={nearest}, or a smaller layer={cut}."
+        )
+    return min(share, 1.0)

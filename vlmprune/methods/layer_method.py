@@ -1,0 +1,151 @@
+"""The base of the methods that drop visual tokens between layers of the language model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate, pairwise
+from typing import ClassVar, Literal, NamedTuple
+
+from torch import Tensor
+
+from ..budget import Keep, check_keep
+from ..errors import ParameterError
+from .base import Method, Site
+from .visual_batch import Selection
+
+
+class LayerCut(NamedTuple):
+    """One place where an image loses visual tokens.
+
+    Attributes:
+        layer: 0-based layer at whose input the tokens are dropped.
+        tokens: visual tokens of the image that stay; None if only the scores tell.
+    """
+
+    layer: int
+    tokens: int | None
+
+
+@dataclass(frozen=True, eq=False)
+class ProbedLayer:
+    """Queries and keys of the probed layer, rotary positions applied.
+
+    Attributes:
+        query: `[batch, tokens, heads, head_dim]`.
+        key: `[batch, keys, kv_heads, head_dim]`; the last `tokens` of the `keys` belong to this call, others to earlier turns.
+        kinds: int8 `[batch, keys]`: 0 padding, 1 before the first visual token (or an earlier turn), 2 visual, 3 text after it.
+        scale: factor of the logits.
+    """
+
+    query: Tensor
+    key: Tensor
+    kinds: Tensor
+    scale: float
+
+
+@dataclass(frozen=True, eq=False)
+class LayerBatch:
+    """The visual tokens alive in the images that are cut at one layer, packed one after the other.
+
+    Attributes:
+        layer: 0-based layer at whose input the tokens are dropped.
+        counts: visual tokens alive per image.
+        budgets: visual tokens to keep per image; None where the method decides from the scores.
+        rows: batch row per image.
+        attention: fp32 `[tokens]`, softmaxed attention of the row's last prompt token, averaged over heads;
+            `tokens = sum(counts)`.
+        probed: queries and keys of the whole probed layer, for a method that asks for them.
+    """
+
+    layer: int
+    counts: tuple[int, ...]
+    budgets: tuple[int | None, ...]
+    rows: tuple[int, ...]
+    attention: Tensor | None = None
+    probed: ProbedLayer | None = None
+
+    @cached_property
+    def offsets(self) -> tuple[int, ...]:
+        """Start of each image in the packed tokens, and the end of the last: `len(counts) + 1` entries."""
+        return tuple(accumulate(self.counts, initial=0))
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerMethod(Method):
+    """A method that drops visual tokens inside the language model.
+
+    Attributes:
+        keep: visual tokens averaged over the layers of the language model, as a share of those that enter it (a float in
+            (0, 1]) or a number per image (an int).
+    """
+
+    keep: Keep | None = None  # type: ignore[assignment]
+
+    site: ClassVar[Site] = "layer"
+    probe: ClassVar[Literal["cut layer", "layer before"]] = "cut layer"
+    reads: ClassVar[Literal["last token", "all tokens"]] = "last token"
+    positions: ClassVar[Literal["compact", "original"] | None] = None
+
+    def __post_init__(self) -> None:
+        if self.keep is not None:
+            object.__setattr__(self, "keep", check_keep(self.keep))
+
+    def budget(self, total: int) -> int:
+        """Return `total`: nothing is dropped before the first layer."""
+        return total
+
+    def cut_layers(self, layers: int) -> tuple[int, ...]:
+        """Return every layer at whose input this method may drop tokens in a language model of `layers` layers, ascending.
+
+        Raises:
+            ParameterError: a layer does not exist.
+            BudgetError: `keep` cannot be reached, whatever the image.
+        """
+        raise NotImplementedError
+
+    def schedule(self, total: int, layers: int) -> tuple[LayerCut, ...]:
+        """Return where an image of `total` visual tokens is cut, and to how many tokens.
+
+        Raises:
+            BudgetError: the budget cannot be reached for an image of that size.
+        """
+        raise NotImplementedError
+
+    def select_at_layer(self, batch: LayerBatch) -> Selection:
+        """Choose the tokens of every image in `batch`."""
+        raise NotImplementedError
+
+
+def check_layers(name: str, cuts: Sequence[int]) -> tuple[int, ...]:
+    """Return `cuts` as a tuple of ints.
+
+    Raises:
+        ParameterError: not ints, below 1, or out of order.
+    """
+    allowed = "ints >= 1 in rising order (tokens are dropped at the input of that 0-based layer)"
+    if isinstance(cuts, (str, int, float)) or not cuts:
+        raise ParameterError(f"{name}={cuts!r}; allowed: {allowed}.")
+    for cut in cuts:
+        if isinstance(cut, bool) or not isinstance(cut, int) or cut < 1:
+            raise ParameterError(f"{name} holds {cut!r}; allowed: {allowed}.")
+    for before, after in pairwise(cuts):
+        if after <= before:
+            raise ParameterError(
+                f"{name}={tuple(cuts)}: stage at layer {after} follows the one at layer {before}; allowed: {allowed}; "
+                f"nearest: {tuple(sorted(set(cuts)))}."
+            )
+    return tuple(cuts)
+
+
+def check_depth(name: str, cuts: Sequence[int], layers: int) -> None:
+    """Raise ParameterError if one of `cuts` lies beyond the last layer of a language model of `layers` layers."""
+    if layers < 2:
+        raise ParameterError(f"The language model has {layers} layer; dropping tokens between layers needs at least 2.")
+    for cut in cuts:
+        if cut >= layers:
+            raise ParameterError(
+                f"{name} holds {cut}, but the language model has {layers} layers; allowed: 1 to {layers - 1}; "
+                f"nearest: {layers - 1}."
+            )
