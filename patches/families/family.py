@@ -18,11 +18,13 @@ class Family:
         name: the name that messages use.
         model_classes: names of the transformers classes of the family.
         mrope: whether position ids are 3-D (temporal, height, width).
+        has_tiles: whether images are cut in a thumbnail and crops.
     """
 
     name: ClassVar[str]
     model_classes: ClassVar[tuple[str, ...]]
     mrope: ClassVar[bool] = False
+    has_tiles: ClassVar[bool] = False
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model

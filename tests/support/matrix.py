@@ -12,7 +12,11 @@ METHOD_PARAMETERS: dict[str, dict[str, object]] = {
     "uniform": {},
     "pool": {},
     "fastervlm": {},
+    "vtc_cls": {},
+    "hired": {},
+    "globalcom2": {},
     "divprune": {},
+    "todre": {"relevance": False},
 }
 
 
