@@ -38,9 +38,10 @@ def unit_rows(features: Tensor) -> tuple[Tensor, Tensor | None]:
     rows = features.to(torch.float32)
     norms = torch.linalg.vector_norm(rows, dim=-1, keepdim=True)
     broken = ~norms.isfinite()
-    if not bool(broken.any()):
-        return rows / norms.masked_fill(norms == 0, 1.0), None
-    return (rows / norms.masked_fill(norms == 0, 1.0)).masked_fill(broken, 0.0), broken.squeeze(-1)
+    norms.masked_fill_(norms == 0, 1.0)
+    # In place where the rows are a copy already: a video's features are hundreds of megabytes.
+    rows = rows / norms if rows is features else rows.div_(norms)
+    return (rows.masked_fill_(broken, 0.0), broken.squeeze(-1)) if bool(broken.any()) else (rows, None)
 
 
 def greedy_reference(

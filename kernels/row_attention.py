@@ -75,12 +75,12 @@ def _row_attention_triton(
     batch, rows, heads, head_dim = query.shape
     keys, kv_heads = key.shape[1:3]
     scores = torch.empty(batch, rows, heads, keys, dtype=torch.float32, device=query.device)
-    result = scores if reduce == "none" else scores.new_empty(batch, rows, keys)
+    result = scores if reduce == "none" else torch.empty(batch, rows, keys, dtype=torch.float32, device=query.device)
     if scores.numel() == 0:
         return result.zero_()
     blocks = triton.cdiv(keys, LOGIT_KEYS)
     # The highest logit of every block of keys, and the sum of exponentials below it.
-    peaks = scores.new_empty(batch, rows, heads, blocks)
+    peaks = torch.empty(batch, rows, heads, blocks, dtype=torch.float32, device=query.device)
     sums = torch.empty_like(peaks)
     if mask is None:
         seen, mask_strides = query, (0, 0, 0)

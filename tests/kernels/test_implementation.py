@@ -1,0 +1,69 @@
+"""Choice of the implementation."""
+
+import importlib
+import sys
+
+import pytest
+import torch
+from vlmprune.kernels import implementation
+from vlmprune.kernels.compact import compact
+from vlmprune.kernels.implementation import KernelUnavailableError, choose_implementation
+from vlmprune.kernels.max_min import max_min, max_min_from_distances
+from vlmprune.kernels.max_sum import max_sum
+from vlmprune.kernels.merge_scatter import merge_scatter
+from vlmprune.kernels.received_attention import received_attention
+from vlmprune.kernels.row_attention import row_attention
+from vlmprune.kernels.segmented_topk import segmented_topk
+
+ROWS = torch.ones(4, 8)
+CALLS = {
+    "segmented_topk": lambda name: segmented_topk(torch.ones(4), [0, 4], [2], implementation=name),
+    "max_min": lambda name: max_min(ROWS, [0, 4], [2], implementation=name),
+    "max_min_from_distances": lambda name: max_min_from_distances(torch.ones(4, 4), 2, implementation=name),
+    "max_sum": lambda name: max_sum(ROWS, [0, 4], [2], [0], implementation=name),
+    "row_attention": lambda name: row_attention(ROWS.view(1, 1, 4, 8), ROWS.view(1, 1, 4, 8), implementation=name),
+    "received_attention": lambda name: received_attention(ROWS[:, None], ROWS[:, None], [0, 4], implementation=name),
+    "compact": lambda name: compact([ROWS[None]], torch.zeros(1, 2, dtype=torch.int64), implementation=name),
+    "merge_scatter": lambda name: merge_scatter(ROWS, torch.zeros(4, dtype=torch.int64), None, 1, implementation=name),
+}
+
+FILES = ("segmented_topk", "max_min", "max_sum", "row_attention", "received_attention", "compact", "merge_scatter")
+
+
+def test_the_device_chooses() -> None:
+    assert choose_implementation("cpu") == "torch"
+    assert choose_implementation("cuda") == ("triton" if implementation.TRITON_FOUND else "torch")
+    assert choose_implementation("cuda", "torch") == "torch"
+
+
+@pytest.mark.parametrize("op", CALLS)
+def test_an_unknown_name_is_refused_with_the_nearest_one(op: str) -> None:
+    with pytest.raises(ValueError, match=r"'tritn'.*torch, triton.*Did you mean 'triton'"):
+        CALLS[op]("tritn")
+
+
+@pytest.mark.parametrize("op", CALLS)
+def test_a_forced_path_that_cannot_run_says_so(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(implementation, "triton_is_interpreted", lambda: False)
+    with pytest.raises(KernelUnavailableError, match="TRITON_INTERPRET=1"):
+        CALLS[op]("triton")
+    monkeypatch.setattr(implementation, "TRITON_FOUND", False)
+    with pytest.raises(KernelUnavailableError, match="not installed"):
+        CALLS[op]("triton")
+    assert choose_implementation("cuda") == "torch"
+
+
+def test_every_op_works_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    import vlmprune.kernels as package
+
+    names = [name for name in sys.modules if name.startswith("vlmprune.kernels.")]
+    for name in names:
+        monkeypatch.setattr(package, name.rsplit(".", 1)[1], sys.modules[name], raising=False)
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "triton", None)
+    fresh = {op: importlib.import_module(f"vlmprune.kernels.{op}") for op in FILES}
+    assert not sys.modules["vlmprune.kernels.implementation"].TRITON_FOUND
+    assert fresh["segmented_topk"].segmented_topk(torch.tensor([1.0, 3.0, 2.0]), [0, 3], [2]).tolist() == [1, 2]
+    assert fresh["max_min"].max_min(torch.eye(3), [0, 3], [2]).tolist() == [0, 1]
+    for name in [name for name in sys.modules if name.startswith("vlmprune.kernels.")]:
+        monkeypatch.delitem(sys.modules, name)
