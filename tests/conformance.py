@@ -18,14 +18,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from official_cases import input_site, tiled_methods
+import torch
+from official_cases import input_site, layer_site, tiled_methods
 from official_cases.comparison import differences
 from official_cases.todre import todre
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-RUNS = {**input_site.RUNS, **tiled_methods.RUNS, "todre": todre}
+RUNS = {**input_site.RUNS, **tiled_methods.RUNS, **layer_site.RUNS, "todre": todre}
 
 
 @dataclass(frozen=True)
@@ -57,11 +58,18 @@ def run_case(case: Case) -> tuple[dict[str, Tensor], list[str]]:
         stored = set(file.keys())
         inputs = {name: file.get_tensor(name) for name in case.entry["inputs"]}
         expected = {name: file.get_tensor(name) for name in names if name in stored}
+    if isinstance(names, list):
+        names = dict.fromkeys(names)
     got = RUNS[case.method](case.entry.get("params") or {}, inputs)
     if names:
-        got = {name: values for name, values in got.items() if name in names}
+        got = {name: _as_listed(values, names[name]) for name, values in got.items() if name in names}
     found = differences(case.entry, inputs, got, expected) if expected else []
     return got, found
+
+
+def _as_listed(values: Tensor, listed: object) -> Tensor:
+    dtype = listed.get("dtype") if isinstance(listed, Mapping) else None
+    return values if dtype is None else values.to(getattr(torch, str(dtype)))
 
 
 def main(arguments: list[str] | None = None) -> int:
