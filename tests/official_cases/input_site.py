@@ -57,7 +57,8 @@ def divprune(params: Mapping[str, Any], inputs: Tensors) -> dict[str, Tensor]:
         order = max_min_from_distances(inputs["distance"], params["K"])
         return {"order": order, "indices_sorted": order.sort().values}
     features = inputs["features"]
-    method = DivPrune(keep=params.get("ratio") or params["K"])
+    ratio = params.get("ratio")
+    method = DivPrune(keep=params["K"] if ratio is None else float(ratio))
     batch = make_batch(method, [square_layout(len(features))], features=features)
     return {"order": divprune_order(batch), "indices_sorted": method.select(batch).kept}
 

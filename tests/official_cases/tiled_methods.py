@@ -14,6 +14,7 @@ from vlmprune.kernels.row_attention import row_attention
 
 from vlmprune.layout import VisualLayout
 from vlmprune.methods.globalcom2 import GlobalCom2, crop_shares
+from vlmprune.methods.globalcom2_order import official_sequence
 from vlmprune.methods.globalcom2_scores import guide, holistic_scores
 from vlmprune.methods.hired import HiRED
 from vlmprune.methods.tile_segments import tile_segments
@@ -34,7 +35,7 @@ def hired(params: Mapping[str, Any], inputs: Tensors) -> dict[str, Tensor]:
     if "q" in inputs:
         return {"cls_attn": cls_rows(inputs, params["heads"], logits=False)}
     final = inputs["cls_attn_final"].transpose(1, 2)
-    rate = params["token_budget_rate"]
+    rate = float(params["token_budget_rate"])
     if "cls_attn_init" not in inputs:
         return _hired_untiled(rate, final)
     initial = inputs["cls_attn_init"].transpose(1, 2)
@@ -68,7 +69,7 @@ def hired(params: Mapping[str, Any], inputs: Tensors) -> dict[str, Tensor]:
     results = {
         "budgets": torch.cat([counts for counts, _ in masks]),
         "mask": torch.cat([mask for _, mask in masks]),
-        "content": content.flatten(),
+        "content": torch.cat([weights[: count - 1] for weights, count in zip(content, tiles, strict=True)]),
     }
     if len(layouts) == 1:
         results["packed"] = _hired_packed(method, layouts[0], *maps[0])
@@ -113,18 +114,13 @@ def globalcom2(params: Mapping[str, Any], inputs: Tensors) -> dict[str, Tensor]:
         "global_scores": view[crop_tokens],
         "combined": holistic_scores(token_scores, view, segments)[crop_tokens],
     }
-    vision = {LAST_LOGITS: token_scores[:, None]}
-    for order, name in (("position", "packed_fixed"), ("official", "packed_official")):
-        method = GlobalCom2(keep=rate, temperature=temperature, faithful=True, order=order)
-        batch = make_batch(method, [layout], features=ids.float(), vision=vision)
-        selection = method.select(batch)
-        packed = ids[selection.kept] if selection.features is None else selection.features.long()
-        results[name] = packed
-    kept = results["packed_fixed"]
+    method = GlobalCom2(keep=rate, temperature=temperature, faithful=True)
+    selection = method.select(make_batch(method, [layout], vision={LAST_LOGITS: token_scores[:, None]}))
+    kept = results["packed_fixed"] = ids[selection.kept]
+    official = results["packed_official"] = ids[official_sequence(layout, selection.kept, token_scores)]
     by_crop = [kept[kept[:, 0] == crop, 1] for crop in range(1, rows * columns + 1)]
     results["counts"] = torch.tensor([len(tokens) for tokens in by_crop])
     results["crop_keep"] = torch.cat(by_crop)
-    official = results["packed_official"]
     results["thumb_idx"] = official[official[:, 0] == 0, 1]
     return results
 

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
-from official_cases.anyres import anyres_layout
 from official_cases.batches import CLIP, make_batch, square_layout
 from official_cases.input_site import Tensors
 from torch import Tensor
 
+from vlmprune.layout import unknown_layout
 from vlmprune.methods.layer_method import LayerBatch, ProbedLayer
 from vlmprune.methods.todre import ToDRE
 from vlmprune.methods.todre_relevance import SYSTEM, TEXT, VISUAL, ToDRERelevance, relevance_shares
@@ -23,8 +24,8 @@ def todre_diversity(params: Mapping[str, Any], inputs: Tensors) -> dict[str, Ten
     total, thumbnail = len(features), len(attention)
     layout = square_layout(total)
     if total > thumbnail:
-        crops, side = total // thumbnail - 1, round(thumbnail**0.5)
-        layout = anyres_layout((2, crops // 2), side, 1, 1, unpad=False, newlines=False)
+        tile = (torch.arange(total) >= thumbnail).long()
+        layout = replace(unknown_layout(total), tile=tile, crops=(1, 1))
     method = ToDRE(keep=params["K"], variant="kcenter" if params["variant"] == "kcenter" else "max_sum")
     # The crops are scored too in a model; the highest of all lies there and must not become the pivot.
     scores = torch.full((total, 1), float(attention.max()) + 1)

@@ -25,18 +25,21 @@ def official_order(batch: VisualBatch, selection: Selection, scores: Tensor) -> 
     choices = selection.kept.split(list(selection.counts))
     for (start, end), layout, chosen in zip(spans, batch.layouts, choices, strict=True):
         features = batch.features[start:end]
-        if layout.crops is None or layout.tile_grid is None:
-            kept.append(chosen)
-            values.append(features[chosen])
-            continue
-        sequence = _sequence(layout, chosen.cpu(), scores[start:end].cpu())
+        sequence = official_sequence(layout, chosen.cpu(), scores[start:end].cpu())
         kept.append(to_device(_positions(layout.total, chosen.cpu(), len(sequence)), chosen.device))
         values.append(features[to_device(sequence, chosen.device)])
     return Selection(torch.cat(kept), tuple(len(tokens) for tokens in kept), torch.cat(values))
 
 
-def _sequence(layout: VisualLayout, chosen: Tensor, scores: Tensor) -> Tensor:
-    assert layout.crops is not None and layout.tile_grid is not None
+def official_sequence(layout: VisualLayout, chosen: Tensor, scores: Tensor) -> Tensor:
+    """Return the chosen tokens of a tiled image in the official order, int64 `[sequence]`; newlines by the first newline's index.
+
+    Args:
+        chosen: int64 `[kept]`, ascending; its newlines are not looked at.
+        scores: `[tokens]` of the image.
+    """
+    if layout.crops is None or layout.tile_grid is None:
+        return chosen
     (rows, columns), (height, width) = layout.crops, layout.tile_grid
     patches = chosen[~layout.newline[chosen]]
     thumbnail = patches[layout.tile[patches] == 0]
