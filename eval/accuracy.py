@@ -89,15 +89,17 @@ def _score(name: str, task: Any, results: dict[str, Any]) -> TaskScore:
         higher_is_better=bool(task.higher_is_better().get(metric, True)),
         metrics=metrics,
         samples=[
-            {"doc_id": s["doc_id"], "answer": _first(s["filtered_resps"]), "score": _number(s.get(metric))}
+            {"doc_id": s["doc_id"], "answer": _answer(s["filtered_resps"]), "score": _number(s.get(metric))}
             for s in samples
         ],
     )
 
 
-def _first(responses: list[Any]) -> Any:
-    first = responses[0] if len(responses) == 1 else responses
-    return first if isinstance(first, str) else str(first)
+def _answer(responses: list[Any]) -> Any:
+    """A generated answer, or the rounded losses of the choices."""
+    if all(isinstance(response, tuple) for response in responses):
+        return [round(loss, 4) for loss, _ in responses]
+    return str(responses[0]) if len(responses) == 1 else [str(response) for response in responses]
 
 
 def _number(value: Any) -> float | None:

@@ -4,29 +4,44 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import datasets
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from transformers.utils import logging
 
+import vlmprune
 from vlmprune.budget import Keep
 
-from .accuracy import evaluate_tasks, quiet_lmms_eval
-from .cells import Cell, check_cells, make_cells
+from .accuracy import TaskScore, evaluate_tasks, quiet_lmms_eval
+from .cells import BASELINES, Cell, check_cells, make_cells
+from .fidelity import Fidelity, FidelityOptions, run_fidelity
 from .lmms_model import LiveModel
 from .loading import LoadedModel, load_model
 from .machine import describe_machine
 from .plots import plot_pareto
+from .progress import progress_bar
+from .ranks import Ranks
+from .report import write_report
 from .result_folder import ResultFolder, read_json, write_json
 from .summary import Row, cell_result, make_rows, results_csv, summarise_requests
-from .tables import accuracy_table, cost_table
+from .tables import accuracy_tables, cost_table
 from .task_index import data_identity, find_tasks
 from .timing import time_cells
+
+PLOTS: dict[str, tuple[Callable[[Row], float | None], str]] = {
+    "accuracy_vs_flops.png": (
+        lambda row: row.flops["prefill_total"] / 1e9,
+        "GFLOPs until the first token (vision tower, projector, language model)",
+    ),
+    "accuracy_vs_prefill_time.png": (lambda row: row.prefill_ms, "milliseconds until the first token (batch size 1)"),
+    "accuracy_vs_kv_cache.png": (lambda row: row.kv_cache_bytes / 2**20, "MiB of keys and values (one sequence)"),
+}
+"""File name, cost and label of every plot; one whose cost was not measured is left out."""
 
 
 @dataclass(frozen=True)
@@ -50,32 +65,62 @@ class BenchOptions:
 
 
 def run_bench(options: BenchOptions, console: Console | None = None) -> list[Row]:
-    """Run what is not yet in ``options.out``, write results.json, results.csv and a plot there, print the tables.
+    """Run what is not yet in ``options.out``, write its results there, print the tables.
 
     Raises ``ResultFolderError`` where the folder holds another configuration; a cell is stored as soon as it is
-    finished, so an interrupted run loses at most one.
+    finished, so an interrupted run loses at most one. Of several processes only the first writes, prints and returns rows.
     """
-    console = console or Console(stderr=True)
+    started = time.perf_counter()
+    ranks = Ranks()
+    loaded, cells = load_with_cells(options)
+    with quiet_lmms_eval():
+        tasks = ranks.main_first(
+            lambda: find_tasks(options.tasks, loaded.model.config.model_type, options.task_folders)
+        )
+    described = configuration(options, loaded, tasks)
+    ranks.require_same("the configuration", described)
+    ranks.require_same("the cells", [cell.label for cell in cells])
+    folder = ranks.on_main(lambda: ResultFolder(options.out, described))
+    bench = _Bench(
+        options, loaded, cells, tasks, folder, console or Console(stderr=True, quiet=not ranks.is_main), ranks
+    )
+    model_seconds = bench.answer()
+    rows: list[Row] = []
+    if ranks.is_main:
+        timing = bench.time()
+        rows = make_rows([{**folder.read(cell), "timing": timing.get(cell.label)} for cell in cells], timing)
+        write_results(options, folder, rows, {"all": time.perf_counter() - started, "inside_the_model": model_seconds})
+        print_tables(rows, folder.path)
+    ranks.close()
+    return rows
+
+
+def print_tables(rows: Sequence[Row], folder: Path) -> None:
+    """Accuracy and cost, at most 100 columns wide."""
+    output = Console(width=100)
+    for table in (*accuracy_tables(rows), cost_table(rows)):
+        output.print(table)
+        output.print()
+    output.print(f"Results, plots, every answer, and a page with all of it (report.html): {folder}", soft_wrap=True)
+
+
+def run_on_data(options: BenchOptions, data: Path, new_tokens: int = 32) -> list[Fidelity]:
+    """Compare every cell with the unpruned model on prompts without labels (see ``run_fidelity``) instead of scoring tasks."""
+    loaded, cells = load_with_cells(options)
+    wanted = FidelityOptions(data, cells, options.out, options.limit, options.batch_size, new_tokens)
+    return run_fidelity(loaded, wanted)
+
+
+def load_with_cells(options: BenchOptions) -> tuple[LoadedModel, list[Cell]]:
+    """The model and the cells asked for; raises where a method cannot serve the model."""
     logging.disable_progress_bar()
     datasets.disable_progress_bars()
-    started = time.perf_counter()
     loaded = load_model(options.model, options.dtype, options.device)
-    cells = make_cells(options.methods, options.keeps, options.seed, options.baselines)
+    served = vlmprune.list_methods(loaded.model)
+    baselines = [name for name in BASELINES if options.baselines and name in served]
+    cells = make_cells(options.methods, options.keeps, options.seed, baselines)
     check_cells(loaded.model, cells)
-    with quiet_lmms_eval():
-        tasks = find_tasks(options.tasks, loaded.model.config.model_type, options.task_folders)
-    folder = ResultFolder(options.out, configuration(options, loaded, tasks))
-    model_seconds = _run_cells(options, loaded, cells, tasks, folder, console)
-    timing = _run_timing(options, loaded, cells, tasks, folder, console)
-    results = [{**folder.read(cell), "timing": timing.get(cell.label)} for cell in cells]
-    rows = make_rows(results, timing)
-    seconds = {"all": time.perf_counter() - started, "inside_the_model": model_seconds}
-    write_results(options, folder, rows, seconds)
-    output = Console(width=None if sys.stdout.isatty() else 100)
-    output.print(accuracy_table(rows))
-    output.print(cost_table(rows))
-    output.print(f"Results, plot and every answer: {folder.path}")
-    return rows
+    return loaded, cells
 
 
 def configuration(options: BenchOptions, loaded: LoadedModel, tasks: dict[str, Any]) -> dict[str, Any]:
@@ -89,61 +134,76 @@ def configuration(options: BenchOptions, loaded: LoadedModel, tasks: dict[str, A
     }
 
 
-def _progress(console: Console) -> Progress:
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=24),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-        console=console,
-        disable=not console.is_terminal,
-    )
+@dataclass(frozen=True)
+class _Bench:
+    """A benchmark that is ready to run."""
 
+    options: BenchOptions
+    loaded: LoadedModel
+    cells: Sequence[Cell]
+    tasks: dict[str, Any]
+    folder: ResultFolder
+    console: Console
+    ranks: Ranks
 
-def _run_cells(
-    options: BenchOptions,
-    loaded: LoadedModel,
-    cells: Sequence[Cell],
-    tasks: dict[str, Any],
-    folder: ResultFolder,
-    console: Console,
-) -> float:
-    items = sum(_items(task, options.limit) for task in tasks.values())
-    todo = [cell for cell in cells if not folder.has(cell)]
-    if len(todo) < len(cells):
-        console.print(f"{len(cells) - len(todo)} of {len(cells)} cells are in {folder.path} already.")
-    model_seconds = 0.0
-    element_size = loaded.model.dtype.itemsize
-    with _progress(console) as progress:
-        bar = progress.add_task("", total=len(todo) * items)
-        live = LiveModel(
-            loaded.model,
-            loaded.processor,
-            batch_size=options.batch_size,
-            on_progress=lambda n: progress.advance(bar, n),
-        )
-        for number, cell in enumerate(todo, start=1):
-            progress.update(bar, description=f"[{number}/{len(todo)}] {cell.label:<24.24}")
-            start = time.perf_counter()
-            with cell.applied_to(loaded.model):
-                live.reset(pruned=not cell.is_full)
-                scores = evaluate_tasks(live, tasks, options.limit, options.seed)
-            if scores is None:
-                continue
-            cost = summarise_requests(loaded.model.config, live.records, element_size)
-            seconds = {"all": time.perf_counter() - start, "inside_the_model": live.model_seconds}
-            folder.write(cell, cell_result(cell, scores, cost, seconds))
-            model_seconds += live.model_seconds
-            progress.update(bar, completed=number * items)
-            if not console.is_terminal:
-                average = sum(score.score for score in scores.values()) / len(scores)
-                console.print(
-                    f"[{number}/{len(todo)}] {cell.label}: accuracy {100 * average:.1f} %, {seconds['all']:.1f} s",
-                    markup=False,
-                )
-    return model_seconds
+    def answer(self) -> float:
+        """Answer all items in every cell that is not stored yet; returns the seconds spent inside the model."""
+        options, model = self.options, self.loaded.model
+        todo = self.ranks.on_main(lambda: [cell for cell in self.cells if not self.folder.has(cell)])
+        if len(todo) < len(self.cells):
+            self.console.print(
+                f"{len(self.cells) - len(todo)} of {len(self.cells)} cells are in {self.folder.path} already."
+            )
+        items = -(-sum(_items(task, options.limit) for task in self.tasks.values()) // self.ranks.count)
+        model_seconds = 0.0
+        with progress_bar(self.console) as progress:
+            bar = progress.add_task("", total=len(todo) * items)
+            advance = partial(progress.advance, bar)
+            live = LiveModel(model, self.loaded.processor, batch_size=options.batch_size, on_progress=advance)
+            for number, cell in enumerate(todo, start=1):
+                progress.update(bar, description=f"[{number}/{len(todo)}] {cell.label:<24.24}")
+                start = time.perf_counter()
+                with cell.applied_to(model):
+                    live.reset(pruned=not cell.is_full)
+                    scores = evaluate_tasks(live, self.tasks, options.limit, options.seed)
+                records = self.ranks.gathered(live.records)
+                model_seconds += live.model_seconds
+                progress.update(bar, completed=number * items)
+                if scores is not None:
+                    seconds = {"all": time.perf_counter() - start, "inside_the_model": live.model_seconds}
+                    cost = summarise_requests(model.config, records, model.dtype.itemsize)
+                    self.folder.write(cell, cell_result(cell, scores, cost, seconds))
+                    self._report(f"[{number}/{len(todo)}] {cell.label}", scores, seconds["all"])
+        return model_seconds
+
+    def _report(self, what: str, scores: Mapping[str, TaskScore], seconds: float) -> None:
+        if not self.console.is_terminal:
+            average = sum(score.score for score in scores.values()) / len(scores)
+            self.console.print(f"{what}: accuracy {100 * average:.1f} %, {seconds:.1f} s", markup=False)
+
+    def time(self) -> dict[str, Any]:
+        """Times of all cells, measured now unless all are stored: times of different runs must not be compared."""
+        if not self.options.timing_seconds:
+            return {}
+        file = self.folder.path / "timing.json"
+        stored: dict[str, Any] = read_json(file) if file.exists() else {}
+        if all(cell.label in stored for cell in self.cells):
+            return stored
+        task = next(iter(self.tasks.values()))
+        document = (task.test_docs() if task.has_test_docs() else task.validation_docs())[0]
+        live = LiveModel(self.loaded.model, self.loaded.processor)
+        inputs = live.encode_turn(str(task.doc_to_text(document)), task.doc_to_visual(document))
+        with progress_bar(self.console) as progress:
+            bar = progress.add_task(f"{'timing, rounds over all cells':<32}", total=None)
+            timing = time_cells(
+                self.loaded.model,
+                inputs,
+                self.cells,
+                self.options.timing_seconds,
+                lambda done, rounds: progress.update(bar, completed=done, total=rounds),
+            )
+        write_json(file, timing)
+        return timing
 
 
 def _items(task: Any, limit: int | None) -> int:
@@ -151,39 +211,8 @@ def _items(task: Any, limit: int | None) -> int:
     return documents if limit is None else min(limit, documents)
 
 
-def _run_timing(
-    options: BenchOptions,
-    loaded: LoadedModel,
-    cells: Sequence[Cell],
-    tasks: dict[str, Any],
-    folder: ResultFolder,
-    console: Console,
-) -> dict[str, Any]:
-    if not options.timing_seconds:
-        return {}
-    file = folder.path / "timing.json"
-    stored: dict[str, Any] = read_json(file) if file.exists() else {}
-    if all(cell.label in stored for cell in cells):
-        return stored
-    task = next(iter(tasks.values()))
-    document = (task.test_docs() if task.has_test_docs() else task.validation_docs())[0]
-    live = LiveModel(loaded.model, loaded.processor)
-    inputs = live.encode_turn(str(task.doc_to_text(document)), task.doc_to_visual(document))
-    with _progress(console) as progress:
-        bar = progress.add_task(f"{'timing, rounds over all cells':<32}", total=None)
-        timing = time_cells(
-            loaded.model,
-            inputs,
-            cells,
-            options.timing_seconds,
-            lambda done, rounds: progress.update(bar, completed=done, total=rounds),
-        )
-    write_json(file, timing)
-    return timing
-
-
 def write_results(options: BenchOptions, folder: ResultFolder, rows: Sequence[Row], seconds: dict[str, float]) -> None:
-    """Write results.json, results.csv and accuracy_vs_flops.png."""
+    """Write results.json, results.csv, the plots and report.html."""
     content = {
         "command": list(options.command),
         "machine": describe_machine(),
@@ -193,6 +222,7 @@ def write_results(options: BenchOptions, folder: ResultFolder, rows: Sequence[Ro
             "flops": "2 per multiply-accumulate; matrix and attention products; attention in full, not causal",
             "visual_tokens_after": "mean over language-model layers and requests",
             "relative": "mean over tasks of score / score of the unpruned model",
+            "paired": "against the unpruned model on the same items; 95 % intervals by bootstrap within tasks",
             "times": "milliseconds at batch size 1, medians with quartiles, all cells in turn within one run",
             "formulas": "as published, on visual tokens only; they are multiply-accumulates",
         },
@@ -205,6 +235,7 @@ def write_results(options: BenchOptions, folder: ResultFolder, rows: Sequence[Ro
                 },
                 "average": row.average,
                 "relative": row.relative,
+                "paired": row.paired,
             }
             for row in rows
         ],
@@ -212,10 +243,6 @@ def write_results(options: BenchOptions, folder: ResultFolder, rows: Sequence[Ro
     write_json(folder.path / "results.json", content)
     (folder.path / "results.csv").write_text(results_csv(rows), encoding="utf-8")
     name = folder.configuration["model"]["source"].rstrip("/").split("/")[-1]
-    plot_pareto(
-        rows,
-        folder.path / "accuracy_vs_flops.png",
-        lambda row: row.flops["prefill_total"] / 1e9,
-        "GFLOPs until the first token (vision tower, projector, language model)",
-        f"{name}: accuracy against compute",
-    )
+    for file, (cost, label) in PLOTS.items():
+        plot_pareto(rows, folder.path / file, cost, label, f"{name}: accuracy against {label.split(' (')[0]}")
+    write_report([folder.path], folder.path / "report.html")

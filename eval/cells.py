@@ -107,7 +107,7 @@ def parse_keeps(text: str) -> list[Keep]:
             if isinstance(error, BudgetError):
                 raise
             raise BudgetError(f"keep={item!r} is no number; allowed: shares like 0.25 or counts like 64.") from None
-        if keep not in keeps:
+        if repr(keep) not in map(repr, keeps):
             keeps.append(keep)
     if not keeps:
         raise BudgetError(f"--keep {text!r} names no budget.")
@@ -115,20 +115,22 @@ def parse_keeps(text: str) -> list[Keep]:
 
 
 def make_cells(
-    methods: Iterable[tuple[str, dict[str, Any]]], keeps: Iterable[Keep], seed: int, baselines: bool
+    methods: Iterable[tuple[str, dict[str, Any]]], keeps: Iterable[Keep], seed: int, baselines: Iterable[str] = ()
 ) -> list[Cell]:
-    """The unpruned cell, then every method at every budget; ``seed`` goes to the methods that take one."""
+    """The unpruned cell, then ``baselines`` not named among the methods and every method, each at every budget.
+
+    ``seed`` goes to the methods that take one and were given none.
+    """
     wanted = list(methods)
-    if baselines:
-        named = {name for name, _ in wanted}
-        wanted = [(name, {}) for name in BASELINES if name not in named] + wanted
+    named = {name for name, _ in wanted}
+    wanted = [(name, {}) for name in baselines if name not in named] + wanted
     budgets = list(keeps)
     cells = [Cell()]
     for name, parameters in wanted:
         takes_seed = any(field.name == "seed" for field in fields(get_method(name)))
         given = {**({"seed": seed} if takes_seed else {}), **parameters}
         cells.extend(Cell(name, keep, tuple(sorted(given.items()))) for keep in budgets)
-    return list(dict.fromkeys(cells))
+    return list({cell.label: cell for cell in cells}.values())
 
 
 def check_cells(model: PreTrainedModel, cells: Iterable[Cell]) -> None:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from lmms_eval.api.instance import Instance
+from lmms_eval.api.instance import GenerationResult, Instance
 from lmms_eval.api.model import lmms
 from PIL import Image
 from transformers import PreTrainedModel
@@ -113,7 +113,7 @@ class LiveModel(lmms):
             "Tasks of several rounds are not supported; allowed: generate_until, multiple_choice."
         )
 
-    def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
+    def loglikelihood(self, requests: list[Instance]) -> list[GenerationResult]:
         """Mean negative log-likelihood of each continuation (lmms-eval takes the least) and whether it is greedy."""
         results: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
         questions = (self._scoring(i, request) for i, request in enumerate(requests))
@@ -121,13 +121,40 @@ class LiveModel(lmms):
             for question, result in zip(batch, self._score(batch), strict=True):
                 results[question.position] = result
             self._progress(len(batch))
-        return results
+        # lmms-eval 0.7 turns a bare (number, bool) into a string; what is wrapped it hands on as it is.
+        return [GenerationResult(result) for result in results]
 
     def encode_turn(self, text: str, visuals: Sequence[Any] | None) -> dict[str, Any]:
         """The processor's output for one user turn, on the model's device."""
         messages, images = user_turn(text, visuals)
         question = _Question(0, "", 0, messages, images, False)
         return self._encode(self._prompts([question]), [question])
+
+    @torch.inference_mode()
+    def reply(
+        self, turns: Sequence[tuple[list[dict[str, Any]], list[Image.Image]]], new_tokens: int
+    ) -> tuple[list[tuple[int, ...]], torch.Tensor]:
+        """Greedy token ids of every turn (see ``user_turn``), and log-probabilities [turns, vocabulary] of the first token."""
+        batch = [_Question(i, "", i, messages, images, True) for i, (messages, images) in enumerate(turns)]
+        inputs = self._encode(self._prompts(batch), batch)
+        settings = generation_settings({"max_new_tokens": new_tokens})
+        output = self._model.generate(
+            **inputs, **settings, pad_token_id=self._pad(), return_dict_in_generate=True, output_logits=True
+        )
+        tokens = output.sequences[:, inputs["input_ids"].shape[1] :].tolist()
+        lengths = [self._length(row) for row in tokens]
+        self._record(batch, inputs, lengths)
+        first = output.logits[0].float().log_softmax(-1)
+        return [tuple(row[:length]) for row, length in zip(tokens, lengths, strict=True)], first
+
+    def _pad(self) -> int:
+        pad: int | None = self.tokenizer.pad_token_id
+        return pad if pad is not None else self.tokenizer.eos_token_id
+
+    def _length(self, tokens: Sequence[int]) -> int:
+        """Tokens up to the one that ends the answer, itself included."""
+        ends = end_tokens(self._model)
+        return next((i + 1 for i, token in enumerate(tokens) if token in ends), len(tokens))
 
     def _progress(self, count: int) -> None:
         if self.on_progress is not None:
@@ -185,13 +212,11 @@ class LiveModel(lmms):
     def _generate(self, batch: list[_Question]) -> list[str]:
         inputs = self._encode(self._prompts(batch), batch)
         settings = generation_settings(batch[0].settings)
-        pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.tokenizer.eos_token_id
         start = time.perf_counter()
-        output = self._model.generate(**inputs, **settings, pad_token_id=pad)
+        output = self._model.generate(**inputs, **settings, pad_token_id=self._pad())
         tokens = output[:, inputs["input_ids"].shape[1] :].tolist()
         self.model_seconds += time.perf_counter() - start
-        ends = end_tokens(self._model)
-        lengths = [next((i + 1 for i, token in enumerate(row) if token in ends), len(row)) for row in tokens]
+        lengths = [self._length(row) for row in tokens]
         self._record(batch, inputs, lengths, rows_per_question=settings["num_beams"])
         answers = [
             self.tokenizer.decode(row[:n], skip_special_tokens=True) for row, n in zip(tokens, lengths, strict=True)

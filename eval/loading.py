@@ -44,7 +44,7 @@ class LoadedModel:
             "text_model_type": config.get_text_config().model_type,
             "parameters": sum(p.numel() for p in self.model.parameters()),
             "dtype": str(self.model.dtype).removeprefix("torch."),
-            "device": str(self.model.device),
+            "device": self.model.device.type,
             "attention": getattr(config, "_attn_implementation", None),
             "image_processor": {
                 k: v for k, v in sorted(settings.items()) if isinstance(v, (str, int, float, dict, list))
@@ -96,9 +96,11 @@ def _load_message(source: str, error: Exception) -> str:
 
 
 def pick_device(name: str) -> torch.device:
-    """The device of that name; raises ``DeviceError`` if it is not there."""
+    """The device of that name, of several processes each its own GPU; raises ``DeviceError`` if it is not there."""
+    if name in ("auto", "cuda") and torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return torch.device("cpu")
     try:
         device = torch.device(name)
         torch.empty(1, device=device)

@@ -15,6 +15,7 @@ from .accuracy import TaskScore
 from .cells import Cell
 from .flops import LanguageShape, equivalent_tokens, fastv_formula, pyramiddrop_formula, request_cost
 from .lmms_model import RequestRecord
+from .paired import compare_paired
 
 STAGES = ("vision", "projector", "prefill", "head", "decode")
 
@@ -74,6 +75,7 @@ class Row:
     scores: dict[str, float]
     average: float
     relative: float | None
+    paired: dict[str, Any] | None
     prefill_ms: float | None
     decode_ms: float | None
     result: dict[str, Any]
@@ -102,6 +104,7 @@ def make_rows(results: Sequence[Mapping[str, Any]], timing: Mapping[str, Any]) -
                 scores=scores,
                 average=fmean(scores.values()),
                 relative=relative_score(result["tasks"], full["tasks"]) if full else None,
+                paired=compare_paired(result["tasks"], full["tasks"]) if full and result is not full else None,
                 prefill_ms=times["prefill_ms"]["median"] if times else None,
                 decode_ms=times["decode_ms_per_token"]["median"] if times else None,
                 result=dict(result),
@@ -123,6 +126,12 @@ def relative_score(tasks: Mapping[str, Any], full: Mapping[str, Any]) -> float |
     return fmean(ratios)
 
 
+def interval(row: Row) -> tuple[float, float] | tuple[None, None]:
+    """The 95 % interval of ``relative``, where there is one."""
+    low_high = (row.paired or {}).get("relative_95")
+    return (low_high[0], low_high[1]) if low_high else (None, None)
+
+
 def results_csv(rows: Sequence[Row]) -> str:
     """One line a cell: budget, tokens, GFLOPs by stage, cache, times, scores."""
     tasks = list(rows[0].scores) if rows else []
@@ -135,7 +144,7 @@ def results_csv(rows: Sequence[Row]) -> str:
             "fastv_formula_gmacs", "pyramiddrop_formula_gmacs",
             "prefill_ms", "prefill_ms_q25", "prefill_ms_q75",
             "decode_ms_per_token", "decode_ms_per_token_q25", "decode_ms_per_token_q75",
-            *tasks, "average", "relative",
+            *tasks, "average", "relative", "relative_low", "relative_high",
         ]
     )  # fmt: skip
     for row in rows:
@@ -149,7 +158,7 @@ def results_csv(rows: Sequence[Row]) -> str:
             row.before, row.after, cost["text_tokens"], cost["new_tokens"],
             *(row.flops[stage] / 1e9 for stage in STAGES), row.flops["prefill_total"] / 1e9, row.kv_cache_bytes,
             cost["fastv_formula"] / 1e9, cost["pyramiddrop_formula"] / 1e9,
-            *measured, *row.scores.values(), row.average, row.relative,
+            *measured, *row.scores.values(), row.average, row.relative, *interval(row),
         ]  # fmt: skip
         writer.writerow(
             [row.title, "" if row.keep is None else row.keep, *("" if v is None else f"{v:.6g}" for v in values)]

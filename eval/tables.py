@@ -2,41 +2,54 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from rich import box
 from rich.table import Table
 
-from .summary import Row
+from .summary import Row, interval
 
+TASKS_A_TABLE = 5
 FLOPS_UNITS = (("TFLOPs", 1e12), ("GFLOPs", 1e9), ("MFLOPs", 1e6))
 MEMORY_UNITS = (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10), ("B", 1))
 
 
-def accuracy_table(rows: Sequence[Row]) -> Table:
-    """Accuracy by task, on average and relative to the unpruned model."""
-    names = short_names(list(rows[0].scores))
-    table = _table("Accuracy (%)")
+def accuracy_tables(rows: Sequence[Row]) -> list[Table]:
+    """Accuracy by task, on average and relative to the unpruned model with its interval; five tasks a table."""
+    names = list(rows[0].scores)
+    shown = dict(zip(names, short_names(names), strict=True))
+    parts = [names[start : start + TASKS_A_TABLE] for start in range(0, len(names), TASKS_A_TABLE)]
+    return [_accuracy_table(rows, {name: shown[name] for name in part}) for part in parts]
+
+
+def _accuracy_table(rows: Sequence[Row], names: Mapping[str, str]) -> Table:
+    table = cost_style("Accuracy (%)")
     _identity(table)
-    for name in names:
-        table.add_column(name, justify="right", overflow="fold")
-    table.add_column("average", justify="right", style="bold")
-    table.add_column("of full", justify="right")
+    table.add_column("tokens", justify="right", no_wrap=True)
+    for name in names.values():
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("mean", justify="right", style="bold")
+    table.add_column("of full", justify="right", no_wrap=True)
+    table.add_column("95 %", justify="right", no_wrap=True)
     for row, last in _with_breaks(rows):
         relative = "-" if row.relative is None else f"{100 * row.relative:.1f}%"
-        scores = [f"{100 * score:.1f}" for score in (*row.scores.values(), row.average)]
-        table.add_row(row.title, row.keep_text, tokens(row), *scores, relative, end_section=last)
+        scores = [f"{100 * score:.1f}" for score in (*(row.scores[name] for name in names), row.average)]
+        table.add_row(row.title, row.keep_text, _count(row.after), *scores, relative, _interval(row), end_section=last)
     return table
+
+
+def _interval(row: Row) -> str:
+    low, high = interval(row)
+    return "-" if low is None or high is None else f"{100 * low:.0f}-{100 * high:.0f}"
 
 
 def cost_table(rows: Sequence[Row]) -> Table:
     """FLOPs by stage and measured times."""
     unit, divisor = flops_unit(max(row.flops["prefill_total"] for row in rows))
     memory, bytes_each = next(item for item in MEMORY_UNITS if rows[0].kv_cache_bytes >= item[1])
-    table = _table(
-        f"Cost of one request: {unit} until the first token, KV cache, measured milliseconds at batch size 1"
-    )
+    table = cost_style(f"Cost of one request: {unit} to the first token, KV cache, ms at batch size 1")
     _identity(table)
+    table.add_column("tokens", justify="right", no_wrap=True)
     for name in ("tower", "proj.", "LLM", "sum", f"KV {memory}", "prefill", "speed-up", "ms/token"):
         table.add_column(name, justify="right", no_wrap=True)
     full = next((row.prefill_ms for row in rows if row.keep is None), None)
@@ -58,7 +71,8 @@ def cost_table(rows: Sequence[Row]) -> Table:
     return table
 
 
-def _table(title: str) -> Table:
+def cost_style(title: str) -> Table:
+    """An empty table in the style of all."""
     return Table(
         title=title,
         title_justify="left",
@@ -66,13 +80,14 @@ def _table(title: str) -> Table:
         box=box.SIMPLE_HEAD,
         padding=(0, 1),
         collapse_padding=True,
+        pad_edge=False,
+        show_edge=False,
     )
 
 
 def _identity(table: Table) -> None:
-    table.add_column("method", no_wrap=True, max_width=24)
-    table.add_column("keep", justify="right")
-    table.add_column("tokens", justify="right", no_wrap=True)
+    table.add_column("method", no_wrap=True, max_width=12)
+    table.add_column("keep", justify="right", no_wrap=True)
 
 
 def _with_breaks(rows: Sequence[Row]) -> Iterable[tuple[Row, bool]]:

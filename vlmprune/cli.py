@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
@@ -17,6 +18,9 @@ from .errors import VlmpruneError, missing_extra
 
 USER_ERROR = 2
 INTERRUPTED = 130
+DEFAULT_METHODS = "random,uniform,pool,fastervlm,divprune"
+METHODS_HELP = "Methods by comma; parameters as name:parameter=value."
+KEEP_HELP = "Budgets by comma: shares (0.25) or counts (64)."
 
 app = typer.Typer(
     name="vlmprune",
@@ -79,13 +83,18 @@ def methods() -> None:
 def bench(
     model: Annotated[str, typer.Option(help="Shipped model (tiny-llava), local folder or hub name.")],
     out: Annotated[Path, typer.Option(help="Folder for the results; an interrupted run goes on from it.")],
-    methods: Annotated[
-        str, typer.Option(help="Methods by comma; parameters as name:parameter=value.")
-    ] = "random,uniform,pool,fastervlm,divprune",
-    keep: Annotated[str, typer.Option(help="Budgets by comma: shares (0.25) or counts (64).")] = "0.5,0.25,0.1,0.05",
+    methods: Annotated[str, typer.Option(help=METHODS_HELP)] = DEFAULT_METHODS,
+    keep: Annotated[str, typer.Option(help=KEEP_HELP)] = "0.5,0.25,0.1,0.05",
     tasks: Annotated[
         str, typer.Option(help="lmms-eval tasks, tags or groups by comma; all: the embedded ones.")
     ] = "all",
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            help="Instead of tasks: own pictures (folder) or prompts (.jsonl), compared with the unpruned model."
+        ),
+    ] = None,
+    new_tokens: Annotated[int, typer.Option(min=1, help="With --data: tokens generated for each prompt.")] = 32,
     limit: Annotated[int | None, typer.Option(min=1, help="Items of each task; all by default.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Requests answered at once.")] = 1,
     dtype: Annotated[str, typer.Option(help="auto (as stored), float32, bfloat16 or float16.")] = "auto",
@@ -103,9 +112,10 @@ def bench(
         from vlmprune.eval.cells import parse_keeps, parse_methods
 
         wanted, budgets = parse_methods(methods), parse_keeps(keep)
-        from vlmprune.eval.bench import BenchOptions, run_bench
+        from vlmprune.eval.bench import BenchOptions, run_bench, run_on_data
 
-        run_bench(
+        run = run_bench if data is None else partial(run_on_data, data=data, new_tokens=new_tokens)
+        run(
             BenchOptions(
                 model=model,
                 methods=wanted,
@@ -122,6 +132,62 @@ def bench(
                 timing_seconds=timing_seconds,
             )
         )
+
+
+@app.command()
+def latency(
+    methods: Annotated[str, typer.Option(help=METHODS_HELP)] = DEFAULT_METHODS,
+    keep: Annotated[str, typer.Option(help=KEEP_HELP)] = "0.5,0.25,0.1",
+    model: Annotated[str | None, typer.Option(help="Shipped model, local folder or hub name.")] = None,
+    random_weights: Annotated[
+        str | None,
+        typer.Option(help="Instead of --model: llava-1b, llava-1.5-7b or llava-1.5-13b with random weights."),
+    ] = None,
+    batch_size: Annotated[str, typer.Option(help="Batch sizes by comma.")] = "1",
+    text_tokens: Annotated[int, typer.Option(min=2, help="Text tokens of the made-up prompt.")] = 64,
+    new_tokens: Annotated[int, typer.Option(min=2, help="Tokens generated.")] = 17,
+    dtype: Annotated[str, typer.Option(help="auto (as stored, bfloat16 for random weights), float32, ...")] = "auto",
+    device: Annotated[str, typer.Option(help="auto (a GPU if there is one), cpu, cuda, cuda:1, ...")] = "auto",
+    seed: Annotated[int, typer.Option(min=0, help="Seed of random methods.")] = 0,
+    seconds: Annotated[float, typer.Option(min=0, help="Time to spend on each batch size (3 to 30 rounds).")] = 60.0,
+    out: Annotated[Path | None, typer.Option(help="Folder for latency.json and latency.csv.")] = None,
+) -> None:
+    """Measure where the time of a request goes, and how far pruning is from the ideal speed-up."""
+    with _clear_errors():
+        if (model is None) == (random_weights is None):
+            raise typer.BadParameter("Name one of --model and --random-weights.")
+        try:
+            sizes = sorted({int(part) for part in batch_size.split(",")})
+        except ValueError:
+            sizes = []
+        if not sizes or sizes[0] < 1:
+            raise typer.BadParameter(f"--batch-size {batch_size!r}; allowed: whole numbers from 1, by comma.")
+        from vlmprune.eval.cells import check_cells, make_cells, parse_keeps, parse_methods
+
+        cells = make_cells(parse_methods(methods), parse_keeps(keep), seed)
+        from vlmprune.eval.latency import LatencyOptions, run_latency
+        from vlmprune.eval.loading import load_model
+        from vlmprune.eval.random_weights import build_random, preset_config
+
+        if random_weights is not None:
+            loaded = build_random(preset_config(random_weights), dtype, device)
+        else:
+            loaded = load_model(str(model), dtype, device).model
+        check_cells(loaded, cells)
+        name = str(model or random_weights)
+        run_latency(loaded, name, LatencyOptions(cells, sizes, text_tokens, new_tokens, seconds, out))
+
+
+@app.command()
+def report(
+    folders: Annotated[list[Path], typer.Argument(help="Result folders of bench and latency.")],
+    out: Annotated[Path, typer.Option(help="The page to write.")] = Path("report.html"),
+) -> None:
+    """Put the results of several runs on one self-contained HTML page."""
+    with _clear_errors():
+        from vlmprune.eval.report import write_report
+
+        typer.echo(f"Written to {write_report(folders, out)}")
 
 
 def main() -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_CACHE", "/tmp/vlmprune-test-datasets")
@@ -99,6 +100,12 @@ def random_image(seed: int, size: tuple[int, int] = (32, 32)) -> Image.Image:
 
 
 @pytest.fixture(scope="session")
+def toy() -> SimpleNamespace:
+    """Makers of a tiny random LLaVA, its processor, configurations and pictures."""
+    return SimpleNamespace(model=build_model, processor=build_processor, config=build_config, image=random_image)
+
+
+@pytest.fixture(scope="session")
 def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("model")
     build_model().save_pretrained(folder)
@@ -121,6 +128,10 @@ def task_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     table.to_parquet(folder / "items.parquet")
     (folder / "toy.yaml").write_text(TOY_TASK)
     (folder / "toy_utils.py").write_text(TOY_UTILS)
+    (folder / "toy_choice.yaml").write_text(TOY_CHOICE)
+    (folder / "toy_pair.yaml").write_text(
+        TOY_TASK.replace("task: toy", "task: toy_pair").replace("picture", "pictures")
+    )
     return folder
 
 
@@ -146,9 +157,33 @@ metadata:
   version: 1.0
 """
 
+TOY_CHOICE = """\
+task: toy_choice
+dataset_path: parquet
+dataset_kwargs:
+  data_files:
+    test: items.parquet
+test_split: test
+output_type: multiple_choice
+doc_to_visual: !function toy_utils.picture
+doc_to_text: question
+doc_to_choice: ["red", "yes", "two"]
+doc_to_target: answer
+metric_list:
+  - metric: acc
+    aggregation: mean
+    higher_is_better: true
+metadata:
+  version: 1.0
+"""
+
 TOY_UTILS = """\
 def picture(doc):
     return [doc["image"]]
+
+
+def pictures(doc):
+    return [doc["image"], doc["image"].rotate(90)]
 
 
 def score(doc, answers):

@@ -1,0 +1,58 @@
+from __future__ import annotations
+
+import pytest
+from vlmprune.eval.cells import BASELINES, Cell, make_cells, parse_keeps, parse_methods, parse_value
+
+from vlmprune.errors import BudgetError, ParameterError, UnknownNameError
+
+
+def test_methods_and_parameters():
+    assert parse_methods("pool, random:seed=3") == [("pool", {}), ("random", {"seed": 3})]
+
+
+@pytest.mark.parametrize(
+    ("text", "error", "message"),
+    [
+        ("divprun", UnknownNameError, "Did you mean 'divprune'"),
+        ("random:sed=3", UnknownNameError, "Did you mean 'seed'"),
+        ("random:seed", ParameterError, "name=value"),
+        ("random:seed=-1", ParameterError, "seed=-1"),
+        (" , ", ParameterError, "names no method"),
+    ],
+)
+def test_bad_methods(text, error, message):
+    with pytest.raises(error, match=message):
+        parse_methods(text)
+
+
+def test_keeps():
+    assert parse_keeps("0.5, 64,1.0,1,0.5") == [0.5, 64, 1.0, 1]
+    assert [type(keep) for keep in parse_keeps("1.0")] == [float]
+
+
+@pytest.mark.parametrize("text", ["0", "0.0", "1.5", "-3", "nan", "inf", "half", "", "0x10"])
+def test_bad_keeps(text):
+    with pytest.raises(BudgetError):
+        parse_keeps(text)
+
+
+def test_values():
+    assert [parse_value(text) for text in ("3", "0.5", "true", "none", "8+16+24", "dot", "1e-3", "-2")] == [
+        *(3, 0.5, True, None, (8, 16, 24), "dot", 1e-3, -2),
+    ]
+
+
+def test_cells_begin_with_the_full_model_and_hold_the_baselines():
+    cells = make_cells([("divprune", {}), ("random", {})], [0.5, 0.1], seed=7, baselines=BASELINES)
+    labels = [cell.label for cell in cells]
+    assert labels[0] == "full"
+    assert labels == list(dict.fromkeys(labels))
+    assert {cell.method for cell in cells} == {"full", "divprune", "random", "uniform", "pool"}
+    assert all(dict(cell.parameters) == {"seed": 7} for cell in cells if cell.method == "random")
+    assert {cell.method for cell in make_cells([("divprune", {})], [0.5], 0)} == {"full", "divprune"}
+
+
+def test_file_names_differ():
+    cells = [Cell("pool", 0.5), Cell("pool", 1), Cell("pool", 1.0), Cell("a:b", 1), Cell("a", 1, (("b", 1),)), Cell()]
+    assert len({cell.slug for cell in cells}) == len(cells)
+    assert all("/" not in cell.slug and ":" not in cell.slug for cell in cells)

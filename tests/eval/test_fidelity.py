@@ -1,0 +1,125 @@
+"""Comparison with the unpruned model on prompts without labels."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+
+import pytest
+import torch
+
+pytest.importorskip("lmms_eval")
+
+from rich.console import Console
+from vlmprune.eval import fidelity
+from vlmprune.eval.cells import Cell
+from vlmprune.eval.fidelity import (
+    DEFAULT_PROMPT,
+    FidelityOptions,
+    PromptDataError,
+    compare_replies,
+    read_prompts,
+    run_fidelity,
+)
+from vlmprune.eval.loading import LoadedModel
+from vlmprune.eval.result_folder import ResultFolderError
+
+CELLS = [Cell(), Cell("uniform", 1.0), Cell("uniform", 2)]
+
+
+@pytest.fixture
+def prompts(toy, tmp_path):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    lines = []
+    for i in range(5):
+        toy.image(i).save(folder / f"{i}.png")
+        images = f"{i}.png" if i else ["0.png", "0.png"]
+        lines.append(json.dumps({"image": images, "prompt": "what colour is the circle ?"}))
+    (folder / "prompts.jsonl").write_text("\n".join(lines) + "\n\n")
+    return folder / "prompts.jsonl"
+
+
+def run(toy, prompts, out, **changes):
+    loaded = LoadedModel(toy.model(), toy.processor(), "toy")
+    options = FidelityOptions(
+        **{"data": prompts, "cells": CELLS, "out": out, "batch_size": 2, "new_tokens": 4, **changes}
+    )
+    return run_fidelity(loaded, options, Console(file=io.StringIO()))
+
+
+def test_keeping_all_agrees_and_dropping_does_not(toy, prompts, tmp_path, capsys):
+    whole, few = run(toy, prompts, tmp_path / "out")
+    assert (whole.same_answer, whole.same_first_token, whole.kl) == (1, 1, 0)
+    assert (whole.items, whole.visual_tokens, few.visual_tokens) == (5, (4 * 64 + 128) / 5, (4 * 2 + 4) / 5)
+    assert few.kl > 1e-3
+    assert few.kl_worst >= few.kl
+    assert few.same_answer < 1
+    assert max(map(len, capsys.readouterr().out.splitlines())) <= 100
+    assert len(json.loads((tmp_path / "out" / "fidelity.json").read_text())["rows"]) == 2
+    assert (tmp_path / "out" / "fidelity.csv").read_text().count("\n") == 3
+
+
+def test_batch_sizes_agree(toy, prompts, tmp_path):
+    singles = run(toy, prompts, tmp_path / "one", batch_size=1)
+    batches = run(toy, prompts, tmp_path / "four", batch_size=4)
+    for one, four in zip(singles, batches, strict=True):
+        assert (one.same_answer, one.same_first_token) == (four.same_answer, four.same_first_token)
+        assert four.kl == pytest.approx(one.kl, abs=1e-5)
+
+
+def test_a_run_goes_on_and_does_not_mix(toy, prompts, tmp_path, monkeypatch):
+    calls = []
+    real = fidelity.replies
+    monkeypatch.setattr(fidelity, "replies", lambda *args: calls.append(1) or real(*args))
+    first = run(toy, prompts, tmp_path / "out")
+    assert len(calls) == 3
+    assert run(toy, prompts, tmp_path / "out") == first
+    assert len(calls) == 3
+    run(toy, prompts, tmp_path / "out", cells=[*CELLS, Cell("pool", 4)])
+    assert len(calls) == 5
+    with pytest.raises(ResultFolderError, match="new_tokens"):
+        run(toy, prompts, tmp_path / "out", new_tokens=5)
+    toy.image(99).save(prompts.parent / "1.png")
+    with pytest.raises(ResultFolderError, match="sha256"):
+        run(toy, prompts, tmp_path / "out")
+
+
+def test_divergence_is_that_of_the_definition():
+    full = torch.tensor([[0.5, 0.25, 0.25]]).log()
+    pruned = torch.tensor([[0.25, 0.5, 0.25]]).log()
+    result = compare_replies(Cell("pool", 2), [((1,), full[0])], [((1,), pruned[0])], 2.0)
+    assert result.kl == pytest.approx(0.5 * math.log(2) - 0.25 * math.log(2))
+    assert (result.same_answer, result.same_first_token) == (1, 0)
+
+
+def test_folders_of_pictures(toy, tmp_path):
+    for i in range(2):
+        toy.image(i).save(tmp_path / f"{i}.PNG")
+    assert [prompt.text for prompt in read_prompts(tmp_path)] == [DEFAULT_PROMPT] * 2
+    (tmp_path / "prompts.txt").write_text("what ?\n\nwhere ?\n")
+    assert [prompt.text for prompt in read_prompts(tmp_path, limit=3)] == ["what ?", "where ?", "what ?"]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "no prompts"),
+        ("{", "line 1 of"),
+        ('{"image": "0.png"}', '"prompt": text'),
+        ('{"prompt": "a", "image": "0.png"}\n{"prompt": "a", "image": "missing.png"}', "line 2 of .*missing.png"),
+    ],
+)
+def test_bad_files_are_named(toy, tmp_path, content, message):
+    toy.image(0).save(tmp_path / "0.png")
+    (tmp_path / "prompts.jsonl").write_text(content)
+    with pytest.raises(PromptDataError, match=message):
+        read_prompts(tmp_path / "prompts.jsonl")
+
+
+def test_missing_data_is_named(tmp_path):
+    with pytest.raises(PromptDataError, match="does not exist"):
+        read_prompts(tmp_path / "nothing")
+    with pytest.raises(PromptDataError, match="holds no pictures"):
+        read_prompts(tmp_path)

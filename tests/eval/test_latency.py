@@ -1,0 +1,77 @@
+"""Latency on a tiny random model: what is measured, and that the ideal is the same work without the dropped tokens."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+
+import pytest
+import torch
+from rich.console import Console
+from vlmprune.eval import random_weights
+from vlmprune.eval.cells import Cell
+from vlmprune.eval.flops import LanguageShape
+from vlmprune.eval.latency import LatencyOptions, cache_bytes, ideal_prefill, made_up_request, run_latency
+from vlmprune.eval.loading import DeviceError
+from vlmprune.eval.random_weights import build_random, preset_config, preset_names
+
+import vlmprune
+from vlmprune.errors import UnknownNameError
+
+CELLS = [Cell(), Cell("uniform", 0.25), Cell("divprune", 8)]
+
+
+def test_every_stage_is_measured(toy, tmp_path, capsys):
+    model = toy.model()
+    options = LatencyOptions(CELLS, (1, 2), text_tokens=10, new_tokens=3, seconds=0.1, out=tmp_path / "out")
+    rows = run_latency(model, "toy", options, Console(file=io.StringIO()))
+    assert [(row.title, row.batch_size, row.visual_tokens_after) for row in rows] == [
+        *(("full", 1, 64), ("uniform", 1, 16), ("divprune", 1, 8)),
+        *(("full", 2, 64), ("uniform", 2, 16), ("divprune", 2, 8)),
+    ]
+    shape = LanguageShape.from_config(model.config)
+    for row in rows:
+        assert row.kv_cache_bytes == row.batch_size * shape.cache_bytes([row.visual_tokens_after + 10] * 3, 4)
+        assert 0 < row.vision["median"] < row.end_to_end["median"]
+        assert row.prefill["q25"] <= row.prefill["median"] <= row.prefill["q75"]
+        assert row.overhead["median"] > 0
+        assert row.peak_bytes is None
+    assert max(map(len, capsys.readouterr().out.splitlines())) <= 100
+    stored = json.loads((tmp_path / "out" / "latency.json").read_text())
+    assert len(stored["rows"]) == 6
+    assert len(list(csv.DictReader((tmp_path / "out" / "latency.csv").open()))) == 6
+    with pytest.raises(vlmprune.errors.NotAppliedError):
+        vlmprune.remove(model)
+
+
+def test_the_ideal_is_the_plain_language_model(toy):
+    model = toy.model()
+    inputs = made_up_request(model, 1, 10)
+    with torch.inference_mode(), vlmprune.pruned(model, "uniform", keep=8):
+        cache = model(**inputs, use_cache=True, logits_to_keep=1).past_key_values
+    assert cache_bytes(cache) == LanguageShape.from_config(model.config).cache_bytes([18] * 3, 4)
+    embeddings = model.get_input_embeddings()(inputs["input_ids"])
+    with torch.inference_mode():
+        logits = ideal_prefill(model, inputs["pixel_values"], embeddings)
+        expected = model(inputs_embeds=embeddings).logits[:, -1:]
+    torch.testing.assert_close(logits, expected)
+
+
+def test_presets_are_the_true_architectures():
+    assert set(preset_names()) == {"llava-1b", "llava-1.5-7b", "llava-1.5-13b"}
+    shape = LanguageShape.from_config(preset_config("llava-1.5-7b"))
+    assert (shape.layers, shape.hidden, shape.ffn) == (32, 4096, 11008)
+    with pytest.raises(UnknownNameError, match=r"Did you mean 'llava-1\.5-7b'"):
+        preset_config("llava-1.5-8b")
+
+
+def test_random_weights_give_finite_logits_and_respect_memory(toy, monkeypatch):
+    model = build_random(toy.config(), "float32", "cpu")
+    logits = model(**made_up_request(model, 2, 6)).logits
+    assert logits.isfinite().all()
+    assert logits.std() > 0
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    monkeypatch.setattr(random_weights, "available_memory", lambda: 1000)
+    with pytest.raises(DeviceError, match="GiB"):
+        build_random(toy.config(), "float32", "cpu")

@@ -1,0 +1,48 @@
+from __future__ import annotations
+
+import pytest
+from vlmprune.eval.cells import Cell
+from vlmprune.eval.result_folder import ResultFolder, ResultFolderError, differences
+
+CONFIGURATION = {"model": {"source": "m", "dtype": "float32"}, "limit": 5}
+CELL = Cell("pool", 0.5)
+
+
+def test_cells_are_stored_and_found_again(tmp_path):
+    folder = ResultFolder(tmp_path / "deep" / "out", CONFIGURATION)
+    assert not folder.has(CELL)
+    folder.write(CELL, {"score": 1})
+    again = ResultFolder(tmp_path / "deep" / "out", CONFIGURATION)
+    assert again.has(CELL)
+    assert again.read(CELL)["score"] == 1
+    assert not list(tmp_path.rglob("*.tmp"))
+
+
+def test_another_configuration_is_refused_and_nothing_is_lost(tmp_path):
+    ResultFolder(tmp_path, CONFIGURATION).write(CELL, {"score": 1})
+    with pytest.raises(
+        ResultFolderError, match=r"model.dtype: 'float32' there, 'bfloat16' now; limit: 5 there, None now"
+    ):
+        ResultFolder(tmp_path, {"model": {"source": "m", "dtype": "bfloat16"}, "limit": None})
+    assert ResultFolder(tmp_path, CONFIGURATION).read(CELL)["score"] == 1
+
+
+def test_folders_of_others_and_files_are_refused(tmp_path):
+    (tmp_path / "thesis.tex").write_text("x")
+    with pytest.raises(ResultFolderError, match="holds no vlmprune results"):
+        ResultFolder(tmp_path, CONFIGURATION)
+    with pytest.raises(ResultFolderError, match="is a file"):
+        ResultFolder(tmp_path / "thesis.tex", CONFIGURATION)
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"label": "random keep=0.5"}'])
+def test_damaged_cells_are_named(tmp_path, content):
+    folder = ResultFolder(tmp_path, CONFIGURATION)
+    folder.write(CELL, {})
+    folder.cell_file(CELL).write_text(content)
+    with pytest.raises(ResultFolderError, match=r"pool-keep=0\.5"):
+        folder.read(CELL)
+
+
+def test_differences_reach_into_dictionaries():
+    assert differences({"a": {"b": 1, "c": 2}}, {"a": {"b": 1, "d": 3}}) == [("a.c", 2, None), ("a.d", None, 3)]
