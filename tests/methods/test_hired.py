@@ -5,8 +5,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import method_batches as build
+from support.tiny_models import FAMILY_CASES
 
-from vlmprune.errors import ParameterError, UnknownNameError
+import vlmprune
+from vlmprune.errors import ParameterError, UnknownNameError, UnsupportedMethodError
 from vlmprune.methods import HiRED
 
 parameters = st.fixed_dictionaries(
@@ -99,3 +101,20 @@ def test_bad_choices_are_refused():
         HiRED(cells="quadrants")
     with pytest.raises(ParameterError, match="content_topk"):
         HiRED(content_topk=0)
+
+
+def test_faithful_without_whole_tiles_says_so():
+    method = HiRED(keep=20, faithful=True)
+    _, batch = corner_batch(method)
+    tokens_only = build.make_batch(method, batch.layouts, batch.features, batch.vision, build.WITH_CLS)
+    with pytest.raises(UnsupportedMethodError, match="faithful=False"):
+        method.select(tokens_only)
+
+
+@pytest.mark.parametrize("name", ["hired", "globalcom2"])
+def test_a_family_without_tiles_is_refused_and_the_others_are_named(name):
+    llava = next(family for family in FAMILY_CASES if family.name.startswith("llava-clip"))
+    model = llava.build(torch.float32)
+    with pytest.raises(UnsupportedMethodError, match=r"crops.*Families that have them: "):
+        vlmprune.apply(model, name)
+    assert name not in vlmprune.list_methods(model)

@@ -46,8 +46,8 @@ def official_sequence(layout: VisualLayout, chosen: Tensor, scores: Tensor) -> T
     thumbnail = thumbnail[scores[thumbnail].argsort(descending=True, stable=True)]
     crops = patches[layout.tile[patches] > 0]
     rank = torch.zeros_like(layout.tile)
-    for tile in range(1, rows * columns + 1):
-        members = (layout.tile == tile) & ~layout.newline
+    for index in range(1, rows * columns + 1):
+        members = (layout.tile == index) & ~layout.newline
         rank[members] = torch.arange(int(members.sum()))
     tile, place = layout.tile[crops] - 1, rank[crops]
     row = tile // columns * height + place // width

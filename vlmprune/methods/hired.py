@@ -11,7 +11,7 @@ from torch import Tensor
 
 from vlmprune.kernels.segmented_topk import segmented_topk
 
-from ..errors import ParameterError
+from ..errors import ParameterError, UnsupportedMethodError
 from ..layout import VisualLayout
 from .apportion import apportion
 from .base import Method
@@ -66,12 +66,16 @@ class HiRED(Method):
         return (tower.attention(0), tower.attention(tower.feature_layer))
 
     def select(self, batch: VisualBatch) -> Selection:
-        """Take `budgets[i]` tokens of each image, or the official number of them."""
+        """Take `budgets[i]` tokens of each image, or the official number of them.
+
+        Raises:
+            UnsupportedMethodError: `faithful` where the batch lacks the attention of whole tiles.
+        """
         first, last = self.vision_signals(batch.tower)
         segments = tile_segments(batch.layouts)
         weights = self.content_scores(batch.vision[first].float().sum(-1), batch.layouts, segments)
         if self.faithful:
-            return self._official_selection(batch, batch.tile_vision[last], weights)
+            return self._official_selection(batch, last, weights)
         newlines = newline_surplus(segments, batch.budgets)
         left = torch.tensor(batch.budgets) - newlines
         thumbnail_size, crop_sizes = segments.sizes[:, 0], segments.sizes[:, 1:-1]
@@ -118,9 +122,14 @@ class HiRED(Method):
         mask = torch.zeros(final.numel(), dtype=torch.bool, device=final.device)
         return counts, mask.index_fill_(0, kept + start, True).view_as(final)
 
-    def _official_selection(self, batch: VisualBatch, tiles: tuple[Tensor, ...], weights: Tensor) -> Selection:
+    def _official_selection(self, batch: VisualBatch, last: VisionSignal, weights: Tensor) -> Selection:
+        if last not in batch.tile_vision:
+            raise UnsupportedMethodError(
+                "HiRED(faithful=True) selects in whole tiles, padding included, whose attention this model's family does not "
+                "give; allowed: faithful=False."
+            )
         kept = []
-        for layout, final, content in zip(batch.layouts, tiles, weights, strict=True):
+        for layout, final, content in zip(batch.layouts, batch.tile_vision[last], weights, strict=True):
             _, mask = self.tile_masks(final.float().sum(-1), content[: len(final) - 1], layout.total)
             columns = layout.tile_grid[1] if layout.tile_grid else 1
             index = to_device(layout.tile * mask.shape[1] + layout.row * columns + layout.column, mask.device)

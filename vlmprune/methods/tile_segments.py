@@ -65,10 +65,13 @@ def top_of_segments(scores: Tensor, segments: TileSegments, k: Tensor, totals: t
     """
     device, total = scores.device, sum(totals)
     order = to_device(segments.order, device)
-    counts = to_device(k.flatten(), device)
-    local = segmented_topk(scores[order], segments.offsets, counts, total=total)
-    starts = to_device(torch.tensor(segments.offsets[:-1]), device)
-    packed = order[local + starts.repeat_interleave(counts, output_size=total)].sort().values
+    starts = to_device(torch.tensor(segments.offsets), device)
+    # Counts that only the device knows go with offsets on the device, so that the host need not wait for either.
+    on_host = k.device.type == "cpu"
+    offsets, counts = (segments.offsets, k.flatten()) if on_host else (starts, k.flatten())
+    local = segmented_topk(scores[order], offsets, counts, total=total)
+    starts = starts[:-1].repeat_interleave(to_device(counts, device), output_size=total)
+    packed = order[local + starts].sort().values
     return Selection(local_indices(packed, segments, totals), totals)
 
 
