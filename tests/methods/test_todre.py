@@ -3,7 +3,9 @@
 import pytest
 import torch
 from support import method_batches as build
+from support.tiny_models import FAMILY_CASES
 
+import vlmprune
 from vlmprune.errors import ParameterError, UnknownNameError
 from vlmprune.methods import ToDRE
 
@@ -62,3 +64,38 @@ def test_bad_parameters_are_refused():
         ToDRE(variant="k-center")
     with pytest.raises(ParameterError, match="tau"):
         ToDRE(tau=2)
+
+
+@pytest.fixture(scope="module")
+def llava():
+    family = next(family for family in FAMILY_CASES if family.name == "llava-clip-gqa")
+    return family.build(torch.float32), family.inputs([[3, "A", 4], [2, "B", 5]], dtype=torch.float32)
+
+
+@torch.no_grad()
+def logits_and_record(llava, **parameters):
+    model, inputs = llava
+    with vlmprune.pruned(model, "todre", **parameters):
+        return model(**inputs).logits, vlmprune.last_run(model)
+
+
+def test_the_second_stage_drops_all_visual_tokens_of_late_layers(llava):
+    _, record = logits_and_record(llava, keep=0.5, tau=1.0)
+    assert record.method == "todre"
+    assert record.visual_tokens_per_layer == [[18, 18, 0], [18, 18, 0]]
+    _, earlier = logits_and_record(llava, keep=0.5, tau=1.0, layer=1)
+    assert earlier.visual_tokens_per_layer == [[18, 0, 0], [18, 0, 0]]
+
+
+def test_a_second_stage_that_keeps_everything_changes_nothing(llava):
+    alone, _ = logits_and_record(llava, keep=0.5, relevance=False)
+    both, record = logits_and_record(llava, keep=0.5, tau=0.0)
+    assert torch.equal(alone, both)
+    assert record.visual_tokens_per_layer == [[18, 18, 18], [18, 18, 18]]
+
+
+def test_keeping_everything_is_the_unpatched_model(llava):
+    model, inputs = llava
+    logits, _ = logits_and_record(llava, keep=1.0, tau=1.0)
+    with torch.no_grad():
+        assert torch.equal(logits, model(**inputs).logits)
