@@ -29,7 +29,7 @@ from .ranks import Ranks
 from .report import write_report
 from .result_folder import ResultFolder, read_json, write_json
 from .summary import Row, cell_result, make_rows, results_csv, summarise_requests
-from .tables import accuracy_tables, cost_table
+from .tables import accuracy_tables, as_markdown, cost_table
 from .task_index import data_identity, find_tasks
 from .timing import time_cells
 
@@ -212,7 +212,7 @@ def _items(task: Any, limit: int | None) -> int:
 
 
 def write_results(options: BenchOptions, folder: ResultFolder, rows: Sequence[Row], seconds: dict[str, float]) -> None:
-    """Write results.json, results.csv, the plots and report.html."""
+    """Write results.json, results.csv, tables.md, the plots and report.html."""
     content = {
         "command": list(options.command),
         "machine": describe_machine(),
@@ -245,4 +245,6 @@ def write_results(options: BenchOptions, folder: ResultFolder, rows: Sequence[Ro
     name = folder.configuration["model"]["source"].rstrip("/").split("/")[-1]
     for file, (cost, label) in PLOTS.items():
         plot_pareto(rows, folder.path / file, cost, label, f"{name}: accuracy against {label.split(' (')[0]}")
+    markdown = "\n".join(map(as_markdown, [*accuracy_tables(rows), cost_table(rows)]))
+    (folder.path / "tables.md").write_text(markdown, encoding="utf-8")
     write_report([folder.path], folder.path / "report.html")

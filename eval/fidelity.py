@@ -159,7 +159,7 @@ def run_fidelity(loaded: LoadedModel, options: FidelityOptions, console: Console
         writer.writerows(asdict(row) for row in rows)
     output = Console(width=100)
     output.print(fidelity_table(rows))
-    output.print(f"Written to {folder.path}")
+    output.print(f"Written to {folder.path}", soft_wrap=True)
     return rows
 
 

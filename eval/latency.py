@@ -253,7 +253,7 @@ def run_latency(
             {"machine": describe_machine(), **configuration, "rows": [asdict(m) for m in found]},
         )
         write_csv(folder.path / "latency.csv", found)
-        output.print(f"Written to {folder.path}")
+        output.print(f"Written to {folder.path}", soft_wrap=True)
     return found
 
 

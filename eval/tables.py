@@ -71,6 +71,15 @@ def cost_table(rows: Sequence[Row]) -> Table:
     return table
 
 
+def as_markdown(table: Table) -> str:
+    """The table for a README: title, header, rows."""
+    columns = list(table.columns)
+    lines = [[str(column.header) for column in columns], ["---" if c.justify == "left" else "---:" for c in columns]]
+    lines += [list(map(str, cells)) for cells in zip(*(column.cells for column in columns), strict=True)]
+    body = "\n".join("| " + " | ".join(cell.strip() for cell in line) + " |" for line in lines)
+    return f"**{table.title}**\n\n{body}\n"
+
+
 def cost_style(title: str) -> Table:
     """An empty table in the style of all."""
     return Table(

@@ -57,7 +57,7 @@ def test_results_table_and_plot(options, capsys):
     ]
     assert [row.after for row in rows] == [64, 30, 6, 32, 8]
     printed = capsys.readouterr().out
-    assert max(map(len, printed.splitlines())) <= 100
+    assert max(len(line) for line in printed.splitlines() if "report.html" not in line) <= 100
     assert "divprune" in printed
     assert (out / "accuracy_vs_flops.png").read_bytes().startswith(b"\x89PNG")
     results = json.loads((out / "results.json").read_text())
@@ -72,6 +72,13 @@ def test_results_table_and_plot(options, capsys):
     lines = list(csv.DictReader((out / "results.csv").open()))
     assert [line["method"] for line in lines] == ["full", "pool", "pool", "divprune", "divprune"]
     assert float(lines[1]["visual_tokens_after"]) == 30
+    markdown = (out / "tables.md").read_text().splitlines()
+    assert len({line.count("|") for line in markdown[2:9]}) == 1
+    assert markdown[4].startswith("| full | - | 64 |")
+    page = (out / "report.html").read_text()
+    assert page.count("data:image/png;base64,") == 3
+    assert page.count("<td>divprune</td>") == 4
+    assert "Run it again" in page
     stored = [json.loads(file.read_text()) for file in (out / "cells").iterdir()]
     assert [len(cell["tasks"]["toy"]["samples"]) for cell in stored] == [4] * 5
 

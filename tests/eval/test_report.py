@@ -1,0 +1,57 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+from vlmprune.eval.report import ReportError, write_report
+from vlmprune.eval.result_folder import ResultFolderError
+
+MACHINE = {
+    "packages": {"torch": "2"}, "gpu": None, "cpu": "<fast>", "torch_threads": 1, "cpus": 2,
+    "platform": "Linux", "vlmprune": "0.1", "date": "2026-01-01",
+}  # fmt: skip
+SPREAD = {"median": 1.5, "q25": 1.0, "q75": 2.0}
+LATENCY = {
+    "machine": MACHINE, "model": "m", "dtype": "float32", "device": "cpu", "text_tokens": 1, "new_tokens": 2,
+    "rows": [
+        {
+            "title": "pool", "keep": 0.5, "batch_size": 1, "visual_tokens_after": 32, "kv_cache_bytes": 2**20,
+            "peak_bytes": None, "ideal": None, "overhead": None,
+            **dict.fromkeys(("vision", "prefill", "first_token", "decode_per_token", "end_to_end"), SPREAD),
+        }
+    ],
+}  # fmt: skip
+FIDELITY = {
+    "machine": MACHINE,
+    "configuration": {"model": {"source": "m"}, "data": {"prompts": 3}},
+    "rows": [
+        {
+            "title": "pool", "keep": 4, "visual_tokens": 4.0, "same_answer": 0.5, "same_first_token": 1.0,
+            "kl": 0.25, "kl_worst": 1.0,
+        }
+    ],
+}  # fmt: skip
+
+
+def test_runs_of_all_kinds_come_on_one_page(tmp_path):
+    for name, content in {"latency": LATENCY, "fidelity": FIDELITY}.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / f"{name}.json").write_text(json.dumps(content))
+    page = write_report([tmp_path / "latency", tmp_path / "fidelity"], tmp_path / "deep" / "page.html").read_text()
+    assert "1.50 (1.00 to 2.00)" in page
+    assert "<td>50.0</td>" in page
+    assert "&lt;fast&gt;" in page
+    assert "<fast>" not in page
+    assert "http" not in page
+
+
+def test_folders_without_results_and_damaged_files_are_named(tmp_path):
+    with pytest.raises(ReportError, match="holds none of"):
+        write_report([tmp_path], tmp_path / "page.html")
+    (tmp_path / "latency.json").write_text("{")
+    with pytest.raises(ResultFolderError, match=r"latency\.json"):
+        write_report([tmp_path], tmp_path / "page.html")
+    (tmp_path / "latency.json").write_text("{}")
+    with pytest.raises(ReportError, match="no result file of vlmprune"):
+        write_report([tmp_path], tmp_path / "page.html")
+    assert not (tmp_path / "page.html").exists()
