@@ -11,9 +11,11 @@ import pytest
 
 pytest.importorskip("lmms_eval")
 
-import vlmprune.eval.bench as bench_module
 from rich.console import Console
 from transformers import LlavaForConditionalGeneration
+
+import vlmprune.eval.bench as bench_module
+from vlmprune.errors import UnknownNameError, UnsupportedMethodError
 from vlmprune.eval.bench import BenchOptions, run_bench
 from vlmprune.eval.loading import load_model
 from vlmprune.eval.model_names import ModelLoadError
@@ -21,8 +23,6 @@ from vlmprune.eval.plots import pareto_front
 from vlmprune.eval.result_folder import ResultFolderError
 from vlmprune.eval.summary import make_rows, relative_score
 from vlmprune.eval.tables import accuracy_tables, cost_table, short_names, three_figures
-
-from vlmprune.errors import UnknownNameError, UnsupportedMethodError
 
 
 @pytest.fixture

@@ -1,9 +1,9 @@
 from __future__ import annotations
 
 import pytest
-from vlmprune.eval.cells import BASELINES, Cell, make_cells, parse_keeps, parse_methods, parse_value
 
 from vlmprune.errors import BudgetError, ParameterError, UnknownNameError
+from vlmprune.eval.cells import BASELINES, Cell, make_cells, parse_keeps, parse_methods, parse_value
 
 
 def test_methods_and_parameters():

@@ -12,6 +12,7 @@ import torch
 pytest.importorskip("lmms_eval")
 
 from rich.console import Console
+
 from vlmprune.eval import fidelity
 from vlmprune.eval.cells import Cell
 from vlmprune.eval.fidelity import (

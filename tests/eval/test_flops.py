@@ -16,6 +16,9 @@ from transformers import (
     Qwen2Config,
     SiglipVisionConfig,
 )
+
+import vlmprune
+from vlmprune.errors import UnknownNameError
 from vlmprune.eval.flops import (
     LanguageShape,
     VisionWork,
@@ -25,9 +28,6 @@ from vlmprune.eval.flops import (
     pyramiddrop_formula,
     request_cost,
 )
-
-import vlmprune
-from vlmprune.errors import UnknownNameError
 
 LLAMA_7B = LlamaConfig()
 TOWER = {

@@ -9,15 +9,15 @@ import json
 import pytest
 import torch
 from rich.console import Console
+
+import vlmprune
+from vlmprune.errors import UnknownNameError
 from vlmprune.eval import random_weights
 from vlmprune.eval.cells import Cell
 from vlmprune.eval.flops import LanguageShape
 from vlmprune.eval.latency import LatencyOptions, cache_bytes, ideal_prefill, made_up_request, run_latency
 from vlmprune.eval.loading import DeviceError
 from vlmprune.eval.random_weights import build_random, preset_config, preset_names
-
-import vlmprune
-from vlmprune.errors import UnknownNameError
 
 CELLS = [Cell(), Cell("uniform", 0.25), Cell("divprune", 8)]
 

@@ -9,11 +9,10 @@ import vlmprune
 
 pytest.importorskip("lmms_eval")
 
+from vlmprune.errors import UnknownNameError, UnsupportedCallError
 from vlmprune.eval.accuracy import evaluate_tasks, quiet_lmms_eval
 from vlmprune.eval.lmms_model import LiveModel, cut_at, from_lmms_messages, generation_settings
 from vlmprune.eval.task_index import EMBEDDED, EMBEDDED_TASKS, find_tasks
-
-from vlmprune.errors import UnknownNameError, UnsupportedCallError
 
 
 @pytest.fixture(scope="module")

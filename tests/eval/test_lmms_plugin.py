@@ -9,14 +9,14 @@ pytest.importorskip("lmms_eval")
 from lmms_eval.evaluator import simple_evaluate
 from lmms_eval.models import MODEL_REGISTRY_V2, get_model
 from lmms_eval.tasks import TaskManager
+
+import vlmprune
+from vlmprune.errors import BudgetError, NotAppliedError, ParameterError, UnknownNameError
 from vlmprune.eval.accuracy import evaluate_tasks, quiet_lmms_eval
 from vlmprune.eval.lmms_manifest import manifest
 from vlmprune.eval.lmms_model import LiveModel
 from vlmprune.eval.lmms_plugin import SimpleVlmprune, Vlmprune
 from vlmprune.eval.task_index import find_tasks
-
-import vlmprune
-from vlmprune.errors import BudgetError, NotAppliedError, ParameterError, UnknownNameError
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+
 from vlmprune.eval.paired import compare_paired
 
 

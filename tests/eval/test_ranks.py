@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+
 from vlmprune.eval.ranks import Ranks
 
 pytest.importorskip("lmms_eval")

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 
 import pytest
+
 from vlmprune.eval.report import ReportError, write_report
 from vlmprune.eval.result_folder import ResultFolderError
 

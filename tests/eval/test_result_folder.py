@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import pytest
+
 from vlmprune.eval.cells import Cell
 from vlmprune.eval.result_folder import ResultFolder, ResultFolderError, differences
 
