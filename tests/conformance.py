@@ -19,12 +19,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from official_cases import input_site, layer_site, tiled_methods
-from official_cases.comparison import differences
-from official_cases.todre import todre
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+
+from official_cases import input_site, layer_site, tiled_methods
+from official_cases.comparison import differences
+from official_cases.todre import todre
 
 RUNS = {**input_site.RUNS, **tiled_methods.RUNS, **layer_site.RUNS, "todre": todre}
 

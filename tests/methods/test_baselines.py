@@ -4,8 +4,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from support import method_batches as build
 
+from support import method_batches as build
 from vlmprune.errors import ParameterError
 from vlmprune.methods import Pool, Random, Uniform
 from vlmprune.methods.pool import pooled_grid

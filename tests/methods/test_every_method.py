@@ -4,8 +4,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support import method_batches as build
 
+from support import method_batches as build
 from vlmprune.methods.registry import METHODS
 
 INPUT_METHODS = [name for name, cls in METHODS.items() if cls.site == "input"]

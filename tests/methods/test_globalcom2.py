@@ -4,8 +4,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support import method_batches as build
 
+from support import method_batches as build
 from vlmprune.errors import BudgetError, ParameterError, UnknownNameError
 from vlmprune.methods import GlobalCom2
 from vlmprune.methods.globalcom2_scores import guide

@@ -4,10 +4,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support import method_batches as build
-from support.tiny_models import FAMILY_CASES
 
 import vlmprune
+from support import method_batches as build
+from support.tiny_models import FAMILY_CASES
 from vlmprune.errors import ParameterError, UnknownNameError, UnsupportedMethodError
 from vlmprune.methods import HiRED
 

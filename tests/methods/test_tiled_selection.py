@@ -3,8 +3,8 @@
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support import method_batches as build
 
+from support import method_batches as build
 from vlmprune.methods import VTCCLS, FasterVLM
 from vlmprune.methods.visual_batch import VisionSignal
 

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from support import method_batches as build
-from support.tiny_models import FAMILY_CASES
 
 import vlmprune
+from support import method_batches as build
+from support.tiny_models import FAMILY_CASES
 from vlmprune.errors import ParameterError, UnknownNameError
 from vlmprune.methods import ToDRE
 

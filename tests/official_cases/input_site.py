@@ -6,11 +6,11 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+from torch import Tensor
+
 from official_cases.anyres import anyres_layout
 from official_cases.batches import CLIP, kept_per_image, make_batch, square_layout
-from torch import Tensor
 from vlmprune.kernels.max_min import max_min_from_distances
-
 from vlmprune.layout import VisualLayout
 from vlmprune.methods.divprune import DivPrune, divprune_order
 from vlmprune.methods.fastervlm import FasterVLM, fastervlm_score

@@ -7,22 +7,22 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from official_cases.injected_llava import InjectedLlava, cache_lengths
-from official_cases.input_site import Tensors
 from torch import Tensor
 from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 from transformers import Qwen2_5_VLTextConfig
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLAttention
-from vlmprune.kernels.row_attention import row_attention
-from vlmprune.patches.layer_scores import rotate
 
 import vlmprune
+from official_cases.injected_llava import InjectedLlava, cache_lengths
+from official_cases.input_site import Tensors
+from vlmprune.kernels.row_attention import row_attention
 from vlmprune.methods import FastV, PyramidDrop
 from vlmprune.methods.fastv import fastv_count, fastv_keep
 from vlmprune.methods.layer_method import LayerBatch, LayerCut
 from vlmprune.methods.pyramiddrop import pyramiddrop_keep, stage_counts
 from vlmprune.methods.visual_batch import Selection
+from vlmprune.patches.layer_scores import rotate
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,12 +56,18 @@ def pyramiddrop_stage(params: Mapping[str, Any], inputs: Tensors) -> dict[str, T
     """One stage: a layer that passes its input on, then the layer whose weights the case gives."""
     hidden, mask, starts = inputs["hidden"], inputs["attention_mask"], inputs["image_start"].tolist()
     stage, ratios, totals = params["stage"], params["ratios"], inputs["image_tokens0"].tolist()
-    current = [stage_counts(total, ratios)[stage] if start >= 0 else 0 for total, start in zip(totals, starts, strict=True)]
+    current = [
+        stage_counts(total, ratios)[stage] if start >= 0 else 0 for total, start in zip(totals, starts, strict=True)
+    ]
     left = [stage_counts(total, ratios)[stage + 1] for total in totals]
     spans = [None if start < 0 else (start, count) for start, count in zip(starts, current, strict=True)]
     dim = hidden.shape[-1]
     weights = _plain_layers(dim, 2)
-    for name, key in (("input_layernorm", "ln_weight"), ("self_attn.q_proj", "q_weight"), ("self_attn.k_proj", "k_weight")):
+    for name, key in (
+        ("input_layernorm", "ln_weight"),
+        ("self_attn.q_proj", "q_weight"),
+        ("self_attn.k_proj", "k_weight"),
+    ):
         weights[f"layers.1.{name}.weight"] = inputs[key]
     llava = InjectedLlava(hidden, mask, spans, _text(params, layers=2, ffn=8), weights)
     method = OneStage(layers=(1,), ratios=(1.0,), counts=dict(zip(current, left, strict=True)))
@@ -144,7 +150,10 @@ def pyramiddrop_grouped(params: Mapping[str, Any], inputs: Tensors) -> dict[str,
     heads, head_dim = params["heads"], params["head_dim"]
     attention = Qwen2_5_VLAttention(
         Qwen2_5_VLTextConfig(
-            hidden_size=heads * head_dim, num_attention_heads=heads, num_key_value_heads=params["kv_heads"], num_hidden_layers=1
+            hidden_size=heads * head_dim,
+            num_attention_heads=heads,
+            num_key_value_heads=params["kv_heads"],
+            num_hidden_layers=1,
         ),
         layer_idx=0,
     )
@@ -155,7 +164,10 @@ def pyramiddrop_grouped(params: Mapping[str, Any], inputs: Tensors) -> dict[str,
     results = {}
     for suffix, rotated in (("", True), ("_norope", False)):
         if rotated:
-            query, key = rotate(attention, flat["q"][:, -1:], last, "q_norm"), rotate(attention, flat["k"], tables, "k_norm")
+            query, key = (
+                rotate(attention, flat["q"][:, -1:], last, "q_norm"),
+                rotate(attention, flat["k"], tables, "k_norm"),
+            )
         else:
             query, key = flat["q"][:, -1:].unflatten(-1, (heads, -1)), flat["k"].unflatten(-1, (params["kv_heads"], -1))
         scores = row_attention(query, key, scale=attention.scaling, reduce="mean")[0, 0, start : start + total]

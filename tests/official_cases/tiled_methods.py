@@ -6,12 +6,12 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch import Tensor
+
 from official_cases.anyres import anyres_layout, best_crops
 from official_cases.batches import CLIP, make_batch, square_layout
 from official_cases.input_site import CLS_ATTENTION, Run, Tensors, pair, per_token, tile_and_token
-from torch import Tensor
 from vlmprune.kernels.row_attention import row_attention
-
 from vlmprune.layout import VisualLayout
 from vlmprune.methods.globalcom2 import GlobalCom2, crop_shares
 from vlmprune.methods.globalcom2_order import official_sequence

@@ -7,10 +7,10 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from official_cases.batches import CLIP, make_batch, square_layout
-from official_cases.input_site import Tensors
 from torch import Tensor
 
+from official_cases.batches import CLIP, make_batch, square_layout
+from official_cases.input_site import Tensors
 from vlmprune.layout import unknown_layout
 from vlmprune.methods.layer_method import LayerBatch, ProbedLayer
 from vlmprune.methods.todre import ToDRE

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 import torch
 from hypothesis import strategies as st
-from official_cases.anyres import anyres_layout
-from official_cases.batches import make_batch
 from torch import Tensor
 
+from official_cases.anyres import anyres_layout
+from official_cases.batches import make_batch
 from vlmprune.layout import VisualLayout, raster_layout
 from vlmprune.methods.base import Method
 from vlmprune.methods.visual_batch import Selection, TowerFacts, VisualBatch
