@@ -25,6 +25,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from torch.nn import functional
+
 from vlmprune.kernels.compact import compact
 from vlmprune.kernels.implementation import choose_implementation
 from vlmprune.kernels.max_min import max_min

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+
 from vlmprune.kernels.implementation import choose_implementation, tl, triton
 
 # Tokens and elements of a token that one program copies.
@@ -46,26 +47,33 @@ def compact(
         return []
     if choose_implementation(index.device, implementation) == "triton":
         return _compact_triton(planes, index, fills, dims)
-    return [compact_reference(plane, index, fill, dim) for plane, fill, dim in zip(planes, fills, dims, strict=True)]
+    return compact_reference(planes, index, fills, dims)
 
 
-def compact_reference(plane: Tensor, index: Tensor, fill: float | int | bool, dim: int) -> Tensor:
-    """One plane of `compact` in plain torch, for arguments that are already checked."""
-    batch, length = plane.shape[dim : dim + 2]
-    if index.numel() and not (int(index.min()) >= -1 and int(index.max()) < length):
-        raise IndexError(f"index must lie in -1..{length - 1}; got {int(index.min())}..{int(index.max())}.")
-    first = plane.movedim((dim, dim + 1), (0, 1))
-    padding = index < 0
-    rows = index.clamp(min=0) + torch.arange(batch, device=index.device)[:, None] * length
-    if length == 0:
-        taken = first.new_empty(*index.shape, *first.shape[2:])
-    elif first.is_contiguous():
-        taken = first.flatten(0, 1).index_select(0, rows.flatten()).unflatten(0, index.shape)
-    else:
-        taken = first[torch.arange(batch, device=index.device)[:, None], index.clamp(min=0)]
-    if bool(padding.any()):
-        taken[padding] = torch.tensor(fill, device=plane.device).to(plane.dtype)
-    return taken.movedim((0, 1), (dim, dim + 1)).contiguous()
+def compact_reference(
+    planes: Sequence[Tensor], index: Tensor, fills: Sequence[float | int | bool], dims: Sequence[int]
+) -> list[Tensor]:
+    """`compact` in plain torch, for arguments that are already checked, except the index."""
+    low, high = (int(bound) for bound in index.aminmax()) if index.numel() else (0, -1)
+    padding = index < 0 if low < 0 else None
+    slots = index if padding is None else index.clamp(min=0)
+    images = torch.arange(index.shape[0], device=index.device)[:, None]
+    results = []
+    for plane, fill, dim in zip(planes, fills, dims, strict=True):
+        length = plane.shape[dim + 1]
+        if low < -1 or high >= length:
+            raise IndexError(f"index must lie in -1..{length - 1}; got {low}..{high}.")
+        first = plane.movedim((dim, dim + 1), (0, 1)) if dim else plane
+        if length == 0:
+            taken = torch.empty(*index.shape, *first.shape[2:], dtype=plane.dtype, device=plane.device)
+        elif first.is_contiguous():
+            taken = first.flatten(0, 1).index_select(0, (slots + images * length).flatten()).unflatten(0, index.shape)
+        else:
+            taken = first[images, slots]
+        if padding is not None:
+            taken[padding] = torch.tensor(fill, device=plane.device).to(plane.dtype)
+        results.append((taken.movedim((0, 1), (dim, dim + 1)) if dim else taken).contiguous())
+    return results
 
 
 def _compact_triton(

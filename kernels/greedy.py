@@ -12,6 +12,7 @@ from itertools import pairwise
 
 import torch
 from torch import Tensor
+
 from vlmprune.kernels.implementation import dot_needs_fp32, tl, triton, triton_is_interpreted
 from vlmprune.kernels.segments import on_device, running_starts
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from torch import Tensor
+
 from vlmprune.kernels.greedy import features_reference, features_triton
 from vlmprune.kernels.implementation import choose_implementation
 from vlmprune.kernels.segments import check_counts, check_offsets, check_seeds

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+
 from vlmprune.kernels.implementation import choose_implementation, tl, triton
 
 
@@ -61,8 +62,8 @@ def merge_scatter_reference(
     rows = destination_index.masked_fill(destination_index < 0, num_outputs)
     total = values.new_zeros(num_outputs + 1).index_add_(0, rows, weights)[:num_outputs]
     merged = values.new_zeros(num_outputs + 1, values.shape[1])
-    merged.index_add_(0, rows, values if sizes is None else values * weights[:, None])
-    merged = merged[:num_outputs] / total.masked_fill(total == 0, 1.0)[:, None]
+    merged.scatter_add_(0, rows[:, None].expand_as(values), values if sizes is None else values * weights[:, None])
+    merged = merged[:num_outputs].div_(total.masked_fill(total == 0, 1.0)[:, None])
     return merged.to(source.dtype), total
 
 

@@ -7,6 +7,7 @@ from itertools import pairwise
 
 import torch
 from torch import Tensor
+
 from vlmprune.kernels.implementation import choose_implementation, dot_needs_fp32, tl, triton
 from vlmprune.kernels.segments import check_offsets, on_device
 

@@ -8,6 +8,7 @@ from itertools import pairwise
 
 import torch
 from torch import Tensor
+
 from vlmprune.kernels.implementation import choose_implementation, tl, triton
 from vlmprune.kernels.segments import check_counts, check_offsets, on_device, running_starts
 
