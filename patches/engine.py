@@ -128,9 +128,11 @@ class PruningEngine:
             set_cache_state(output.past_key_values, state)
 
         def spread(hidden: Tensor | None, layer: int) -> Tensor | None:
-            if hidden is None or (run is None and compaction is None):
-                return hidden
-            return restore_columns(hidden, compaction) if run is None else run.restored(hidden, layer)
+            if hidden is None:
+                return None
+            if run is not None:
+                return run.restored(hidden, layer)
+            return hidden if compaction is None else restore_columns(hidden, compaction)
 
         output.last_hidden_state = spread(output.last_hidden_state, self.family.decoder_layers)
         if output.hidden_states is not None:
@@ -199,7 +201,7 @@ class PruningEngine:
             start, seen = 0 if state is None else state.caller_length, frame.attention_mask
             mask = None if bool((mask if seen is None else seen)[:, start:].all()) else mask.bool()
         return LayerRun(
-            positions=self._positions(kwargs.get("position_ids"), *tokens.shape[:2], past, tokens.device),
+            positions=self._positions(kwargs.get("position_ids"), tokens.shape[0], tokens.shape[1], past, tokens.device),
             mask=mask,
             caller_past=past,
             state=state,
@@ -265,7 +267,7 @@ class PruningEngine:
         kwargs: dict[str, Any],
     ) -> dict[str, Any]:
         embeddings, cache = kwargs["inputs_embeds"], kwargs.get("past_key_values")
-        batch, columns, dim = embeddings.shape
+        batch, columns = embeddings.shape[:2]
         past = int(cache.get_seq_length()) if cache is not None else 0
         state = cache_state(cache) if cache is not None else None
         if state is not None:

@@ -144,7 +144,9 @@ class LayerRun:
         """Translate flat caller's columns to flat columns `row * width + column` of the current sequence."""
         if self.compaction is None:
             return columns
-        return self.compaction.destination.flatten()[columns] + columns // self.positions.shape[-1] * self.compaction.width
+        return (
+            self.compaction.destination.flatten()[columns] + columns // self.positions.shape[-1] * self.compaction.width
+        )
 
     def compact(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """Drop what is no longer alive from `hidden [batch, width, dim]` and go on with the shorter sequence.
@@ -198,7 +200,9 @@ class LayerRun:
             present = self.compaction.index >= 0
         if before is None and present is None:
             return None
-        return torch.cat([self._ones(past) if before is None else before, self._ones() if present is None else present], 1)
+        return torch.cat(
+            [self._ones(past) if before is None else before, self._ones() if present is None else present], 1
+        )
 
     def restored(self, hidden: Tensor, layer: int) -> Tensor:
         """Spread the output `hidden` of `layer` over the caller's columns; as it is where nothing was dropped before."""

@@ -44,7 +44,9 @@ def check_decoder(language_model: nn.Module, layers: Iterable[int], method: str)
                 "allowed: full attention."
             )
         if getattr(attention, "attn_logit_softcapping", None):
-            raise UnsupportedMethodError(f"{method!r} cannot score with layer {layer} of {name}: its logits are soft-capped.")
+            raise UnsupportedMethodError(
+                f"{method!r} cannot score with layer {layer} of {name}: its logits are soft-capped."
+            )
 
 
 def rotary_row(attention: nn.Module, states: Tensor, embeddings: tuple[Tensor, Tensor], row: Tensor) -> Tensor:
@@ -62,14 +64,14 @@ def rotate(attention: nn.Module, states: Tensor, embeddings: tuple[Tensor, Tenso
         heads = getattr(attention, norm)(heads)
     heads = heads.transpose(1, 2)
     function: Any = _rotary_function(attention)
-    return function(heads[:, :1], heads, *embeddings)[1].transpose(1, 2)  # type: ignore[no-any-return]
+    return function(heads[:, :1], heads, *embeddings)[1].transpose(1, 2)
 
 
 def cached_keys(cache: Any, layer: int, count: int) -> Tensor | None:
     """Return the first `count` keys of a layer's cache, `[batch, count, kv_heads, dim]`, or None if `count` is 0."""
     if count == 0:
         return None
-    return cache.layers[layer].keys[:, :, :count].transpose(1, 2)  # type: ignore[no-any-return]
+    return cache.layers[layer].keys[:, :, :count].transpose(1, 2)
 
 
 def _rotary_function(attention: nn.Module) -> Any:

@@ -59,12 +59,16 @@ class LayerSite:
         first = self.first_hooked
         check_decoder(model, range(first, self.family.decoder_layers), self.method.name)
         for layer in range(first, self.family.decoder_layers):
-            hooks.before(f"decoder layer {layer}", model.layers[layer], self._layer_hook(layer, before and layer in probed))
+            hooks.before(
+                f"decoder layer {layer}", model.layers[layer], self._layer_hook(layer, before and layer in probed)
+            )
         for layer in probed:
             attention = model.layers[layer].self_attn
             if before:
                 for kind in ("q_proj", "k_proj"):
-                    hooks.after(f"decoder layer {layer} {kind}", getattr(attention, kind), self._capture_hook(kind, layer))
+                    hooks.after(
+                        f"decoder layer {layer} {kind}", getattr(attention, kind), self._capture_hook(kind, layer)
+                    )
             elif type(attention.k_proj) is nn.Linear:
                 hooks.before(f"decoder layer {layer} k_proj skipped", attention.k_proj, self._skip_hook(layer))
                 hooks.after(f"decoder layer {layer} k_proj reused", attention.k_proj, self._reuse_hook(layer))
@@ -251,7 +255,9 @@ class LayerSite:
         past = 0 if cache is None else int(cache.get_seq_length(probed)) - (run.width if before else 0)
         projected = None
         if before:
-            embeddings, query_states, key_states = (run.captured[name] for name in ("position_embeddings", "q_proj", "k_proj"))
+            embeddings, query_states, key_states = (
+                run.captured[name] for name in ("position_embeddings", "q_proj", "k_proj")
+            )
         else:
             embeddings = kwargs["position_embeddings"]
             normed = model.layers[probed].input_layernorm(hidden)

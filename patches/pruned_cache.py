@@ -38,7 +38,11 @@ class CacheSegment:
         if later is None and self.valid is None:
             return None
         batch, device = self.removed.shape[0], self.removed.device
-        head = self.valid if self.valid is not None else torch.ones(batch, self.cache_length, dtype=torch.bool, device=device)
+        head = (
+            self.valid
+            if self.valid is not None
+            else torch.ones(batch, self.cache_length, dtype=torch.bool, device=device)
+        )
         tail = later if later is not None else torch.ones(batch, count, dtype=torch.bool, device=device)
         return torch.cat([head, tail.to(head)], dim=1)
 

@@ -171,7 +171,9 @@ def _check_served(method: Method, family: Family) -> None:
 def _engine(model: Any) -> PruningEngine:
     engine = getattr(model, "__dict__", {}).get(_ATTRIBUTE)
     if engine is None:
-        raise NotAppliedError(f"No vlmprune method is applied to this {type(model).__name__}. Call vlmprune.apply(model, ...).")
+        raise NotAppliedError(
+            f"No vlmprune method is applied to this {type(model).__name__}. Call vlmprune.apply(model, ...)."
+        )
     return engine
 
 

@@ -65,7 +65,8 @@ class RunRecord:
                 total,
                 indices(kept),
                 grid,
-                tuple((layer, indices(per_image[image])) for layer, per_image in self.kept_by_stage) or ((0, indices(kept)),),
+                tuple((layer, indices(per_image[image])) for layer, per_image in self.kept_by_stage)
+                or ((0, indices(kept)),),
             )
             for image, (row, total, grid, kept) in enumerate(
                 zip(self.image_rows, self.image_totals, self.image_grids, self.kept_per_image, strict=True)

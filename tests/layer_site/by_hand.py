@@ -14,7 +14,11 @@ from transformers.masking_utils import create_causal_mask
 DEEP_LLAMA = LlamaConfig(**{**LLAMA_GQA.to_dict(), "num_hidden_layers": 8})
 DEEP_QWEN = Qwen2Config(
     **{
-        **{key: value for key, value in LLAMA_GQA.to_dict().items() if key not in ("model_type", "head_dim", "architectures")},
+        **{
+            key: value
+            for key, value in LLAMA_GQA.to_dict().items()
+            if key not in ("model_type", "head_dim", "architectures")
+        },
         "num_hidden_layers": 8,
         "num_key_value_heads": 4,
     }

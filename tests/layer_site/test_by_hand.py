@@ -74,7 +74,8 @@ def test_generate_and_cache_lengths(name):
             turn = model.generate(**inputs, max_new_tokens=5, do_sample=False, return_dict_in_generate=True)
             run = vlmprune.last_run(model)
         longest = [
-            max(run.text_tokens[row] + run.visual_tokens_per_layer[row][layer] for row in range(len(rows))) for layer in range(8)
+            max(run.text_tokens[row] + run.visual_tokens_per_layer[row][layer] for row in range(len(rows)))
+            for layer in range(8)
         ]
         if len(rows) == 1 or name in ("pipeline", "pipeline-fastv", "todre"):
             assert cache_lengths(turn.past_key_values) == [length + 4 for length in longest]
@@ -148,4 +149,6 @@ def test_merging_before_and_dropping_inside():
     assert run.method == "pool+pyramiddrop"
     close(together.logits[0, 42], alone)
     entered = run.visual_tokens_per_layer[0][0]
-    assert run.visual_tokens_per_layer[0] == [entered] * 2 + [entered // 2] * 2 + [entered // 4] * 2 + [entered // 8] * 2
+    assert (
+        run.visual_tokens_per_layer[0] == [entered] * 2 + [entered // 2] * 2 + [entered // 4] * 2 + [entered // 8] * 2
+    )

@@ -106,7 +106,9 @@ def share_after_cut(keep: Keep, cut: int, layers: int, total: int = 1) -> float:
     average = keep / total if isinstance(keep, int) else keep
     share = (average * layers - cut) / (layers - cut)
     if share <= 0:
-        nearest = f"{cut * total // layers + 1}" if isinstance(keep, int) else f"{(int(cut / layers * 100 + 1e-9) + 1) / 100}"
+        nearest = (
+            f"{cut * total // layers + 1}" if isinstance(keep, int) else f"{(int(cut / layers * 100 + 1e-9) + 1) / 100}"
+        )
         raise BudgetError(
             f"keep={keep}, averaged over {layers} layers, cannot be reached: all visual tokens pass the first {cut} layers; "
             f"nearest: keep={nearest}, or a smaller layer={cut}."

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
@@ -29,7 +29,8 @@ class PyramidDrop(LayerMethod):
 
     Either give `ratios` (and `layers`), or `keep`, the average over all layers, from which a schedule is solved:
     with `layers`, stage j keeps the share `rate**j`; without, cuts at L/4, L/2 and 3L/4 with `rate**j` while the rate is at
-    least 0.4 (the lowest in the paper); below that, cuts at L/16, 10L/32 and 20L/32 with shares r, r/2, r/4 (2, 10, 20 of 32).
+    least 0.4 (the lowest in the paper); below that, cuts at L/16, 10L/32 and 20L/32 with shares r, r/2, r/4 (2, 10, 20 of 32);
+    where even that is too much, the first cut moves to layer 1, which leaves averages above 1/L within reach.
     Solved shares are rounded half to even, at least one token an image.
 
     Attributes:
@@ -83,7 +84,7 @@ class PyramidDrop(LayerMethod):
         check_depth("layers", (), layers)
         if isinstance(self.keep, float):
             return solve_schedule(self.keep, layers, self.layers)[0]
-        return self.layers or tuple(sorted({*even_layers(layers, 3), *early_layers(layers)}))
+        return self.layers or tuple(sorted({1, *even_layers(layers, 3), *early_layers(layers)}))
 
     def schedule(self, total: int, layers: int) -> tuple[LayerCut, ...]:
         """Return the stages of an image of `total` tokens."""
@@ -106,7 +107,7 @@ class PyramidDrop(LayerMethod):
         except BudgetError:
             if isinstance(self.keep, float):
                 raise
-            first = min((self.layers or even_layers(layers, 3))[0], (self.layers or early_layers(layers))[0])
+            first = self.layers[0] if self.layers is not None else 1
             raise BudgetError(
                 f"keep={self.keep} of {total} visual tokens, averaged over {layers} layers, cannot be reached: all tokens pass "
                 f"the first {first} layers; nearest: keep={first * total // layers + 1}."
@@ -183,25 +184,28 @@ def solve_schedule(
         return even, tuple(rate**power for power in powers)
     if cuts is None:
         halves = [0.5**stage for stage in range(len(early))]
-        first = _solve(share, layers, early, lambda x: tuple(x * half for half in halves))
-        if first is not None:
-            return early, tuple(first * half for half in halves)
+        for first_cuts in (early, (1, *early[1:])):
+            first = _solve(share, layers, first_cuts, lambda x: tuple(x * half for half in halves))
+            if first is not None:
+                return first_cuts, tuple(first * half for half in halves)
         if rate is not None:
             return even, tuple(rate**power for power in powers)
-    lowest = (even if cuts is not None else min(even, early))[0] / layers
+    lowest = (cuts[0] if cuts is not None else 1) / layers
     raise BudgetError(
         f"keep={share:g}, averaged over {layers} layers, cannot be reached: all visual tokens pass the first "
         f"{round(lowest * layers)} layers, so the average stays above {lowest:.4g}; nearest: keep={_above(lowest)}."
     )
 
 
-def _solve(share: float, layers: int, cuts: tuple[int, ...], shares: object) -> float | None:
+def _solve(
+    share: float, layers: int, cuts: tuple[int, ...], shares: Callable[[float], tuple[float, ...]]
+) -> float | None:
     """Find x in (0, 1] for which the average over layers of `shares(x)` is `share`, by bisection; None if there is none."""
     ends = (*cuts[1:], layers)
 
     def average(x: float) -> float:
-        parts = shares(x)  # type: ignore[operator]
-        return float(cuts[0] + sum((end - cut) * part for cut, end, part in zip(cuts, ends, parts, strict=True))) / layers
+        spans = zip(cuts, ends, shares(x), strict=True)
+        return (cuts[0] + sum((end - cut) * part for cut, end, part in spans)) / layers
 
     if not average(0.0) < share <= average(1.0):
         return None

@@ -47,7 +47,9 @@ class ToDRERelevance(LayerMethod):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.keep is not None:
-            raise ParameterError(f"keep={self.keep!r}: the relevance test keeps all visual tokens or none; leave keep unset.")
+            raise ParameterError(
+                f"keep={self.keep!r}: the relevance test keeps all visual tokens or none; leave keep unset."
+            )
         if self.layer is not None:
             check_layers("layer", (self.layer,))
         if isinstance(self.tau, bool) or not isinstance(self.tau, (int, float)) or not 0 <= self.tau <= 1:
