@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from support.oracle import merged_embeddings
-from support.tiny_models import IMAGE_TOKEN, LLAMA_GQA, SIGLIP, FamilyCase, llava_case
 from torch import Tensor
 from transformers import LlamaConfig, Qwen2Config
 from transformers.masking_utils import create_causal_mask
+
+from support.oracle import merged_embeddings
+from support.tiny_models import IMAGE_TOKEN, LLAMA_GQA, SIGLIP, FamilyCase, llava_case
 
 DEEP_LLAMA = LlamaConfig(**{**LLAMA_GQA.to_dict(), "num_hidden_layers": 8})
 DEEP_QWEN = Qwen2Config(

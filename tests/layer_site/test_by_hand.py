@@ -3,9 +3,9 @@
 import pytest
 import torch
 from layer_site.by_hand import DEEP_LLAVA, DEEP_LLAVA_QWEN, alive_columns, cache_lengths, row_by_hand
-from support.oracle import suppressed
 
 import vlmprune
+from support.oracle import suppressed
 from vlmprune.methods import DivPrune, FastV, Pool, PyramidDrop, ToDRE, ToDRERelevance
 
 PYRAMID = PyramidDrop(layers=(2, 4, 6), ratios=(0.5, 0.25, 0.125))

@@ -5,9 +5,9 @@ from dataclasses import dataclass, field
 import pytest
 import torch
 from layer_site.by_hand import DEEP_LLAVA
-from support.tiny_models import IMAGE_TOKEN
 
 import vlmprune
+from support.tiny_models import IMAGE_TOKEN
 from vlmprune.methods import FastV, PyramidDrop, ToDRERelevance
 from vlmprune.methods.todre_relevance import relevance_shares
 
