@@ -447,7 +447,7 @@ def bench(ops: Sequence[str], device: str, quick: bool, seconds: float) -> tuple
             measured = medians_ms([contender.run for contender in tried], device, seconds)
             ours = measured[0][0] if tried and tried[0].name == "ours" else 0.0
             for contender, (median, runs) in zip(tried, measured, strict=True):
-                row = {
+                row: dict[str, object] = {
                     "op": op, "contender": contender.name, "how": contender.how, "batch": case.batch,
                     "tokens": case.tokens, "kept": case.kept, "dim": case.dim, "dtype": str(case.dtype).split(".")[1],
                     "median_ms": f"{median:.4f}", "runs": runs, "bytes": moved,

@@ -98,8 +98,11 @@ def _segmented_topk_triton(
     scores: Tensor, offsets: Sequence[int] | Tensor, k: Sequence[int] | Tensor, order: str, total: int | None
 ) -> Tensor:
     device = scores.device
-    on_host = not (isinstance(offsets, Tensor) and isinstance(k, Tensor) and total is not None)
-    if on_host:
+    if isinstance(offsets, Tensor) and isinstance(k, Tensor) and total is not None:
+        starts, lengths = offsets.to(device), k.to(device)
+        begins = lengths.cumsum(0) - lengths
+        longest, most = scores.numel(), total
+    else:
         bounds = check_offsets(offsets, scores.numel())
         counts = check_counts(k, bounds)
         outputs = running_starts(counts)
@@ -108,10 +111,6 @@ def _segmented_topk_triton(
         most = max(counts, default=0)
         table = on_device(bounds + counts + outputs, device)
         starts, lengths, begins = table.split([len(bounds), len(counts), len(outputs)])
-    else:
-        starts, lengths = offsets.to(device), k.to(device)
-        begins = lengths.cumsum(0) - lengths
-        longest, most = scores.numel(), total
     segments = lengths.numel()
     picks = torch.empty(total, dtype=torch.int64, device=device)
     if total == 0:
