@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
@@ -55,7 +55,7 @@ def find_image_spans(visual_mask: Tensor, features: Sequence[Tensor]) -> ImageSp
     starts = list(accumulate(counts, initial=0))
     row = (flat // visual_mask.shape[1]).tolist()
     rows = tuple(row[start] for start in starts[:-1])
-    for image, (start, end) in enumerate(zip(starts[:-1], starts[1:], strict=True)):
+    for image, (start, end) in enumerate(pairwise(starts)):
         if row[end - 1] != row[start]:
             raise LayoutError(
                 f"The {counts[image]} features of image {image} do not fit the placeholders of row {row[start]}; "

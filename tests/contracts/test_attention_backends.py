@@ -1,5 +1,7 @@
 """Contract 8: attention backends stay as they are; the capture costs one row and is exact."""
 
+from typing import ClassVar
+
 import pytest
 import torch
 import vlmprune
@@ -28,7 +30,7 @@ class OutputShapes(TorchDispatchMode):
 class Recorder(FasterVLM):
     """FasterVLM that keeps what it was given."""
 
-    seen: list = []
+    seen: ClassVar[list] = []
 
     def select(self, batch):
         self.seen.append(batch)

@@ -15,7 +15,10 @@ from .visual_batch import Selection, VisualBatch
 
 @dataclass(frozen=True, kw_only=True)
 class Uniform(Method):
-    """Keep evenly spaced tokens: even rows of the grid, evenly spaced columns in each; evenly spaced in the sequence where there is no grid."""
+    """Keep evenly spaced tokens: evenly spaced rows of the grid, and columns in each.
+
+    Where there is no plain grid the tokens are evenly spaced in the sequence.
+    """
 
     name: ClassVar[str] = "uniform"
 
