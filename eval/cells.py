@@ -23,7 +23,10 @@ BASELINES = ("random", "uniform", "pool")
 
 @dataclass(frozen=True)
 class Cell:
-    """One row of the table: a method with parameters at a budget, or the unpruned model."""
+    """One row of the table: a method with parameters at a budget, or the unpruned model.
+
+    ``keep`` is None for the unpruned model and where the parameters themselves fix the budget.
+    """
 
     method: str = FULL
     keep: Keep | None = None
@@ -37,12 +40,13 @@ class Cell:
     @property
     def title(self) -> str:
         """The method with those of its parameters that were asked for, as ``parse_methods`` reads it."""
-        return ":".join([self.method, *(f"{name}={value}" for name, value in self.parameters if name != "seed")])
+        shown = [f"{name}={_text(value)}" for name, value in self.parameters if name != "seed"]
+        return ":".join([self.method, *shown])
 
     @property
     def label(self) -> str:
         """Title and budget."""
-        return self.title if self.is_full else f"{self.title} keep={self.keep}"
+        return self.title if self.keep is None else f"{self.title} keep={self.keep}"
 
     @property
     def slug(self) -> str:
@@ -55,6 +59,10 @@ class Cell:
         if self.is_full:
             return nullcontext(model)
         return vlmprune.pruned(model, self.method, keep=self.keep, **dict(self.parameters))
+
+
+def _text(value: Any) -> str:
+    return "+".join(map(str, value)) + "+" * (len(value) == 1) if isinstance(value, tuple) else str(value)
 
 
 def parse_methods(text: str) -> list[tuple[str, dict[str, Any]]]:
@@ -83,9 +91,7 @@ def parse_methods(text: str) -> list[tuple[str, dict[str, Any]]]:
 
 
 def parse_value(text: str) -> Any:
-    """``text`` as an int, float, bool, None, or tuple of these (parts joined by "+"), else as it is."""
-    if "+" in text.strip("+"):
-        return tuple(parse_value(part) for part in text.split("+"))
+    """``text`` as an int, float, bool, None, or tuple of these ("8+16+24", of one part "8+"), else as it is."""
     named = {"true": True, "false": False, "none": None}
     if text.lower() in named:
         return named[text.lower()]
@@ -94,7 +100,7 @@ def parse_value(text: str) -> Any:
             return kind(text)
         except ValueError:
             continue
-    return text
+    return tuple(parse_value(part) for part in text.split("+") if part) if "+" in text else text
 
 
 def parse_keeps(text: str) -> list[Keep]:
@@ -129,7 +135,9 @@ def make_cells(
     for name, parameters in wanted:
         takes_seed = any(field.name == "seed" for field in fields(get_method(name)))
         given = {**({"seed": seed} if takes_seed else {}), **parameters}
-        cells.extend(Cell(name, keep, tuple(sorted(given.items()))) for keep in budgets)
+        # A method whose own parameters fix the budget (stage ratios, say) has one cell.
+        own = make_method(name, **given).keep is None
+        cells.extend(Cell(name, keep, tuple(sorted(given.items()))) for keep in ([None] if own else budgets))
     return list({cell.label: cell for cell in cells}.values())
 
 

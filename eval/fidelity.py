@@ -220,7 +220,7 @@ def fidelity_table(rows: Sequence[Fidelity]) -> Table:
     for row, following in zip(rows, [*rows[1:], None], strict=True):
         table.add_row(
             row.title,
-            f"{row.keep:g}",
+            "-" if row.keep is None else f"{row.keep:g}",
             f"{row.visual_tokens:.0f}",
             f"{100 * row.same_answer:.1f}",
             f"{100 * row.same_first_token:.1f}",

@@ -14,7 +14,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 
 import vlmprune
 from vlmprune.errors import unknown
@@ -43,8 +43,8 @@ class Measurement:
     text_tokens: int
     vision: dict[str, float]
     prefill: dict[str, float]
-    ideal: dict[str, float] | None
-    overhead: dict[str, float] | None
+    ideal: dict[str, float]
+    overhead: dict[str, float]
     first_token: dict[str, float]
     decode_per_token: dict[str, float]
     end_to_end: dict[str, float]
@@ -93,7 +93,8 @@ def measure(
 
     ``ideal`` is the unpatched model given as many tokens as the pruned one kept: vision tower and projector, then the language
     model on that many embeddings. It is timed next to the prefill of its cell, and ``overhead`` is the median of the ratios
-    within rounds. It is None for methods that drop inside the language model.
+    within rounds. For methods that drop
+    inside the language model its sequence is cut short before the same layers.
     """
     probes = [_Probe(model, inputs, cell, new_tokens) for cell in cells]
     rounds, done = 1 + LEAST_ROUNDS, 0
@@ -141,10 +142,9 @@ class _Probe:
                 self.peak = torch.cuda.max_memory_allocated(model.device)
         pixels = inputs["pixel_values"]
         vision = self._clock(lambda: model.model.get_image_features(pixel_values=pixels))
-        ideal = None
-        if len(set(self.layers)) == 1:
-            embeddings = model.get_input_embeddings()(inputs["input_ids"][:, : self.layers[0] + text])
-            ideal = self._clock(lambda: ideal_prefill(model, pixels, embeddings))
+        lengths = [count + text for count in self.layers]
+        embeddings = model.get_input_embeddings()(inputs["input_ids"][:, : lengths[0]])
+        ideal = self._clock(lambda: ideal_prefill(model, pixels, embeddings, lengths))
         if not keep_times:
             return
         self.times["vision"].append(vision)
@@ -152,9 +152,8 @@ class _Probe:
         self.times["first_token"].append(first)
         self.times["decode_per_token"].extend(decode)
         self.times["end_to_end"].append(first + sum(decode))
-        if ideal is not None:
-            self.times["ideal"].append(ideal)
-            self.times["overhead"].append(prefill / ideal)
+        self.times["ideal"].append(ideal)
+        self.times["overhead"].append(prefill / ideal)
 
     def _clock(self, call: Callable[[], Any]) -> float:
         self._wait()
@@ -170,9 +169,7 @@ class _Probe:
     def measurement(self) -> Measurement:
         ids = self.inputs["input_ids"]
         visual = int((ids[0] == self.model.config.image_token_id).sum())
-        spreads = {
-            name: spread(values) if values else None for name, values in self.times.items() if name != "overhead"
-        }
+        spreads = {name: spread(values) for name, values in self.times.items() if name != "overhead"}
         ratios = self.times["overhead"]
         return Measurement(
             title=self.cell.title,
@@ -181,20 +178,42 @@ class _Probe:
             visual_tokens_before=visual,
             visual_tokens_after=statistics.fmean(self.layers),
             text_tokens=ids.shape[1] - visual,
-            overhead={key: value / 1e3 for key, value in spread(ratios).items()} if ratios else None,
+            overhead={key: value / 1e3 for key, value in spread(ratios).items()},
             kv_cache_bytes=self.cache_bytes,
             peak_bytes=self.peak,
             rounds=len(self.times["prefill"]),
-            **spreads,  # type: ignore[arg-type]
+            **spreads,
         )
 
 
-def ideal_prefill(model: PreTrainedModel, pixels: Tensor, embeddings: Tensor) -> Tensor:
-    """Tower, projector, and the language model on ``embeddings`` [batch, tokens, dim] as if no other tokens had existed."""
+def ideal_prefill(model: PreTrainedModel, pixels: Tensor, embeddings: Tensor, lengths: Sequence[int]) -> Tensor:
+    """Tower, projector, and the language model as if the dropped tokens had never existed; last-token logits.
+
+    ``embeddings`` [batch, tokens, dim] enter; before each layer the sequence is cut to its length in ``lengths`` [layers].
+    """
     model.model.get_image_features(pixel_values=pixels)
-    hidden = model.model.language_model(inputs_embeds=embeddings, use_cache=True).last_hidden_state
+    language = model.model.language_model
+    if len(set(lengths)) == 1:
+        hidden = language(inputs_embeds=embeddings[:, : lengths[0]], use_cache=True).last_hidden_state
+    else:
+        hidden = _staged(language, embeddings, lengths)
     logits: Tensor = model.lm_head(hidden[:, -1:])
     return logits
+
+
+def _staged(language: PreTrainedModel, hidden: Tensor, lengths: Sequence[int]) -> Tensor:
+    cache = DynamicCache(config=language.config)
+    positions = rotary = None
+    for layer, length in zip(language.layers, lengths, strict=True):
+        if positions is None or length != hidden.shape[1]:
+            hidden = hidden[:, :length]
+            positions = torch.arange(length, device=hidden.device)[None]
+            rotary = language.rotary_emb(hidden, positions)
+        hidden = layer(
+            hidden, position_ids=positions, past_key_values=cache, position_embeddings=rotary, use_cache=True
+        )
+    normed: Tensor = language.norm(hidden)
+    return normed
 
 
 def cache_bytes(cache: Any) -> int:
@@ -290,7 +309,7 @@ def latency_table(rows: Sequence[Measurement]) -> Table:
             "-" if row.keep is None else f"{row.keep:g}",
             f"{row.visual_tokens_after:.0f}",
             *(_median(part) for part in (row.vision, row.prefill, row.ideal)),
-            "-" if row.overhead is None else f"{row.overhead['median']:.2f}x",
+            f"{row.overhead['median']:.2f}x",
             *(_median(part) for part in (row.first_token, row.decode_per_token, row.end_to_end)),
             three_figures(row.kv_cache_bytes / 2**20),
             "-" if row.peak_bytes is None else f"{row.peak_bytes / 2**30:.2f}",
@@ -299,5 +318,5 @@ def latency_table(rows: Sequence[Measurement]) -> Table:
     return table
 
 
-def _median(part: dict[str, float] | None) -> str:
-    return "-" if part is None else three_figures(part["median"])
+def _median(part: dict[str, float]) -> str:
+    return three_figures(part["median"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from .cells import FULL
 from .summary import Row
 
 
@@ -33,7 +34,7 @@ def plot_pareto(rows: Sequence[Row], path: Path, cost: Callable[[Row], float | N
     for i, name in enumerate(titles):
         mine = sorted(point for point, row in zip(points, rows, strict=True) if row.title == name)
         x, y = zip(*mine, strict=True)
-        if any(row.keep is None for row in rows if row.title == name):
+        if name == FULL:
             axes.axhline(y[0], color="0.6", linewidth=0.8, linestyle="--", zorder=1)
             axes.plot(x, y, "*", color="black", markersize=12, label="full model", zorder=4)
         else:

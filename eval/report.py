@@ -121,7 +121,7 @@ FLOPS = {
 def _fidelity(content: Run, folder: Path) -> str:
     columns: list[Column] = [
         ("method", lambda row: row["title"]),
-        ("keep", lambda row: f"{row['keep']:g}"),
+        ("keep", lambda row: "-" if row["keep"] is None else f"{row['keep']:g}"),
         ("visual tokens", lambda row: f"{row['visual_tokens']:.1f}"),
         ("same answer %", lambda row: _percent(row["same_answer"])),
         ("same first token %", lambda row: _percent(row["same_first_token"])),

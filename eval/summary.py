@@ -12,7 +12,7 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 from .accuracy import TaskScore
-from .cells import Cell
+from .cells import FULL, Cell
 from .flops import LanguageShape, equivalent_tokens, fastv_formula, pyramiddrop_formula, request_cost
 from .lmms_model import RequestRecord
 from .paired import compare_paired
@@ -81,6 +81,11 @@ class Row:
     result: dict[str, Any]
 
     @property
+    def is_full(self) -> bool:
+        """Whether this is the unpruned model."""
+        return self.title == FULL
+
+    @property
     def keep_text(self) -> str:
         """The budget as it was given."""
         return "-" if self.keep is None else f"{self.keep:g}"
@@ -88,7 +93,7 @@ class Row:
 
 def make_rows(results: Sequence[Mapping[str, Any]], timing: Mapping[str, Any]) -> list[Row]:
     """Rows of finished cells, the unpruned one first in ``results``."""
-    full = next((result for result in results if result["keep"] is None), None)
+    full = next((result for result in results if result["method"] == FULL), None)
     rows = []
     for result in results:
         scores = {name: task["score"] for name, task in result["tasks"].items()}

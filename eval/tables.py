@@ -52,7 +52,7 @@ def cost_table(rows: Sequence[Row]) -> Table:
     table.add_column("tokens", justify="right", no_wrap=True)
     for name in ("tower", "proj.", "LLM", "sum", f"KV {memory}", "prefill", "speed-up", "ms/token"):
         table.add_column(name, justify="right", no_wrap=True)
-    full = next((row.prefill_ms for row in rows if row.keep is None), None)
+    full = next((row.prefill_ms for row in rows if row.is_full), None)
     for row, last in _with_breaks(rows):
         flops = row.flops
         stages = [flops["vision"], flops["projector"], flops["prefill"] + flops["head"], flops["prefill_total"]]

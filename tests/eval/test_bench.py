@@ -218,7 +218,7 @@ def large_result(title, keep):
         for n in ("attribute", "existence", "counting", "relation", "reading", "seventh_task")
     }
     cost = {"visual_tokens_before": 2880, "visual_tokens_after": 1440.4, "flops": stages, "kv_cache_bytes": 1.5e9}
-    return {"label": title, "title": title, "keep": keep, "tasks": scores, "cost": cost}
+    return {"label": title, "method": title, "title": title, "keep": keep, "tasks": scores, "cost": cost}
 
 
 def test_names_and_numbers_are_short():

@@ -4,6 +4,7 @@ import pytest
 
 from vlmprune.errors import BudgetError, ParameterError, UnknownNameError
 from vlmprune.eval.cells import BASELINES, Cell, make_cells, parse_keeps, parse_methods, parse_value
+from vlmprune.methods.registry import method_names
 
 
 def test_methods_and_parameters():
@@ -37,8 +38,10 @@ def test_bad_keeps(text):
 
 
 def test_values():
-    assert [parse_value(text) for text in ("3", "0.5", "true", "none", "8+16+24", "dot", "1e-3", "-2")] == [
-        *(3, 0.5, True, None, (8, 16, 24), "dot", 1e-3, -2),
+    assert [
+        parse_value(text) for text in ("3", "0.5", "true", "none", "8+16+24", "dot", "1e-3", "-2", "8+", "1e+2")
+    ] == [
+        *(3, 0.5, True, None, (8, 16, 24), "dot", 1e-3, -2, (8,), 100.0),
     ]
 
 
@@ -50,6 +53,17 @@ def test_cells_begin_with_the_full_model_and_hold_the_baselines():
     assert {cell.method for cell in cells} == {"full", "divprune", "random", "uniform", "pool"}
     assert all(dict(cell.parameters) == {"seed": 7} for cell in cells if cell.method == "random")
     assert {cell.method for cell in make_cells([("divprune", {})], [0.5], 0)} == {"full", "divprune"}
+
+
+def test_every_method_can_be_named():
+    for name in method_names():
+        assert parse_methods(name) == [(name, {})]
+
+
+def test_parameters_that_fix_the_budget_make_one_cell():
+    methods = parse_methods("pyramiddrop:ratios=0.5+0.25,pyramiddrop")
+    labels = [cell.label for cell in make_cells(methods, [0.5, 0.25], 0)]
+    assert labels == ["full", "pyramiddrop:ratios=0.5+0.25", "pyramiddrop keep=0.5", "pyramiddrop keep=0.25"]
 
 
 def test_file_names_differ():

@@ -9,17 +9,28 @@ import json
 import pytest
 import torch
 from rich.console import Console
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import LlavaForConditionalGeneration
 
 import vlmprune
 from vlmprune.errors import UnknownNameError
 from vlmprune.eval import random_weights
 from vlmprune.eval.cells import Cell
-from vlmprune.eval.flops import LanguageShape
-from vlmprune.eval.latency import LatencyOptions, cache_bytes, ideal_prefill, made_up_request, run_latency
+from vlmprune.eval.flops import LanguageShape, VisionWork, request_cost
+from vlmprune.eval.latency import (
+    LatencyOptions,
+    _staged,
+    cache_bytes,
+    ideal_prefill,
+    made_up_request,
+    measure,
+    run_latency,
+)
 from vlmprune.eval.loading import DeviceError
 from vlmprune.eval.random_weights import build_random, preset_config, preset_names
 
 CELLS = [Cell(), Cell("uniform", 0.25), Cell("divprune", 8)]
+STAGED = Cell("pyramiddrop", None, (("layers", (1, 2)), ("ratios", (0.5, 0.25))))
 
 
 def test_every_stage_is_measured(toy, tmp_path, capsys):
@@ -46,6 +57,14 @@ def test_every_stage_is_measured(toy, tmp_path, capsys):
         vlmprune.remove(model)
 
 
+def test_methods_inside_the_language_model_are_measured(toy):
+    model = toy.model()
+    row = measure(model, made_up_request(model, 1, 10), [STAGED], 3, 0.1)[0]
+    assert row.visual_tokens_after == (64 + 32 + 16) / 3
+    assert row.kv_cache_bytes == LanguageShape.from_config(model.config).cache_bytes([74, 42, 26], 4)
+    assert row.overhead["median"] > 0
+
+
 def test_the_ideal_is_the_plain_language_model(toy):
     model = toy.model()
     inputs = made_up_request(model, 1, 10)
@@ -54,9 +73,22 @@ def test_the_ideal_is_the_plain_language_model(toy):
     assert cache_bytes(cache) == LanguageShape.from_config(model.config).cache_bytes([18] * 3, 4)
     embeddings = model.get_input_embeddings()(inputs["input_ids"])
     with torch.inference_mode():
-        logits = ideal_prefill(model, inputs["pixel_values"], embeddings)
+        logits = ideal_prefill(model, inputs["pixel_values"], embeddings, [74] * 3)
         expected = model(inputs_embeds=embeddings).logits[:, -1:]
+        staged = model.lm_head(_staged(model.model.language_model, embeddings, [74] * 3)[:, -1:])
     torch.testing.assert_close(logits, expected)
+    torch.testing.assert_close(staged, expected)
+
+
+def test_the_ideal_of_a_staged_method_does_the_work_of_its_stages(toy):
+    config = toy.config()
+    model = LlavaForConditionalGeneration._from_config(config, attn_implementation="eager").eval()
+    inputs = made_up_request(model, 1, 10)
+    embeddings = model.get_input_embeddings()(inputs["input_ids"]).detach()
+    visual = [64, 20, 8]
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        ideal_prefill(model, inputs["pixel_values"], embeddings, [count + 10 for count in visual])
+    assert counter.get_total_flops() == 2 * request_cost(config, VisionWork(crops=1), visual, 10).total
 
 
 def test_presets_are_the_true_architectures():
