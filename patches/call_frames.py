@@ -35,6 +35,7 @@ class ModelFrame:
         attention_mask: the caller's 2-D mask as bool on the CPU, or None.
         image_outputs: what the vision tower returned, with the projected features per image in `pooler_output`.
         compaction: set by the engine between the language model's entry and its exit.
+        record: what the prefill kept before the first layer.
         layer_run: the running sequence where it differs from layer to layer, else None.
     """
 
@@ -44,6 +45,7 @@ class ModelFrame:
     image_outputs: Any = None
     compaction: Any = None
     layer_run: Any = None
+    record: Any = None
 
 
 @dataclass(eq=False)

@@ -207,7 +207,7 @@ class PruningEngine:
             state=state,
             compact_entry=self.positions == "compact",
             compact_layers=self.layer_site is not None and self.layer_site.compact,
-            record=self.record,
+            record=frame.record,
         )
 
     def _select(
@@ -396,7 +396,7 @@ class PruningEngine:
             valid = frame.attention_mask[:, -columns:]
         visual = frame.visual_mask.sum(1).tolist()
         layouts = self.family.layouts(spans.counts, frame.image_outputs, frame.inputs)
-        self.record = RunRecord(
+        frame.record = self.record = RunRecord(
             method=self.pipeline.name,
             signal=self._signal_name(),
             text_tokens=(valid & ~frame.visual_mask).sum(1).tolist(),

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers.masking_utils import create_causal_mask
-from vlmprune.kernels.row_attention import row_attention
 
+from vlmprune.kernels.row_attention import row_attention
 from vlmprune.methods.layer_method import LayerBatch, LayerMethod, ProbedLayer
 from vlmprune.methods.visual_batch import Selection
 from vlmprune.record import RunRecord

@@ -1,6 +1,7 @@
 """The contracts for methods that drop inside the language model: identity, undo, backends, beams, shapes."""
 
 import copy
+import threading
 
 import pytest
 import torch
@@ -257,3 +258,24 @@ def test_half_precision(model):
     with torch.no_grad(), vlmprune.pruned(half, PYRAMID):
         assert half(**inputs).logits.isfinite().all()
         assert half.generate(**inputs, **GREEDY).shape[1] == inputs["input_ids"].shape[1] + 5
+
+
+@over_methods
+def test_threads_do_not_mix(model, method):
+    prompts = [DEEP_LLAVA.inputs([[3, name, 4], [2 + index]]) for index, name in enumerate("ABC")]
+    with torch.no_grad(), vlmprune.pruned(model, method):
+        expected = [model.generate(**prompt, **GREEDY) for prompt in prompts]
+        results = [None] * len(prompts)
+        barrier = threading.Barrier(len(prompts))
+
+        def work(index):
+            barrier.wait()
+            with torch.no_grad():
+                results[index] = model.generate(**prompts[index], **GREEDY)
+
+        threads = [threading.Thread(target=work, args=(index,)) for index in range(len(prompts))]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert all(torch.equal(result, answer) for result, answer in zip(results, expected, strict=True))

@@ -1,4 +1,4 @@
-"""Staged dropping with 3-D positions and with features that the host adds in deeper layers, by hand on Qwen's language models."""
+"""Staged dropping with 3-D positions and with features that the host adds in deeper layers, by hand."""
 
 import pytest
 import torch
