@@ -11,8 +11,9 @@ from typing import Any
 
 import lmms_eval.tasks
 from lmms_eval.tasks import TaskManager, get_task_dict
+from tenacity import RetryError
 
-from vlmprune.errors import UnknownNameError, UnsupportedCallError
+from vlmprune.errors import UnknownNameError, UnsupportedCallError, VlmpruneError
 
 EMBEDDED = Path(__file__).parent / "tasks"
 EMBEDDED_TASKS = tuple(f"scenes_{name}" for name in ("attribute", "existence", "counting", "relation", "reading"))
@@ -22,17 +23,25 @@ OUTPUT_TYPES = {"generate_until": "chat", "multiple_choice": "simple", "loglikel
 """What a task may ask for, and the lmms-eval protocol that can express it."""
 
 
+class TaskLoadError(VlmpruneError, RuntimeError):
+    """A task exists, but its data or code cannot be loaded."""
+
+
 def find_tasks(names: Sequence[str], model_type: str, folders: Sequence[str] = ()) -> dict[str, Any]:
     """Loaded lmms-eval task objects by name, in the order asked for.
 
     ``names`` may hold tasks, tags and groups; "all" stands for the embedded tasks. lmms-eval's own index, which takes
     seconds to build, is only read when a name is found nowhere else. Raises ``UnknownNameError`` for a name that is
-    nowhere.
+    nowhere, ``TaskLoadError`` where its data cannot be had.
     """
     prompts = PROMPT_NAMES.get(model_type, model_type)
     paths = [str(EMBEDDED), *map(str, folders)]
     manager = TaskManager(include_path=paths, include_defaults=False, model_name=prompts)
     wanted = [name for asked in names for name in (EMBEDDED_TASKS if asked == "all" else [asked])]
+    if not wanted:
+        raise UnknownNameError(
+            f"No task is named. Allowed: {', '.join(['all', *EMBEDDED_TASKS])}, or any of lmms-eval's."
+        )
     missing = [name for name in wanted if name not in manager.all_tasks]
     if missing:
         texts = shipped_task_texts()
@@ -45,7 +54,14 @@ def find_tasks(names: Sequence[str], model_type: str, folders: Sequence[str] = (
             raise unknown_task(name, manager.all_tasks)
     tasks: dict[str, Any] = {}
     for name in wanted:
-        tasks.update(_load(manager, name))
+        try:
+            tasks.update(_load(manager, name))
+        except VlmpruneError:
+            raise
+        except Exception as error:
+            cause = error.last_attempt.exception() if isinstance(error, RetryError) else error
+            reason = f"{type(cause).__name__}: {str(cause).strip().splitlines()[0] if str(cause).strip() else ''}"
+            raise TaskLoadError(f"Task {name!r} cannot be loaded (does its data need a network?): {reason}") from error
     return tasks
 
 

@@ -10,9 +10,10 @@ import vlmprune
 pytest.importorskip("lmms_eval")
 
 from vlmprune.errors import UnknownNameError, UnsupportedCallError
+from vlmprune.eval import task_index
 from vlmprune.eval.accuracy import evaluate_tasks, quiet_lmms_eval
 from vlmprune.eval.lmms_model import LiveModel, cut_at, from_lmms_messages, generation_settings
-from vlmprune.eval.task_index import EMBEDDED, EMBEDDED_TASKS, find_tasks
+from vlmprune.eval.task_index import EMBEDDED, EMBEDDED_TASKS, TaskLoadError, find_tasks
 
 
 @pytest.fixture(scope="module")
@@ -138,6 +139,17 @@ def test_a_crash_while_pruned_leaves_the_model_as_it_was(toy, tasks, monkeypatch
 def test_unknown_tasks_name_the_nearest(task_folder):
     with quiet_lmms_eval(), pytest.raises(UnknownNameError, match="Did you mean 'scenes_reading'"):
         find_tasks(["scenes_readin"], "llava", [str(task_folder)])
+
+
+def test_tasks_that_cannot_be_loaded_are_named(task_folder, monkeypatch):
+    def offline(*args):
+        raise ConnectionError("no way to the hub\ntraceback and all")
+
+    monkeypatch.setattr(task_index, "get_task_dict", offline)
+    with pytest.raises(TaskLoadError, match=r"'toy' cannot be loaded .*ConnectionError: no way to the hub$"):
+        find_tasks(["toy"], "llava", [str(task_folder)])
+    with pytest.raises(UnknownNameError, match="No task is named"):
+        find_tasks([], "llava")
 
 
 def test_embedded_tasks_are_those_with_a_file():
