@@ -14,6 +14,7 @@ from vlmprune.methods.base import Method
 from vlmprune.methods.pipeline import Pipeline
 from vlmprune.methods.visual_batch import Selection, VisualBatch
 from vlmprune.record import RunRecord
+
 from .call_frames import FrameStack, ModelFrame
 from .compaction import Compaction, plan_compaction, restore_columns
 from .families.family import Family
@@ -93,7 +94,7 @@ class PruningEngine:
 
     def _placeholders(self, inputs: Mapping[str, Any]) -> Tensor:
         if inputs.get("input_ids") is not None:
-            return inputs["input_ids"] == self.family.image_token_id  # type: ignore[no-any-return]
+            return inputs["input_ids"] == self.family.image_token_id
         embeddings = inputs["inputs_embeds"]
         token = torch.tensor(self.family.image_token_id, device=embeddings.device)
         return (embeddings == self.family.multimodal_model.get_input_embeddings()(token)).all(-1)  # type: ignore[operator]

@@ -111,7 +111,7 @@ def cache_state(cache: Any) -> PrunedCacheState | None:
     state = getattr(cache, _ATTRIBUTE, None)
     if state is None or int(cache.get_seq_length()) < state.cache_length:
         return None
-    return state  # type: ignore[no-any-return]
+    return state
 
 
 def set_cache_state(cache: Any, state: PrunedCacheState) -> None:

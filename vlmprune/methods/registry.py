@@ -54,7 +54,7 @@ def make_method(method: str | Method | type[Method], keep: object = None, **para
                 f"{given} given beside the object {method!r}; set it on the object: {type(method).__name__}(keep=...)."
             )
         return method
-    cls = method if isinstance(method, type) and issubclass(method, Method) else get_method(method)  # type: ignore[arg-type]
+    cls = method if isinstance(method, type) and issubclass(method, Method) else get_method(method)
     allowed = [item.name for item in fields(cls)]
     for name in parameters:
         if name not in allowed:
