@@ -36,7 +36,7 @@ format:  ## Reformat the code.
 
 demo: setup  ## Accuracy against FLOPs and latency of several methods on the shipped tiny LLaVA.
 	HF_HUB_OFFLINE=1 $(BIN)/vlmprune bench --model tiny-llava --methods random,uniform,pool,fastervlm,divprune \
-		--keep 0.5,0.25,0.1,0.05 --tasks all --limit 50 --batch-size 16 --out results/demo
+		--keep 0.5,0.25,0.1,0.05 --tasks all --limit 50 --batch-size 16 --dtype float32 --out results/demo
 
 tiny: setup  ## Train the shipped checkpoints again (hours on a CPU).
 	$(BIN)/python -m vlmprune.eval.tiny.train --out results/tiny --resume

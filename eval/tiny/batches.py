@@ -49,7 +49,10 @@ class BatchPlan:
 
 @dataclass
 class Batch:
-    """``pixels`` (batch, height, width, 3), labels, presence, questions in slots, and where the window lies."""
+    """``pixels`` (batch, height, width, 3), labels, presence, questions in slots, and where the window lies.
+
+    What the plan leaves out is empty.
+    """
 
     labels: Tensor
     presence: Tensor
