@@ -37,9 +37,7 @@ class Compaction:
         return any(length != self.width for length in self.lengths)
 
 
-def plan_compaction(
-    keep: Tensor, visual: Tensor, lengths: tuple[int, ...], removed: tuple[int, ...]
-) -> Compaction:
+def plan_compaction(keep: Tensor, visual: Tensor, lengths: tuple[int, ...], removed: tuple[int, ...]) -> Compaction:
     """Plan the compaction of a batch without waiting for the device.
 
     Args:

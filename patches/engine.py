@@ -202,7 +202,9 @@ class PruningEngine:
             start, seen = 0 if state is None else state.caller_length, frame.attention_mask
             mask = None if bool((mask if seen is None else seen)[:, start:].all()) else mask.bool()
         return LayerRun(
-            positions=self._positions(kwargs.get("position_ids"), tokens.shape[0], tokens.shape[1], past, tokens.device),
+            positions=self._positions(
+                kwargs.get("position_ids"), tokens.shape[0], tokens.shape[1], past, tokens.device
+            ),
             mask=mask,
             caller_past=past,
             state=state,
@@ -212,7 +214,12 @@ class PruningEngine:
         )
 
     def _select(
-        self, frame: ModelFrame, spans: ImageSpans, budgets: tuple[int, ...], embeddings: Tensor, vision: Mapping[Any, Tensor]
+        self,
+        frame: ModelFrame,
+        spans: ImageSpans,
+        budgets: tuple[int, ...],
+        embeddings: Tensor,
+        vision: Mapping[Any, Tensor],
     ) -> tuple[Selection, tuple[int, ...]]:
         shown = spans.first_of
         counts = tuple(spans.counts[image] for image in shown)
@@ -225,7 +232,8 @@ class PruningEngine:
             layouts=layouts,
             tower=self.family.tower_facts,
             vision={
-                signal: self.family.image_vision(values, counts).to(embeddings.device) for signal, values in vision.items()
+                signal: self.family.image_vision(values, counts).to(embeddings.device)
+                for signal, values in vision.items()
             },
         )
         with torch.no_grad():
@@ -387,9 +395,7 @@ class PruningEngine:
                 "Static and other compiled caches prepare a 4-D mask: use the default dynamic cache."
             )
 
-    def _record(
-        self, frame: ModelFrame, spans: ImageSpans, kept: list[Any], removed: list[int]
-    ) -> None:
+    def _record(self, frame: ModelFrame, spans: ImageSpans, kept: list[Any], removed: list[int]) -> None:
         assert frame.visual_mask is not None
         columns = frame.visual_mask.shape[1]
         valid = torch.ones_like(frame.visual_mask)

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from vlmprune.kernels.received_attention import received_attention
 from vlmprune.kernels.row_attention import row_attention
-
 from vlmprune.methods.visual_batch import VisionSignal
+
 from .call_frames import FrameStack, ImageSignals, TowerFrame
 from .families.family import Family
 from .hooks import HookSet
@@ -54,7 +54,9 @@ class VisionCapture:
         frame = self.frames.tower.pop()
         if output is None:
             return
-        setattr(output, SIGNALS_ATTRIBUTE, ImageSignals({signal: self._compute(signal, frame) for signal in self.signals}))
+        setattr(
+            output, SIGNALS_ATTRIBUTE, ImageSignals({signal: self._compute(signal, frame) for signal in self.signals})
+        )
         if self.frames.model:
             self.frames.model[-1].image_outputs = output
 

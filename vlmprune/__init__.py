@@ -1,8 +1,8 @@
 """Training-free visual token pruning and merging for HuggingFace vision-language models.
 
-    model = vlmprune.apply(model, method="divprune", keep=0.25)
-    out = model.generate(**inputs)
-    vlmprune.remove(model)
+model = vlmprune.apply(model, method="divprune", keep=0.25)
+out = model.generate(**inputs)
+vlmprune.remove(model)
 """
 
 from importlib import import_module
@@ -47,7 +47,9 @@ def __getattr__(name: str) -> Any:
     from difflib import get_close_matches
 
     match = get_close_matches(name, __all__, n=1)
-    raise AttributeError(f"module 'vlmprune' has no attribute {name!r}." + (f" Did you mean {match[0]!r}?" if match else ""))
+    raise AttributeError(
+        f"module 'vlmprune' has no attribute {name!r}." + (f" Did you mean {match[0]!r}?" if match else "")
+    )
 
 
 def __dir__() -> list[str]:

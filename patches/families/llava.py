@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from vlmprune.errors import LayoutError, UnsupportedMethodError
 from vlmprune.layout import VisualLayout, raster_layout, unknown_layout
 from vlmprune.methods.visual_batch import TowerFacts
+
 from .family import Family
 
 
@@ -72,5 +73,7 @@ class Llava(Family):
         """Drop the CLS column where the features have none; one tile is one image."""
         tokens = signal.shape[1]
         if len(set(counts)) != 1 or counts[0] not in (tokens, tokens - 1):
-            raise LayoutError(f"The vision tower scored {tokens} tokens a tile, the images have {list(counts)} visual tokens.")
+            raise LayoutError(
+                f"The vision tower scored {tokens} tokens a tile, the images have {list(counts)} visual tokens."
+            )
         return signal[:, tokens - counts[0] :].flatten(0, 1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from vlmprune.errors import UnsupportedFamilyError, nearest
+
 from .family import Family
 from .llava import Llava
 

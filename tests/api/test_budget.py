@@ -6,11 +6,14 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from vlmprune.budget import check_keep, token_budget
 from vlmprune.errors import BudgetError
 
 
-@pytest.mark.parametrize("keep", [0, 0.0, -1, -0.5, 1.5, 2.0, 576.0, math.nan, math.inf, True, False, "0.5", None, [0.5], 1j])
+@pytest.mark.parametrize(
+    "keep", [0, 0.0, -1, -0.5, 1.5, 2.0, 576.0, math.nan, math.inf, True, False, "0.5", None, [0.5], 1j]
+)
 def test_bad_keep_is_refused(keep):
     with pytest.raises(BudgetError, match=r"allowed: a float in \(0, 1\]"):
         check_keep(keep)

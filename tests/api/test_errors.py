@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from transformers import LlamaForCausalLM
+
 import vlmprune
 from support.tiny_models import LLAVA_CLIP_GQA, LLAVA_SIGLIP_TIED
-from transformers import LlamaForCausalLM
 from vlmprune.errors import (
     AlreadyAppliedError,
     BudgetError,

@@ -4,10 +4,11 @@ from typing import ClassVar
 
 import pytest
 import torch
-import vlmprune
-from support.tiny_models import CLIP, LLAVA_CLIP_GQA, llava_case
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import CLIPVisionConfig
+
+import vlmprune
+from support.tiny_models import CLIP, LLAVA_CLIP_GQA, llava_case
 from vlmprune.methods import FasterVLM
 from vlmprune.methods.visual_batch import VisionSignal
 

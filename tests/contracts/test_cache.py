@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+
 import vlmprune
 from support.matrix import METHOD_PARAMETERS, over_matrix
 from support.oracle import suppressed

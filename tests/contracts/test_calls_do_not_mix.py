@@ -3,6 +3,7 @@
 import threading
 
 import torch
+
 import vlmprune
 from support.matrix import METHOD_PARAMETERS, over_matrix
 from support.oracle import suppressed

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 import vlmprune
 from support.matrix import METHOD_PARAMETERS, over_matrix
 

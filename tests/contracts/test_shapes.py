@@ -1,6 +1,7 @@
 """Contract 5: the caller's shapes do not change; labels, losses and slicing by prompt length go on working."""
 
 import torch
+
 import vlmprune
 from support.matrix import METHOD_PARAMETERS, over_matrix
 from support.oracle import kept_columns

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from vlmprune.kernels import bench
 
 CASES = bench.cases

@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+
 from vlmprune.kernels import greedy
 from vlmprune.kernels.max_min import max_min, max_min_from_distances
 from vlmprune.kernels.max_sum import max_sum

@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import torch
+
 from vlmprune.kernels import implementation
 from vlmprune.kernels.compact import compact
 from vlmprune.kernels.implementation import KernelUnavailableError, choose_implementation

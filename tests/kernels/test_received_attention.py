@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+
 from vlmprune.kernels import received_attention as module
 from vlmprune.kernels.received_attention import received_attention
 

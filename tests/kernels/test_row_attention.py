@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import Tensor
+
 from vlmprune.kernels.row_attention import row_attention
 
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from vlmprune.kernels.segmented_topk import segmented_topk
 
 NAN, INF = math.nan, math.inf

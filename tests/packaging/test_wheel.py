@@ -48,7 +48,18 @@ def wheel(tmp_path_factory):
         copy = shutil.copytree if path.is_dir() else shutil.copy
         options = {"ignore": shutil.ignore_patterns("__pycache__")} if path.is_dir() else {}
         copy(path, source / part, **options)
-    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "-w", target, source]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "--quiet",
+        "--no-deps",
+        "--no-build-isolation",
+        "-w",
+        target,
+        source,
+    ]
     subprocess.run(command, check=True, capture_output=True)
     return next(target.glob("*.whl")), source
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+
 import vlmprune
 from support.tiny_models import FAMILY_CASES
 
@@ -24,9 +25,7 @@ def _cases() -> list[object]:
     cases = []
     for family in FAMILY_CASES:
         served = vlmprune.list_methods(family.build(_float32()))
-        cases += [
-            pytest.param(name, family, id=f"{name}-{family}") for name in METHOD_PARAMETERS if name in served
-        ]
+        cases += [pytest.param(name, family, id=f"{name}-{family}") for name in METHOD_PARAMETERS if name in served]
     return cases
 
 

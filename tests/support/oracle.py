@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from support.tiny_models import IMAGE_TOKEN
 from torch import Tensor
+
+from support.tiny_models import IMAGE_TOKEN
 
 
 @torch.no_grad()

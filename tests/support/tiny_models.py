@@ -45,7 +45,9 @@ class FamilyCase:
     def __repr__(self) -> str:
         return self.name
 
-    def inputs(self, rows: Sequence[Row], padding: str = "left", dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    def inputs(
+        self, rows: Sequence[Row], padding: str = "left", dtype: torch.dtype = torch.float32
+    ) -> dict[str, Tensor]:
         """Return the model inputs of a padded batch."""
         ids = [self._ids(row) for row in rows]
         width = max(map(len, ids))

@@ -19,7 +19,8 @@ from .uniform import Uniform
 from .vtc_cls import VTCCLS
 
 METHODS: dict[str, type[Method]] = {
-    cls.name: cls for cls in (Random, Uniform, Pool, FasterVLM, VTCCLS, HiRED, GlobalCom2, DivPrune, ToDRE, FastV, PyramidDrop)
+    cls.name: cls
+    for cls in (Random, Uniform, Pool, FasterVLM, VTCCLS, HiRED, GlobalCom2, DivPrune, ToDRE, FastV, PyramidDrop)
 }
 
 
