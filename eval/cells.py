@@ -51,8 +51,9 @@ class Cell:
     @property
     def slug(self) -> str:
         """A file name that no other cell has."""
-        plain = re.sub(r"[^A-Za-z0-9._=-]+", "-", self.label)
-        return plain if plain == self.label else f"{plain}-{hashlib.sha256(self.label.encode()).hexdigest()[:6]}"
+        name = self.label.replace(" ", "-")
+        plain = re.sub(r"[^A-Za-z0-9._=-]+", "-", name)
+        return plain if plain == name else f"{plain}-{hashlib.sha256(self.label.encode()).hexdigest()[:6]}"
 
     def applied_to(self, model: PreTrainedModel) -> AbstractContextManager[Any]:
         """A context in which ``model`` is pruned as this cell says."""
