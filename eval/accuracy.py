@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -72,7 +73,7 @@ def _score(name: str, task: Any, results: dict[str, Any]) -> TaskScore:
     metrics = {
         key.split(",")[0]: float(value)
         for key, value in values.items()
-        if "," in key and "_stderr" not in key and isinstance(value, (int, float)) and not isinstance(value, bool)
+        if "," in key and "_stderr" not in key and isinstance(value, (int, float)) and math.isfinite(value)
     }
     if not metrics:
         raise TaskResultError(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,12 +20,14 @@ class ResultFolderError(VlmpruneError, RuntimeError):
 def write_json(path: Path, content: Any) -> None:
     """Write ``content`` so that the file is either the old or the new one, whatever happens."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(
-        "w", dir=path.parent, prefix=".", suffix=".tmp", delete=False, encoding="utf-8"
-    ) as file:
-        json.dump(content, file, indent=1, allow_nan=False, default=str)
-        file.write("\n")
-    os.replace(file.name, path)
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with unfinished.open("w", encoding="utf-8") as file:
+            json.dump(content, file, indent=1, allow_nan=False, default=str)
+            file.write("\n")
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
 
 
 def read_json(path: Path) -> Any:

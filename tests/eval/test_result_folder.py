@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from vlmprune.eval.cells import Cell
-from vlmprune.eval.result_folder import ResultFolder, ResultFolderError, differences
+from vlmprune.eval.result_folder import ResultFolder, ResultFolderError, differences, read_json, write_json
 
 CONFIGURATION = {"model": {"source": "m", "dtype": "float32"}, "limit": 5}
 CELL = Cell("pool", 0.5)
@@ -43,6 +43,17 @@ def test_damaged_cells_are_named(tmp_path, content):
     folder.cell_file(CELL).write_text(content)
     with pytest.raises(ResultFolderError, match=r"pool-keep=0\.5"):
         folder.read(CELL)
+
+
+def test_files_are_old_or_new_and_as_readable_as_any(tmp_path):
+    file = tmp_path / "a.json"
+    write_json(file, {"a": 1})
+    (tmp_path / "plain").touch()
+    assert file.stat().st_mode == (tmp_path / "plain").stat().st_mode
+    with pytest.raises(ValueError, match="Out of range"):
+        write_json(file, {"a": float("nan")})
+    assert read_json(file) == {"a": 1}
+    assert [entry.name for entry in tmp_path.iterdir() if entry.suffix == ".tmp"] == []
 
 
 def test_differences_reach_into_dictionaries():
