@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from vlmprune.kernels.compact import compact
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,6 +64,13 @@ def plan_compaction(keep: Tensor, visual: Tensor, lengths: tuple[int, ...], remo
         lengths=lengths,
         removed=removed,
     )
+
+
+def gather_columns(planes: Sequence[Tensor], index: Tensor, dims: Sequence[int] | None = None) -> list[Tensor]:
+    """Return the columns `index [batch, width]` of every plane, 0 where it is -1; `dims` says where each plane has its batch."""
+    # The kernel has no backward; the reference has.
+    needs_backward = any(plane.requires_grad for plane in planes)
+    return compact(planes, index, dims=dims, implementation="torch" if needs_backward else None)
 
 
 def restore_columns(compacted: Tensor, compaction: Compaction) -> Tensor:

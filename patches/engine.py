@@ -16,7 +16,7 @@ from vlmprune.methods.visual_batch import Selection, VisualBatch
 from vlmprune.record import RunRecord
 
 from .call_frames import FrameStack, ModelFrame
-from .compaction import Compaction, plan_compaction, restore_columns
+from .compaction import Compaction, gather_columns, plan_compaction, restore_columns
 from .families.family import Family
 from .hooks import HookSet
 from .image_spans import ImageSpans, columns_of, find_image_spans
@@ -284,20 +284,14 @@ class PruningEngine:
         caller_past = state.caller_past(cache) if state is not None else past
 
         present = compaction.index >= 0
-        gather = compaction.index.clamp(min=0)
-        rows = torch.arange(batch, device=embeddings.device)[:, None]
-        compacted = embeddings[rows, gather]
-        if compaction.ragged:
-            compacted = compacted * present[..., None]
-        if selection.features is not None:
-            compacted = self._put_merged(compacted, compaction, spans, selection, kept_columns)
-
         positions = self._positions(kwargs.get("position_ids"), batch, columns, caller_past, embeddings.device)
         if self.positions == "compact":
             positions = positions - compaction.dropped_before
             if state is not None:
                 positions = positions - state.removed
-        positions = positions.take_along_dim(gather.expand(*positions.shape[:-1], -1), -1) * present
+        compacted, positions = gather_columns([embeddings, positions], compaction.index, dims=[0, positions.ndim - 2])
+        if selection.features is not None:
+            compacted = self._put_merged(compacted, compaction, spans, selection, kept_columns)
 
         removed = torch.tensor(compaction.removed).to(embeddings.device, non_blocking=True)[:, None]
         if self.positions != "compact":

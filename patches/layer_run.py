@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .compaction import Compaction, plan_compaction, restore_columns
+from .compaction import Compaction, gather_columns, plan_compaction, restore_columns
 from .pruned_cache import CacheSegment, PrunedCacheState
 
 
@@ -156,14 +156,13 @@ class LayerRun:
         """
         assert self.images is not None
         planned = self.images.plan()
-        source = planned.index.clamp(min=0)
+        source = planned.index
         if self.compaction is not None:
-            source = self.compaction.destination.gather(1, source).clamp(max=self.compaction.width - 1)
-        shorter = hidden[torch.arange(self.batch, device=hidden.device)[:, None], source]
-        if planned.ragged:
-            shorter = shorter * (planned.index >= 0)[..., None]
+            now = self.compaction.destination.gather(1, source.clamp(min=0)).clamp(max=self.compaction.width - 1)
+            source = now.masked_fill(source < 0, -1)
+        (shorter,) = gather_columns([hidden], source)
         self.compaction = planned
-        return shorter, source
+        return shorter, source.clamp(min=0)
 
     def kinds(self, past: int, valid: Tensor | None) -> Tensor:
         """Return the kind of every key, int8 `[batch, past + width]`: 0 padding, 1 system, 2 visual, 3 text."""
