@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import random
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -97,11 +98,13 @@ def measure(
     inside the language model its sequence is cut short before the same layers.
     """
     probes = [_Probe(model, inputs, cell, new_tokens) for cell in cells]
+    turns, order = list(probes), random.Random(0)
     rounds, done = 1 + LEAST_ROUNDS, 0
     start = time.perf_counter()
     with torch.inference_mode():
         while done < rounds:
-            for probe in probes:
+            order.shuffle(turns)
+            for probe in turns:
                 probe.run(keep_times=done > 0)
             if not done:
                 rounds = 1 + max(LEAST_ROUNDS, min(MOST_ROUNDS, int(seconds / (time.perf_counter() - start)) - 1))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -57,16 +58,18 @@ def time_cells(
 ) -> dict[str, dict[str, Any]]:
     """Medians and quartiles in milliseconds by cell label, from rounds over all cells.
 
-    Every round visits every cell, so that a machine that slows down or speeds up does so for all of them. The first
-    round warms up and sets how many follow within about ``seconds`` (3 to 15). After a method is put on, one untimed
-    pass goes first. ``on_progress`` gets (rounds done, rounds planned).
+    Every round visits every cell, in an order of its own, so that a machine that slows down or speeds up does so for
+    all of them. The first round warms up and sets how many follow within about ``seconds`` (3 to 15). After a method
+    is put on, one untimed pass goes first. ``on_progress`` gets (rounds done, rounds planned).
     """
     prefills: dict[str, list[float]] = {cell.label: [] for cell in cells}
     decodes: dict[str, list[float]] = {cell.label: [] for cell in cells}
+    turns, order = list(cells), random.Random(0)
     start = time.perf_counter()
     rounds, done = 1 + LEAST_ROUNDS, 0
     while done < rounds:
-        for cell in cells:
+        order.shuffle(turns)
+        for cell in turns:
             with cell.applied_to(model):
                 time_generation(model, inputs, 1)
                 prefill, decode = time_generation(model, inputs)

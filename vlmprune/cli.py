@@ -104,7 +104,7 @@ def bench(
     include_path: Annotated[list[str] | None, typer.Option(help="Folder with further lmms-eval task files.")] = None,
     timing_seconds: Annotated[
         float, typer.Option(min=0, help="Time spent on measuring latency; 0 leaves it out.")
-    ] = 20.0,
+    ] = 30.0,
 ) -> None:
     """Measure accuracy and cost of a model, unpruned and pruned, through lmms-eval."""
     with _clear_errors():
