@@ -14,6 +14,7 @@ setup: $(STAMP)  ## Make a virtual environment with everything that tests and be
 $(STAMP): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
+	rm -rf vlmprune.egg-info
 	$(BIN)/python -m pip install --quiet --editable '.[eval,dev]'
 	touch $(STAMP)
 

@@ -74,7 +74,13 @@ def test_wheel_has_one_top_level_package(wheel):
         prefix = "" if folder == "vlmprune" else "vlmprune/"
         expected = {f"{prefix}{path.relative_to(source).as_posix()}" for path in (source / folder).rglob("*.py")}
         assert expected <= packaged, sorted(expected - packaged)
-    assert "vlmprune/py.typed" in names
+    data = (
+        "py.typed",
+        "eval/checkpoints/tiny-llava/model.safetensors",
+        "eval/tasks/data/scenes.parquet",
+        "eval/presets/llava-1.5-7b.json",
+    )
+    assert {f"vlmprune/{name}" for name in data} <= set(names)
 
 
 def test_wheel_works_away_from_the_repository(wheel, tmp_path):
