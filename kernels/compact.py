@@ -58,6 +58,7 @@ def compact_reference(
     padding = index < 0 if low < 0 else None
     slots = index if padding is None else index.clamp(min=0)
     images = torch.arange(index.shape[0], device=index.device)[:, None]
+    flat: dict[int, Tensor] = {}
     results = []
     for plane, fill, dim in zip(planes, fills, dims, strict=True):
         length = plane.shape[dim + 1]
@@ -67,7 +68,9 @@ def compact_reference(
         if length == 0:
             taken = torch.empty(*index.shape, *first.shape[2:], dtype=plane.dtype, device=plane.device)
         elif first.is_contiguous():
-            taken = first.flatten(0, 1).index_select(0, (slots + images * length).flatten()).unflatten(0, index.shape)
+            if length not in flat:
+                flat[length] = (slots + images * length).flatten()
+            taken = first.flatten(0, 1).index_select(0, flat[length]).unflatten(0, index.shape)
         else:
             taken = first[images, slots]
         if padding is not None:

@@ -59,7 +59,7 @@ def choose_implementation(tensor_device: torch.device | str, implementation: str
         ValueError: `implementation` is not one of `IMPLEMENTATIONS`.
         KernelUnavailableError: "triton" is forced where it cannot run.
     """
-    device = torch.device(tensor_device)
+    device = tensor_device if isinstance(tensor_device, torch.device) else torch.device(tensor_device)
     if implementation is None:
         return "triton" if device.type == "cuda" and TRITON_FOUND else "torch"
     if implementation not in IMPLEMENTATIONS:

@@ -46,25 +46,26 @@ def merge_scatter(
         raise ValueError(f"num_outputs={num_outputs} is negative.")
     if choose_implementation(source.device, implementation) == "triton":
         return _merge_scatter_triton(source, destination_index, sizes, num_outputs)
-    if tokens and not (int(destination_index.min()) >= -1 and int(destination_index.max()) < num_outputs):
-        low, high = int(destination_index.min()), int(destination_index.max())
+    low, high = (int(bound) for bound in destination_index.aminmax()) if tokens else (0, -1)
+    if low < -1 or high >= num_outputs:
         raise ValueError(f"destination_index must lie in -1..{num_outputs - 1}; got {low}..{high}.")
-    return merge_scatter_reference(source, destination_index, sizes, num_outputs)
+    return merge_scatter_reference(source, destination_index, sizes, num_outputs, drops=low < 0)
 
 
 def merge_scatter_reference(
-    source: Tensor, destination_index: Tensor, sizes: Tensor | None, num_outputs: int
+    source: Tensor, destination_index: Tensor, sizes: Tensor | None, num_outputs: int, *, drops: bool = True
 ) -> tuple[Tensor, Tensor]:
-    """`merge_scatter` in plain torch, for arguments that are already checked."""
+    """`merge_scatter` in plain torch, for arguments that are already checked; `drops` says whether an index is -1."""
     values = source.to(torch.float32)
     weights = values.new_ones(values.shape[0]) if sizes is None else sizes.to(torch.float32)
     # Dropped tokens go to one more row, which is cut off.
-    rows = destination_index.masked_fill(destination_index < 0, num_outputs)
-    total = values.new_zeros(num_outputs + 1).index_add_(0, rows, weights)[:num_outputs]
-    merged = values.new_zeros(num_outputs + 1, values.shape[1])
-    merged.scatter_add_(0, rows[:, None].expand_as(values), values if sizes is None else values * weights[:, None])
-    merged = merged[:num_outputs].div_(total.masked_fill(total == 0, 1.0)[:, None])
-    return merged.to(source.dtype), total
+    rows = destination_index.masked_fill(destination_index < 0, num_outputs) if drops else destination_index
+    total = values.new_zeros(num_outputs + drops).scatter_add_(0, rows, weights)
+    # Each token's share of its row, so that no second pass over the rows is needed.
+    share = weights / total.masked_fill(total == 0, 1.0)[rows]
+    merged = values.new_zeros(num_outputs + drops, values.shape[1])
+    merged.scatter_add_(0, rows[:, None].expand_as(values), values * share[:, None])
+    return merged[:num_outputs].to(source.dtype), total[:num_outputs]
 
 
 def _merge_scatter_triton(

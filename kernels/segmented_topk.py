@@ -56,12 +56,12 @@ def segmented_topk(
 def segmented_topk_reference(scores: Tensor, bounds: Sequence[int], counts: Sequence[int], *, order: str) -> Tensor:
     """`segmented_topk` in plain torch, for offsets and counts that are already checked Python ints."""
     values = scores.to(torch.float32)
+    if len(counts) == 1:
+        return _segment_topk(values, counts[0], order == "score")
     picks = [
         _segment_topk(values[begin:end], count, order == "score")
         for (begin, end), count in zip(pairwise(bounds), counts, strict=True)
     ]
-    if len(picks) == 1:
-        return picks[0]
     return torch.cat(picks) if picks else torch.empty(0, dtype=torch.int64, device=scores.device)
 
 
@@ -69,17 +69,16 @@ def _segment_topk(values: Tensor, count: int, by_score: bool) -> Tensor:
     length = values.shape[0]
     if count == 0 or (count == length and not by_score):
         return torch.arange(count, device=values.device)
-    best = values.topk(min(count + 1, length))
-    found = best.values
+    found, indices = values.topk(min(count + 1, length))
     # Without ties that matter torch's top-k is the answer. It takes NaN for the highest, so a NaN would come first.
     if not math.isnan(found[0]):
         if by_score:
             if bool((found[1:] < found[:-1]).all()):
-                return best.indices[:count]
+                return indices[:count]
         else:
             last, following = found[-2:].tolist()
             if last > following:
-                return best.indices[:count].sort().values
+                return indices[:count].sort().values
     # With the index in the low half no two keys are equal, so top-k has no ties left to break.
     keys = (ordered_keys(values).to(torch.int64) << 32) - torch.arange(length, device=values.device)
     picks = -keys.topk(count).values & 0xFFFFFFFF

@@ -11,7 +11,7 @@ from torch import Tensor
 
 def host_integers(values: Sequence[int] | Tensor) -> list[int]:
     """Return `values` as Python ints. A tensor on a GPU costs one host sync."""
-    return values.tolist() if isinstance(values, Tensor) else [int(value) for value in values]
+    return values.tolist() if isinstance(values, Tensor) else list(map(int, values))
 
 
 def check_offsets(offsets: Sequence[int] | Tensor, length: int, name: str = "offsets") -> list[int]:
@@ -19,7 +19,7 @@ def check_offsets(offsets: Sequence[int] | Tensor, length: int, name: str = "off
     bounds = host_integers(offsets)
     if not bounds or bounds[0] != 0 or bounds[-1] != length:
         raise ValueError(f"{name} must begin with 0 and end with the number of rows {length}; got {_short(bounds)}.")
-    if any(begin > end for begin, end in pairwise(bounds)):
+    if bounds != sorted(bounds):
         raise ValueError(f"{name} must never fall; got {_short(bounds)}.")
     return bounds
 
@@ -27,10 +27,10 @@ def check_offsets(offsets: Sequence[int] | Tensor, length: int, name: str = "off
 def check_counts(k: Sequence[int] | Tensor, bounds: Sequence[int]) -> list[int]:
     """Return the picks per segment as Python ints, each from 0 to its segment's length; ValueError otherwise."""
     counts = host_integers(k)
-    lengths = [end - begin for begin, end in pairwise(bounds)]
-    if len(counts) != len(lengths):
-        raise ValueError(f"k must have one count per segment: got {len(counts)} counts for {len(lengths)} segments.")
-    for segment, (count, length) in enumerate(zip(counts, lengths, strict=True)):
+    if len(counts) != len(bounds) - 1:
+        raise ValueError(f"k must have one count per segment: got {len(counts)} counts for {len(bounds) - 1} segments.")
+    for segment, count in enumerate(counts):
+        length = bounds[segment + 1] - bounds[segment]
         if not 0 <= count <= length:
             raise ValueError(f"k[{segment}] = {count} is not in 0..{length}, the length of segment {segment}.")
     return counts
