@@ -64,18 +64,18 @@ def compact_reference(
         length = plane.shape[dim + 1]
         if low < -1 or high >= length:
             raise IndexError(f"index must lie in -1..{length - 1}; got {low}..{high}.")
-        first = plane.movedim((dim, dim + 1), (0, 1)) if dim else plane
-        if length == 0:
-            taken = torch.empty(*index.shape, *first.shape[2:], dtype=plane.dtype, device=plane.device)
-        elif first.is_contiguous():
+        if length and plane.is_contiguous():
             if length not in flat:
                 flat[length] = (slots + images * length).flatten()
-            taken = first.flatten(0, 1).index_select(0, flat[length]).unflatten(0, index.shape)
+            taken = plane.flatten(dim, dim + 1).index_select(dim, flat[length]).unflatten(dim, index.shape)
         else:
-            taken = first[images, slots]
+            first = plane.movedim((dim, dim + 1), (0, 1))
+            rows = first[images, slots] if length else plane.new_empty(*index.shape, *first.shape[2:])
+            taken = rows.movedim((0, 1), (dim, dim + 1)).contiguous()
         if padding is not None:
-            taken[padding] = torch.tensor(fill, device=plane.device).to(plane.dtype)
-        results.append((taken.movedim((0, 1), (dim, dim + 1)) if dim else taken).contiguous())
+            mask = padding.view(*[1] * dim, *padding.shape, *[1] * (plane.dim() - dim - 2))
+            taken = taken.masked_fill(mask, torch.tensor(fill, device=plane.device).to(plane.dtype))
+        results.append(taken)
     return results
 
 
