@@ -7,27 +7,28 @@ import math
 import os
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from .batches import Batch, BatchPlan, stream
+from .batches import stream
 
 Metrics = Mapping[str, float | Tensor]
-Step = Callable[[Batch, bool], tuple[Tensor, Metrics]]
+Step = Callable[[Any, bool], tuple[Tensor, Metrics]]
 """Takes a batch and whether figures are wanted (they may cost time); gives the loss and figures for the log."""
 
 
 @dataclass(frozen=True)
 class Phase:
-    """So many steps on batches of one plan."""
+    """So many steps on batches of one plan (a ``BatchPlan``, or what the caller's stream takes)."""
 
     steps: int
-    plan: BatchPlan
+    plan: Any
 
 
 @dataclass(frozen=True)
@@ -67,10 +68,12 @@ def run_stage(
     out: Path,
     resume: bool = True,
     every_s: float = 120.0,
+    source: Callable[[Any, int, int], Iterator[Any]] = stream,
 ) -> None:
     """Train, and write ``out/{stage}.pt`` every ``every_s`` seconds and at the end.
 
     ``parts`` are all modules whose weights the file keeps; ``groups`` are the ones that learn, one group for each rate.
+    ``source`` gives the batches of a plan and a seed from a number on.
     A finished stage that is run again with ``resume`` only loads its weights.
     """
     path, log = out / f"{stage.name}.pt", _logger(out, stage.name)
@@ -103,7 +106,7 @@ def run_stage(
         begin, end = end, end + phase.steps
         if step >= end:
             continue
-        batches = stream(phase.plan, stage.seed + begin, step - begin)
+        batches = source(phase.plan, stage.seed + begin, step - begin)
         while step < end:
             for group in optimizer.param_groups:
                 group["lr"] = group["peak"] * stage.scale(step)

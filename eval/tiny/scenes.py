@@ -57,7 +57,10 @@ class Thing:
 
 @dataclass(frozen=True)
 class Scene:
-    """What a picture shows. ``text_x`` and ``text_y`` are the upper left corner of the first glyph's cell."""
+    """What a picture shows. ``text_x`` and ``text_y`` are the upper left corner of the first glyph's cell.
+
+    ``size`` is the picture's width and, where ``tall`` is 0, also its height.
+    """
 
     size: int
     things: tuple[Thing, ...]
@@ -66,6 +69,12 @@ class Scene:
     text_y: int
     light_ink: bool
     texture_seed: int
+    tall: int = 0
+
+    @property
+    def height(self) -> int:
+        """Height of the picture in pixels."""
+        return self.tall or self.size
 
     def count(self, shape: int) -> int:
         """How many things have this shape."""
@@ -102,19 +111,22 @@ def make_scene(
     things: tuple[int, int] = (4, 7),
     radius: tuple[float, float] = (13.0, 18.0),
     test: bool = False,
+    tall: int = 0,
 ) -> Scene:
-    """Draw one scene: a main shape that occurs one to four times, one shape that occurs once, others at random."""
+    """Draw one scene: a main shape that occurs one to four times, one shape that occurs once, others at random.
+
+    ``tall`` is the height in pixels of a picture that is not square (0: as high as it is wide).
+    """
     while True:
         shapes = _choose_shapes(rng, int(rng.integers(things[0], things[1] + 1)))
         text = make_string(rng, test)
         cells = size // PATCH_SIZE
         text_x = PATCH_SIZE * int(rng.integers(0, cells - 2 * len(text) + 1))
-        text_y = PATCH_SIZE * int(rng.integers(0, cells - 1))
-        placed = _place(
-            rng, size, shapes, radius, (text_x, text_y, text_x + GLYPH_SIZE * len(text), text_y + GLYPH_SIZE)
-        )
+        text_y = PATCH_SIZE * int(rng.integers(0, (tall or size) // PATCH_SIZE - 1))
+        box = (text_x, text_y, text_x + GLYPH_SIZE * len(text), text_y + GLYPH_SIZE)
+        placed = _place(rng, (size, tall or size), shapes, radius, box)
         if placed is not None:
-            return Scene(size, placed, text, text_x, text_y, bool(rng.integers(2)), int(rng.integers(2**31)))
+            return Scene(size, placed, text, text_x, text_y, bool(rng.integers(2)), int(rng.integers(2**31)), tall)
 
 
 def _choose_shapes(rng: np.random.Generator, total: int) -> list[int]:
@@ -127,14 +139,18 @@ def _choose_shapes(rng: np.random.Generator, total: int) -> list[int]:
 
 
 def _place(
-    rng: np.random.Generator, size: int, shapes: list[int], radius: tuple[float, float], box: tuple[int, int, int, int]
+    rng: np.random.Generator,
+    size: tuple[int, int],
+    shapes: list[int],
+    radius: tuple[float, float],
+    box: tuple[int, int, int, int],
 ) -> tuple[Thing, ...] | None:
     placed: list[Thing] = []
     for shape in shapes:
         for _ in range(40):
             r, x, y = rng.random(3)
             r = radius[0] + r * (radius[1] - radius[0])
-            x, y = r + x * (size - 2 * r), r + y * (size - 2 * r)
+            x, y = r + x * (size[0] - 2 * r), r + y * (size[1] - 2 * r)
             dx, dy = max(box[0] - x, x - box[2], 0.0), max(box[1] - y, y - box[3], 0.0)
             if dx * dx + dy * dy < (r + 2) ** 2:
                 continue
@@ -175,19 +191,18 @@ def _blend(size: int, knots: int) -> np.ndarray:
     return matrix
 
 
-def _background(rng: np.random.Generator, size: int) -> np.ndarray:
+def _background(rng: np.random.Generator, width: int, height: int) -> np.ndarray:
     """Uneven grey-brown ground with stripes, grain and confetti in the colours of the things."""
-    blend = _blend(size, 5)
-    light = blend @ rng.uniform(70, 165, (5, 5)).astype(np.float32) @ blend.T
+    light = _blend(height, 5) @ rng.uniform(70, 165, (5, 5)).astype(np.float32) @ _blend(width, 5).T
     tint = rng.uniform(-18, 18, 3).astype(np.float32)
-    ramp = np.arange(size, dtype=np.float32)
+    down, along = np.arange(height, dtype=np.float32)[:, None], np.arange(width, dtype=np.float32)[None, :]
     fx, fy = rng.uniform(-0.5, 0.5, 2)
-    light += np.float32(rng.uniform(0, 14)) * np.sin(ramp[:, None] * fy + ramp[None, :] * fx).astype(np.float32)
+    light += np.float32(rng.uniform(0, 14)) * np.sin(down * fy + along * fx).astype(np.float32)
     image = light[:, :, None] + tint
-    image += rng.integers(-10, 11, (size, size, 1), dtype=np.int8)
+    image += rng.integers(-10, 11, (height, width, 1), dtype=np.int8)
     palette = np.array([*COLOURS.values(), (240, 240, 240), (15, 15, 15)], np.float32)
-    dots = size * size // 1200
-    for x, y, w, c in zip(*rng.integers(0, (size - 3, size - 3, 2, len(palette)), (dots, 4)).T.tolist(), strict=True):
+    dots = width * height // 1200
+    for x, y, w, c in zip(*rng.integers(0, (width - 3, height - 3, 2, len(palette)), (dots, 4)).T.tolist(), strict=True):
         image[y : y + 2 + w, x : x + 3 - w] = palette[c]
     return image
 
@@ -195,11 +210,11 @@ def _background(rng: np.random.Generator, size: int) -> np.ndarray:
 def render(scene: Scene) -> np.ndarray:
     """Draw a scene: ``uint8`` array of height, width, 3."""
     rng = np.random.default_rng(scene.texture_seed)
-    image = _background(rng, scene.size)
+    image = _background(rng, scene.size, scene.height)
     for thing in scene.things:
         reach = int(thing.radius * 1.15) + 2
         x0, y0 = max(int(thing.x) - reach, 0), max(int(thing.y) - reach, 0)
-        x1, y1 = min(int(thing.x) + reach + 1, scene.size), min(int(thing.y) + reach + 1, scene.size)
+        x1, y1 = min(int(thing.x) + reach + 1, scene.size), min(int(thing.y) + reach + 1, scene.height)
         gx, gy = np.arange(x0, x1) + 0.5 - thing.x, np.arange(y0, y1) + 0.5 - thing.y
         distance = signed_distance(thing.shape, gx[None, :], gy[:, None], thing.radius)
         cover = np.clip(0.5 - distance, 0, 1).astype(np.float32)[:, :, None]
@@ -237,11 +252,10 @@ LABEL_SIZES: dict[str, int] = {
 
 def patch_labels(scene: Scene) -> np.ndarray:
     """What each patch shows: ``int64`` array (labels in the order of ``LABEL_SIZES``, patches in reading order)."""
-    cells = scene.size // PATCH_SIZE
-    labels = np.zeros((len(LABEL_SIZES), cells, cells), np.int64)
-    at = (np.arange(cells) + 0.5) * PATCH_SIZE
+    labels = np.zeros((len(LABEL_SIZES), scene.height // PATCH_SIZE, scene.size // PATCH_SIZE), np.int64)
+    down, along = ((np.arange(cells) + 0.5) * PATCH_SIZE for cells in labels.shape[1:])
     for thing in scene.things:
-        inside = signed_distance(thing.shape, at[None, :] - thing.x, at[:, None] - thing.y, thing.radius) < 1.5
+        inside = signed_distance(thing.shape, along[None, :] - thing.x, down[:, None] - thing.y, thing.radius) < 1.5
         row, column = int(thing.y) // PATCH_SIZE, int(thing.x) // PATCH_SIZE
         inside[row, column] = True
         labels[0][inside] = thing.shape + 1
