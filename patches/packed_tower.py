@@ -1,0 +1,129 @@
+"""Attention of towers that encode images of any size as packed sequences, without a CLS token (Qwen2-VL and later)."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from transformers.vision_utils import get_vision_window_index
+
+from vlmprune.errors import UnsupportedMethodError
+from vlmprune.kernels.received_attention import received_attention
+from vlmprune.methods.visual_batch import VisionSignal
+
+from .call_frames import FrameStack, TowerFrame
+from .tower_reader import TowerReader
+
+if TYPE_CHECKING:
+    from .families.family import Family
+    from .hooks import HookSet
+
+
+class PackedTowerReader(TowerReader):
+    """Reads the fused `qkv` projection, the rotary tables and the sequence bounds of a layer.
+
+    The score of a patch is the attention it receives: the mean of its softmaxed attention over all queries of its
+    sequence, which is one image or one video frame. Patches that the tower merges in one visual token are averaged.
+    """
+
+    def __init__(self) -> None:
+        self.frames = FrameStack()
+        self.heads = 1
+        self.merged_patches = 1
+        self.layers: dict[int, nn.Module] = {}
+
+    def install(self, family: Family, signals: Sequence[VisionSignal], frames: FrameStack, hooks: HookSet) -> None:
+        """Register hooks on the attention of every layer.
+
+        Raises:
+            UnsupportedMethodError: a signal needs a CLS token, or the attention has no `qkv` or no rotary positions.
+        """
+        self.frames = frames
+        self.heads = family.vision_heads
+        tower: Any = family.vision_tower
+        self.merged_patches = int(tower.spatial_merge_size) ** 2
+        for signal in signals:
+            if signal.kind != "received_attention":
+                raise UnsupportedMethodError(
+                    f"{type(tower).__name__} has no CLS token, so there is no {signal.kind!r}; allowed: 'received_attention'."
+                )
+            self.layers[signal.layer] = family.vision_attention(signal.layer)
+        for layer, attention in sorted(self.layers.items()):
+            if not hasattr(attention, "qkv") or _rotary_function(attention) is None:
+                raise UnsupportedMethodError(
+                    f"{type(attention).__name__} has no `qkv` projection with rotary positions; its attention cannot be read."
+                )
+            hooks.before(f"vision layer {layer} bounds", attention, partial(self._keep_arguments, layer))
+            hooks.after(f"vision layer {layer} qkv", attention.qkv, partial(self._keep_projection, layer))  # type: ignore[arg-type]
+
+    def read(self, signal: VisionSignal, frame: TowerFrame) -> Tensor:
+        """Return `[visual tokens, heads]`, raster order in each image or frame, images one after the other."""
+        layer = signal.layer
+        attention: Any = self.layers[layer]
+        arguments = frame.captured["arguments", layer]
+        projected = frame.captured["qkv", layer].detach()
+        query, key, _ = projected.view(projected.shape[0], 3, self.heads, -1).unbind(1)
+        query, key = _rotary_function(attention)(query, key, *arguments["position_embeddings"])  # type: ignore[misc]
+        received = received_attention(
+            query,
+            key,
+            arguments["cu_seqlens"],
+            scale=attention.scaling,
+            reduce_heads="none",
+            max_seqlen=arguments.get("max_seqlen"),
+        )
+        return self.raster_order(received.view(-1, self.merged_patches, self.heads).mean(1), frame)
+
+    def raster_order(self, tokens: Tensor, frame: TowerFrame) -> Tensor:
+        """Put `[visual tokens, heads]` from the order of the tower's layers in raster order."""
+        return tokens
+
+    def _keep_arguments(self, layer: int, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        if self.frames.tower:
+            names = ("position_embeddings", "cu_seqlens", "max_seqlen")
+            self.frames.tower[-1].captured["arguments", layer] = {name: kwargs.get(name) for name in names}
+
+    def _keep_projection(self, layer: int, module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
+        if self.frames.tower:
+            self.frames.tower[-1].captured["qkv", layer] = output
+
+
+class WindowedTowerReader(PackedTowerReader):
+    """The same for a tower that sorts its patches by window (Qwen2.5-VL).
+
+    Most layers attend inside windows only. There the mean is over the queries of the window, so every window shares out
+    the same total whatever its size, and the tokens of small windows at the border score higher. Layers with full
+    attention score as in an unwindowed tower.
+    """
+
+    def install(self, family: Family, signals: Sequence[VisionSignal], frames: FrameStack, hooks: HookSet) -> None:
+        """Register hooks on the tower and on the attention of every layer."""
+        super().install(family, signals, frames, hooks)
+        hooks.before("vision windows", family.vision_tower, self._keep_order)
+
+    def raster_order(self, tokens: Tensor, frame: TowerFrame) -> Tensor:
+        """Undo the order by windows."""
+        order = frame.captured["window_index", 0].to(tokens.device, non_blocking=True)
+        return torch.empty_like(tokens).index_copy_(0, order, tokens)
+
+    def _keep_order(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not self.frames.tower:
+            return
+        # Callers may bring both along; the host then takes theirs.
+        order = kwargs.get("window_index") if kwargs.get("cu_window_seqlens") is not None else None
+        if order is None:
+            grid = kwargs["grid_thw"] if "grid_thw" in kwargs else args[1]
+            order, _ = get_vision_window_index(grid, module.spatial_merge_size, module.window_size, module.patch_size)
+        self.frames.tower[-1].captured["window_index", 0] = order
+
+
+def _rotary_function(attention: nn.Module) -> Callable[..., tuple[Tensor, Tensor]] | None:
+    for cls in type(attention).__mro__:
+        function = getattr(sys.modules.get(cls.__module__), "apply_rotary_pos_emb_vision", None)
+        if function is not None:
+            return function
+    return None
