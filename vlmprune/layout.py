@@ -46,10 +46,10 @@ class VisualLayout:
 
 
 @lru_cache(maxsize=256)
-def raster_layout(rows: int, columns: int) -> VisualLayout:
-    """Return the layout of an uncut image whose tokens are a plain raster of `rows` x `columns`."""
-    row = torch.arange(rows).repeat_interleave(columns)
-    column = torch.arange(columns).repeat(rows)
+def raster_layout(rows: int, columns: int, frames: int = 1) -> VisualLayout:
+    """Return the layout of an uncut image whose tokens are a plain raster of `rows` x `columns`, or of a video of such frames."""
+    row = torch.arange(rows).repeat_interleave(columns).repeat(frames)
+    column = torch.arange(columns).repeat(rows * frames)
     zeros = torch.zeros_like(row)
     return VisualLayout(
         tile=zeros,
@@ -58,8 +58,8 @@ def raster_layout(rows: int, columns: int) -> VisualLayout:
         stitched_row=row,
         stitched_column=column,
         newline=zeros.bool(),
-        frame=zeros,
-        grid=(rows, columns),
+        frame=torch.arange(frames).repeat_interleave(rows * columns),
+        grid=(rows, columns) if frames == 1 else None,
         tile_grid=(rows, columns),
     )
 
