@@ -1,0 +1,26 @@
+"""Qwen2.5-VL: `Qwen2_5_VLForConditionalGeneration`."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import ClassVar
+
+from ..packed_tower import WindowedTowerReader
+from ..tower_reader import TowerReader
+from .qwen_base import QwenVL
+
+
+class Qwen25VL(QwenVL):
+    """A tower that attends inside windows, save in the layers of `fullatt_block_indexes`.
+
+    The last block has full attention in the published models. In a model where it has not, methods that score by it
+    compare attention received inside windows.
+    """
+
+    name: ClassVar[str] = "Qwen2.5-VL"
+    model_classes: ClassVar[tuple[str, ...]] = ("Qwen2_5_VLForConditionalGeneration",)
+
+    @cached_property
+    def tower_reader(self) -> TowerReader:
+        """Reads packed sequences and undoes their order by windows."""
+        return WindowedTowerReader()
