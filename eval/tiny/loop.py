@@ -7,7 +7,7 @@ import math
 import os
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,6 +60,14 @@ class Stage:
         return self.floor + (1 - self.floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
 
 
+def adamw(members: Sequence[Sequence[nn.Parameter]], stage: Stage) -> torch.optim.AdamW:
+    """AdamW with the stage's peak rate and decay for each group of parameters."""
+    return torch.optim.AdamW(
+        [{"params": params, "peak": rate} for params, rate in zip(members, stage.rates, strict=True)],
+        lr=stage.rates[0], betas=(0.9, 0.98), weight_decay=stage.decay,
+    )  # fmt: skip
+
+
 def run_stage(
     stage: Stage,
     parts: Mapping[str, nn.Module],
@@ -69,19 +77,17 @@ def run_stage(
     resume: bool = True,
     every_s: float = 120.0,
     source: Callable[[Any, int, int], Iterator[Any]] = stream,
+    make_optimizer: Callable[[list[list[nn.Parameter]], Stage], Any] | None = None,
 ) -> None:
     """Train, and write ``out/{stage}.pt`` every ``every_s`` seconds and at the end.
 
     ``parts`` are all modules whose weights the file keeps; ``groups`` are the ones that learn, one group for each rate.
-    ``source`` gives the batches of a plan and a seed from a number on.
+    ``source`` gives the batches of a plan and a seed from a number on; ``make_optimizer`` takes the place of AdamW.
     A finished stage that is run again with ``resume`` only loads its weights.
     """
     path, log = out / f"{stage.name}.pt", _logger(out, stage.name)
     members = [[p for module in group for p in module.parameters()] for group in groups]
-    optimizer = torch.optim.AdamW(
-        [{"params": params, "peak": rate} for params, rate in zip(members, stage.rates, strict=True)],
-        lr=stage.rates[0], betas=(0.9, 0.98), weight_decay=stage.decay,
-    )  # fmt: skip
+    optimizer = (make_optimizer or adamw)(members, stage)
     step, spent = 0, 0.0
     if resume and path.exists():
         state = torch.load(path, weights_only=True)
@@ -133,9 +139,7 @@ def run_stage(
     bar.close()
 
 
-def _save(
-    path: Path, parts: Mapping[str, nn.Module], optimizer: torch.optim.Optimizer, step: int, seconds: float
-) -> None:
+def _save(path: Path, parts: Mapping[str, nn.Module], optimizer: Any, step: int, seconds: float) -> None:
     state = {
         "parts": {name: module.state_dict() for name, module in parts.items()},
         "optimizer": optimizer.state_dict(),
