@@ -28,18 +28,22 @@ class Pool(Method):
 
     def select(self, batch: VisualBatch) -> Selection:
         """Pool each image's grid."""
-        kept, counts, merged = [], [], []
-        images = batch.features.split(list(batch.counts))
-        for features, layout, budget in zip(images, batch.layouts, batch.budgets, strict=True):
-            if layout.grid is None:
-                raise ValueError("Pool needs a plain grid of visual tokens.")
-            target = pooled_grid(*layout.grid, budget)
-            plane = features.float().T.reshape(1, -1, *layout.grid)
-            merged.append(adaptive_avg_pool2d(plane, target)[0].flatten(1).T.to(features.dtype))
-            kept.append(cell_centres(*layout.grid, *target))
-            counts.append(target[0] * target[1])
+        grids = [layout.grid for layout in batch.layouts if layout.grid is not None]
+        if len(grids) != len(batch.layouts):
+            raise ValueError("Pool needs a plain grid of visual tokens.")
+        targets = [pooled_grid(*grid, budget) for grid, budget in zip(grids, batch.budgets, strict=True)]
+
+        def merge(values: Tensor) -> Tensor:
+            pooled = []
+            for image, grid, target in zip(values.split(list(batch.counts)), grids, targets, strict=True):
+                plane = image.float().T.reshape(1, -1, *grid)
+                pooled.append(adaptive_avg_pool2d(plane, target)[0].flatten(1).T.to(values.dtype))
+            return torch.cat(pooled)
+
+        kept = [cell_centres(*grid, *target) for grid, target in zip(grids, targets, strict=True)]
         indices = torch.cat(kept).to(batch.features.device, non_blocking=True)
-        return Selection(indices, tuple(counts), torch.cat(merged))
+        counts = tuple(rows * columns for rows, columns in targets)
+        return Selection(indices, counts, merge(batch.features), merge)
 
 
 @lru_cache(maxsize=256)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import accumulate
@@ -85,11 +85,14 @@ class Selection:
         kept: int64 `[sum(counts)]`, per image the indices into its own visual tokens, ascending.
         counts: kept tokens per image (host integers, so that nothing waits for the device).
         features: `[sum(counts), dim]` values that replace the kept tokens' own (merging methods), or None.
+        merge: how `features` came from the batch's, for values of the same tokens that the model adds later on (DeepStack):
+            `[tokens, dim]` to `[sum(counts), dim]`. Without it those of the token whose place a merged token takes are used.
     """
 
     kept: Tensor
     counts: tuple[int, ...]
     features: Tensor | None = None
+    merge: Callable[[Tensor], Tensor] | None = None
 
 
 def check_positive(name: str, value: int) -> None:

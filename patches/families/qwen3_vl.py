@@ -1,0 +1,21 @@
+"""Qwen3-VL: `Qwen3VLForConditionalGeneration` and its mixture of experts."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from .qwen_base import QwenVL
+
+
+class Qwen3VL(QwenVL):
+    """Full attention in every layer of the tower, and deep features that the language model adds in its first layers.
+
+    The frames of a video stand apart in the prompt, each after the text of its time. All of them are one video: its budget
+    is shared, and the times of frames that lose all tokens stay, for they are text.
+    """
+
+    name: ClassVar[str] = "Qwen3-VL"
+    model_classes: ClassVar[tuple[str, ...]] = (
+        "Qwen3VLForConditionalGeneration",
+        "Qwen3VLMoeForConditionalGeneration",
+    )
