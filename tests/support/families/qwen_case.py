@@ -125,9 +125,10 @@ def finish(model: Any, dtype: torch.dtype) -> Any:
     """Spread the weights, and keep the model from generating placeholders."""
     spread_weights(model)
     with torch.no_grad():
+        # Logit 0 is never the largest.
         model.lm_head.weight[VIDEO_TOKEN] = 0
     model.generation_config.pad_token_id = PAD
-    model.generation_config.suppress_tokens = [IMAGE_TOKEN, VIDEO_TOKEN]
+    model.generation_config.suppress_tokens = [IMAGE_TOKEN]
     return model.to(dtype).eval()
 
 
