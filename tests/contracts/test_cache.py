@@ -6,7 +6,8 @@ import pytest
 import torch
 
 import vlmprune
-from support.matrix import METHOD_PARAMETERS, over_matrix
+from support.layerwise import check_greedy, default_positions
+from support.matrix import FOLLOW_THE_QUESTION, METHOD_PARAMETERS, over_matrix
 from support.oracle import suppressed
 
 
@@ -21,9 +22,12 @@ def test_cache_holds_only_what_was_kept(method, family):
     with torch.no_grad(), vlmprune.pruned(model, method, keep=0.3, **METHOD_PARAMETERS[method]):
         cache = model(**inputs, use_cache=True).past_key_values
         run = vlmprune.last_run(model)
-    longest = max(run.visual_tokens_per_layer[row][0] + run.text_tokens[row] for row in range(2))
-    assert lengths(cache) == [longest] * len(cache.layers)
-    assert longest < inputs["input_ids"].shape[1]
+    longest = [
+        max(visual + run.text_tokens[row] for row, visual in enumerate(layer))
+        for layer in zip(*run.visual_tokens_per_layer, strict=True)
+    ]
+    assert lengths(cache) == longest
+    assert longest[-1] < inputs["input_ids"].shape[1]
 
 
 @over_matrix
@@ -35,6 +39,7 @@ def test_second_turn_continues_the_returned_cache(method, family, rows):
     greedy = {"max_new_tokens": 4, "do_sample": False}
     with torch.no_grad(), vlmprune.pruned(model, method, keep=0.3, **METHOD_PARAMETERS[method]):
         turn = model.generate(**first, **greedy, return_dict_in_generate=True)
+        run = vlmprune.last_run(model)
         ids = torch.cat([turn.sequences, question], 1)
         mask = torch.cat([first["attention_mask"], torch.ones(len(rows), 7, dtype=torch.long)], 1)
         images = {key: value for key, value in first.items() if key not in ("input_ids", "attention_mask")}
@@ -42,31 +47,48 @@ def test_second_turn_continues_the_returned_cache(method, family, rows):
         continued = model.generate(
             input_ids=ids, attention_mask=mask, past_key_values=copy.deepcopy(turn.past_key_values), **greedy
         )
-        assert torch.equal(continued, from_scratch)
         by_hand = model(
             input_ids=ids[:, -4:],
             attention_mask=mask,
             position_ids=(mask.cumsum(1) - 1)[:, -4:],
             past_key_values=turn.past_key_values,
         ).logits[:, -1]
-    assert torch.equal(suppressed(by_hand).argmax(-1), from_scratch[:, ids.shape[1]])
+    assert torch.equal(suppressed(by_hand).argmax(-1), continued[:, ids.shape[1]])
+    if method not in FOLLOW_THE_QUESTION:
+        assert torch.equal(continued, from_scratch)
+        return
+    for row in range(len(rows)):
+        new = continued[row, first["input_ids"].shape[1] :]
+        check_greedy(model, first, run, row, default_positions(model, method), new, first=7)
 
 
 @over_matrix
 def test_image_in_the_second_turn(method, family):
     model = family.build(torch.float32)
     greedy = {"max_new_tokens": 4, "do_sample": False}
-    with torch.no_grad(), vlmprune.pruned(model, method, keep=0.3, **METHOD_PARAMETERS[method]):
-        first = family.inputs([[3, "A", 4], [2, "B", 9]])
-        turn = model.generate(**first, **greedy, return_dict_in_generate=True)
-        second = family.inputs([[2, "C", 5], [2, "D", 5]])
-        ids = torch.cat([turn.sequences, second["input_ids"]], 1)
-        tail = torch.ones(2, ids.shape[1] - first["attention_mask"].shape[1], dtype=torch.long)
+    turns = [[[3, "A", 4], [2, "B", 9]], [[2, "C", 5], [2, "D", 5]]]
+
+    def converse(rows):
+        first, second = (family.inputs([turn[row] for row in rows]) for turn in turns)
+        answer = model.generate(**first, **greedy, return_dict_in_generate=True)
+        ids = torch.cat([answer.sequences, second["input_ids"]], 1)
+        tail = torch.ones(len(rows), ids.shape[1] - first["attention_mask"].shape[1], dtype=torch.long)
         mask = torch.cat([first["attention_mask"], tail], 1)
         images = {key: value for key, value in second.items() if key not in ("input_ids", "attention_mask")}
-        continued = model.generate(
-            input_ids=ids, attention_mask=mask, past_key_values=turn.past_key_values, **images, **greedy
+        return (
+            ids,
+            mask,
+            model.generate(
+                input_ids=ids, attention_mask=mask, past_key_values=answer.past_key_values, **images, **greedy
+            ),
         )
+
+    with torch.no_grad(), vlmprune.pruned(model, method, keep=0.3, **METHOD_PARAMETERS[method]):
+        ids, mask, continued = converse([0, 1])
+        for row in range(2):
+            assert torch.equal(converse([row])[2][0, -4:], continued[row, -4:])
+        if method in FOLLOW_THE_QUESTION:
+            return
         both = family.inputs([[3, "A", 4, 4, 2, "C", 5], [2, "B", 9, 4, 2, "D", 5]])
         all_images = {key: value for key, value in both.items() if key not in ("input_ids", "attention_mask")}
         from_scratch = model.generate(input_ids=ids, attention_mask=mask, **all_images, **greedy)

@@ -48,7 +48,7 @@ def test_exception_inside_leaves_the_model_usable(method, family):
     with torch.no_grad():
         logits = model(**inputs).logits
         before = fingerprint(model)
-        with vlmprune.pruned(model, method, keep=0.3):
+        with vlmprune.pruned(model, method, keep=0.3, **METHOD_PARAMETERS[method]):
             pruned_logits = model(**inputs).logits
             handle = last_layer.register_forward_pre_hook(explode)
             try:
@@ -59,7 +59,10 @@ def test_exception_inside_leaves_the_model_usable(method, family):
             frames = model.__dict__["_vlmprune"].frames
             assert (frames.model, frames.tower) == ([], []), "the failed call left its state behind"
             assert torch.equal(model(**inputs).logits, pruned_logits)
-        with pytest.raises(RuntimeError, match="in the body"), vlmprune.pruned(model, method, keep=0.3):
+        with (
+            pytest.raises(RuntimeError, match="in the body"),
+            vlmprune.pruned(model, method, keep=0.3, **METHOD_PARAMETERS[method]),
+        ):
             raise RuntimeError("in the body")
         assert fingerprint(model) == before
         assert torch.equal(model(**inputs).logits, logits)
@@ -72,7 +75,7 @@ def test_two_models_are_independent(method, family):
     with torch.no_grad():
         logits = plain(**inputs).logits
         before = fingerprint(plain)
-        with vlmprune.pruned(patched, method, keep=0.3):
+        with vlmprune.pruned(patched, method, keep=0.3, **METHOD_PARAMETERS[method]):
             patched(**inputs)
             assert torch.equal(plain(**inputs).logits, logits)
             assert fingerprint(plain) == before
@@ -88,12 +91,12 @@ def test_replaced_forward_of_accelerate_survives(method, family):
     inputs = family.inputs([[3, "A", 4]])
     language_model = model.model.language_model
     with torch.no_grad():
-        with vlmprune.pruned(model, method, keep=0.3):
+        with vlmprune.pruned(model, method, keep=0.3, **METHOD_PARAMETERS[method]):
             expected = model(**inputs).logits
         add_hook_to_module(language_model, ModelHook())
         replaced = language_model.forward
         try:
-            with vlmprune.pruned(model, method, keep=0.3):
+            with vlmprune.pruned(model, method, keep=0.3, **METHOD_PARAMETERS[method]):
                 assert torch.equal(model(**inputs).logits, expected)
             assert language_model.forward is replaced
         finally:

@@ -87,6 +87,9 @@ def spread_weights(model: Any) -> Any:
             if parameter.ndim >= 2:
                 scale = 0.5 if "embed" in name else 1.6 / parameter.shape[-1] ** 0.5
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale)
+            elif not any(part in name for part in ("norm", "ln_", "bias")):
+                # Class embeddings and newlines, which the host draws from the global generator.
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.5)
     return model
 
 

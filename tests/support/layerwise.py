@@ -1,0 +1,145 @@
+"""A pruned call by hand: the unpatched layers one after the other, each on the tokens that are alive there."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers.masking_utils import create_causal_mask
+
+from support.oracle import suppressed
+from vlmprune.methods.registry import get_method
+from vlmprune.patches.families.registry import find_family
+
+
+class Positions(NamedTuple):
+    """Whether positions close the gaps of what is dropped before the first layer, and between layers."""
+
+    entry: bool
+    layers: bool
+
+
+class HandRow(NamedTuple):
+    """The columns of a row that are alive after the last layer, and their logits `[columns, vocabulary]`."""
+
+    columns: Tensor
+    logits: Tensor
+
+
+def default_positions(model: Any, method: str) -> Positions:
+    """Return what a method does with positions if nothing is asked for."""
+    compact = not find_family(model).mrope
+    inner = [part for part in get_method(method)().parts() if part.site == "layer"]
+    own = inner[0].positions if inner else None  # type: ignore[attr-defined]
+    return Positions(compact, compact if own is None else own == "compact")
+
+
+@torch.no_grad()
+def language_model_inputs(model: Any, inputs: dict[str, Tensor]) -> dict[str, Any]:
+    """Return what an unpatched model hands to its language model."""
+    caught: list[dict[str, Any]] = []
+    handle = model.model.language_model.register_forward_pre_hook(
+        lambda module, args, kwargs: caught.append(kwargs), with_kwargs=True
+    )
+    try:
+        model(**inputs, use_cache=False)
+    finally:
+        handle.remove()
+    return caught[0]
+
+
+def alive_columns(model: Any, inputs: dict[str, Tensor], record: Any, row: int, layer: int) -> Tensor:
+    """Return the columns of a row that reach `layer`, ascending."""
+    ids, mask = inputs["input_ids"][row], inputs["attention_mask"][row].bool()
+    visual = ids == model.config.image_token_id
+    placeholders = visual.nonzero().flatten()
+    columns, start = [(mask & ~visual).nonzero().flatten()], 0
+    for image in record.images:
+        if image.batch_index == row:
+            kept = [stage for first, stage in image.stages if first <= layer][-1]
+            columns.append(placeholders[start : start + image.total][kept])
+            start += image.total
+    return torch.cat(columns).sort().values
+
+
+def close_gaps(ids: Tensor, before: Tensor, after: Tensor) -> Tensor:
+    """Lower `ids` by the number of ids below each that `before` holds and `after` does not."""
+    used, left = before.unique(), after.unique()
+    gone = used[~torch.isin(used, left)]
+    return ids - torch.searchsorted(gone, ids.contiguous())
+
+
+@torch.no_grad()
+def row_by_layers(
+    model: Any,
+    inputs: dict[str, Tensor],
+    record: Any,
+    row: int,
+    positions: Positions,
+    later: Tensor | None = None,
+    given: dict[str, Any] | None = None,
+) -> HandRow:
+    """Run one row through the unpatched layers, without a cache.
+
+    Args:
+        model: the unpatched model.
+        inputs: the model inputs of the batch.
+        record: what was kept.
+        row: which row.
+        positions: where positions close gaps.
+        later: ids of tokens that follow the prompt, seen by all layers.
+        given: `language_model_inputs(model, inputs)`, if at hand.
+    """
+    language_model = model.model.language_model
+    given = language_model_inputs(model, inputs) if given is None else given
+    later = torch.zeros(0, dtype=torch.int64) if later is None else later
+    total = inputs["input_ids"].shape[1]
+    after = total + torch.arange(len(later))
+    visual = inputs["input_ids"] == model.config.image_token_id
+    valid = inputs["attention_mask"][row].bool().nonzero().flatten()
+
+    ids = given.get("position_ids")
+    ids = (
+        torch.arange(total)[None] if ids is None else ids[-3:, row] if ids.ndim == 3 else ids[[min(row, len(ids) - 1)]]
+    )
+    ids = torch.cat([ids, ids[:, valid].max() + 1 + torch.arange(len(later)).expand(len(ids), -1)], 1)
+    table = torch.cat([given["inputs_embeds"][row], model.get_input_embeddings()(later)])
+    entry = torch.cat([alive_columns(model, inputs, record, row, 0), after])
+    deep = given.get("deepstack_visual_embeds") or []
+    deep_row = visual[row].cumsum(0) - 1 + int(visual[:row].sum())
+
+    columns, hidden = entry, table[entry]
+    for layer, module in enumerate(language_model.layers):
+        alive = torch.cat([alive_columns(model, inputs, record, row, layer), after])
+        hidden = hidden[torch.isin(columns, alive)]
+        columns = alive
+        first = torch.cat([valid, after]) if positions.entry else entry
+        last = columns if positions.layers else entry
+        ids_here = close_gaps(ids[:, columns], ids[:, first], ids[:, last])
+        rotary_ids = ids_here[:, None] if len(ids) == 3 else ids_here
+        hidden = module(
+            hidden[None],
+            attention_mask=create_causal_mask(language_model.config, hidden[None], None, None),
+            position_embeddings=language_model.rotary_emb(hidden[None], rotary_ids),
+        )[0]
+        if layer < len(deep):
+            is_visual = torch.isin(columns, visual[row].nonzero().flatten())
+            hidden[is_visual] += deep[layer][deep_row[columns[is_visual]]]
+    return HandRow(columns, model.lm_head(language_model.norm(hidden)))
+
+
+def check_greedy(
+    model: Any,
+    inputs: dict[str, Tensor],
+    record: Any,
+    row: int,
+    positions: Positions,
+    new: Tensor,
+    given: dict[str, Any] | None = None,
+    first: int = 0,
+) -> None:
+    """Assert that `new[first:]` are the greedy choices after the prompt and the tokens before them."""
+    logits = row_by_layers(model, inputs, record, row, positions, new[:-1], given).logits
+    chosen = suppressed(logits[len(logits) - len(new) :]).argmax(-1)
+    assert chosen[first:].tolist() == new[first:].tolist()
