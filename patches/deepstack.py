@@ -5,9 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from vlmprune.methods.visual_batch import Selection
+
 from .compaction import Compaction
+from .image_spans import ImageSpans, columns_of
 
 
 def compact_deepstack(
@@ -44,3 +48,20 @@ def compact_deepstack(
         "visual_pos_masks": mask.gather(1, index.clamp(min=0)) & (index >= 0),
         "deepstack_visual_embeds": [chosen(feature) for feature in features],
     }
+
+
+def merging_of(selection: Selection, spans: ImageSpans) -> Callable[[Tensor], Tensor] | None:
+    """Return what merges the deep features as `selection` merged the visual tokens, or None if it says nothing of it.
+
+    The result takes `[visual tokens, dim]`, row by row, and gives the merged ones of every image in prompt order.
+    """
+    if selection.merge is None:
+        return None
+    merge = selection.merge
+    encoded = torch.searchsorted(spans.flat.sort().values, columns_of(spans.first_of, spans))
+
+    def merged(features: Tensor) -> Tensor:
+        parts = merge(features[encoded.to(features.device, non_blocking=True)]).split(list(selection.counts))
+        return torch.cat([parts[image] for image in spans.unique])
+
+    return merged
