@@ -9,20 +9,16 @@ from typing import Any
 
 from torch import Tensor
 
-from vlmprune.methods.visual_batch import VisionSignal
-
 
 @dataclass(eq=False)
 class TowerFrame:
-    """Queries and keys captured during one run of the vision tower.
+    """What the hooks of a tower reader captured during one run of the vision tower.
 
     Attributes:
-        queries: per layer the projected queries that are needed, `[tiles, rows, heads * head_dim]`.
-        keys: per layer all projected keys, `[tiles, tokens, heads * head_dim]`.
+        captured: by what it is ("q_proj", say) and layer.
     """
 
-    queries: dict[int, Tensor] = field(default_factory=dict)
-    keys: dict[int, Tensor] = field(default_factory=dict)
+    captured: dict[tuple[str, int], Any] = field(default_factory=dict)
 
 
 @dataclass(eq=False)
@@ -33,7 +29,8 @@ class ModelFrame:
         inputs: the arguments of the call by name.
         visual_mask: bool `[batch, tokens]` on the CPU, true at the placeholders of visual tokens; None where there are none.
         attention_mask: the caller's 2-D mask as bool on the CPU, or None.
-        image_outputs: what the vision tower returned, with the projected features per image in `pooler_output`.
+        encoded: per modality what the encoder returned, with the projected features per image in `pooler_output`.
+        modality_masks: like `visual_mask`, per modality.
         compaction: set by the engine between the language model's entry and its exit.
         record: what the prefill kept before the first layer.
         layer_run: the running sequence where it differs from layer to layer, else None.
@@ -42,21 +39,11 @@ class ModelFrame:
     inputs: Mapping[str, Any]
     visual_mask: Tensor | None = None
     attention_mask: Tensor | None = None
-    image_outputs: Any = None
+    encoded: dict[str, Any] = field(default_factory=dict)
+    modality_masks: dict[str, Tensor] = field(default_factory=dict)
     compaction: Any = None
     layer_run: Any = None
     record: Any = None
-
-
-@dataclass(eq=False)
-class ImageSignals:
-    """Vision attention that travels with the vision tower's output, also when `generate` encodes images beforehand.
-
-    Attributes:
-        vision: per requested signal an fp32 tensor `[tiles, tokens, heads]`, CLS column included where the tower has one.
-    """
-
-    vision: dict[VisionSignal, Tensor]
 
 
 class FrameStack(threading.local):

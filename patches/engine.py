@@ -10,21 +10,24 @@ import torch
 from torch import Tensor, nn
 
 from vlmprune.errors import NoRunError, UnsupportedCallError
+from vlmprune.layout import VisualLayout
 from vlmprune.methods.base import Method
-from vlmprune.methods.pipeline import Pipeline
+from vlmprune.methods.pipeline import Pipeline, check_serves_videos
 from vlmprune.methods.visual_batch import Selection, VisualBatch
 from vlmprune.record import RunRecord
 
 from .call_frames import FrameStack, ModelFrame
 from .compaction import Compaction, gather_columns, plan_compaction, restore_columns
+from .encoded_visuals import EncodedVisuals, encoded_visuals
+from .encoder_calls import watch_encoders
 from .families.family import Family
 from .hooks import HookSet
-from .image_spans import ImageSpans, columns_of, find_image_spans
+from .image_spans import ImageSpans, columns_of, find_image_spans, merge_spans
 from .layer_run import LayerRun
 from .layer_site import LayerSite
 from .multi_turn import patch_generation_inputs
+from .position_gaps import dropped_positions
 from .pruned_cache import CacheSegment, PrunedCacheState, cache_state, set_cache_state
-from .vision_capture import SIGNALS_ATTRIBUTE, VisionCapture
 
 
 class PruningEngine:
@@ -56,7 +59,7 @@ class PruningEngine:
         family, hooks = self.family, self.hooks
         try:
             signals = self.method.vision_signals(family.tower_facts)
-            VisionCapture(signals, self.frames).install(family, hooks)
+            watch_encoders(family, signals, self.frames, hooks)
             hooks.before("model entry", family.multimodal_model, self._enter_model)
             hooks.after("model exit", family.multimodal_model, self._leave_model, always=True)
             hooks.before("language model entry", family.language_model, self._enter_language_model)
@@ -78,12 +81,16 @@ class PruningEngine:
         inputs = {**dict(zip(self._model_parameters, args, strict=False)), **kwargs} if args else kwargs
         frame = ModelFrame(inputs)
         self.frames.model.append(frame)
-        encoded = inputs.get("mm_encoder_outputs") or {}
-        if encoded.get("image") is not None:
-            frame.image_outputs = encoded["image"]
-        elif inputs.get("pixel_values") is None:
+        given = inputs.get("mm_encoder_outputs") or {}
+        frame.encoded = {name: given[name] for name in self.family.modalities if given.get(name) is not None}
+        pixels = {"image": "pixel_values", "video": "pixel_values_videos"}
+        present = [
+            name for name in self.family.modalities if name in frame.encoded or inputs.get(pixels[name]) is not None
+        ]
+        if not present:
             return
-        frame.visual_mask = self._placeholders(inputs).cpu()
+        frame.modality_masks = {name: self._placeholders(inputs, name).cpu() for name in present}
+        frame.visual_mask = torch.stack([*frame.modality_masks.values()]).any(0)
         mask = inputs.get("attention_mask")
         if isinstance(mask, Tensor) and mask.ndim == 2:
             frame.attention_mask = mask.bool().cpu()
@@ -92,18 +99,19 @@ class PruningEngine:
         if self.frames.model:
             self.frames.model.pop()
 
-    def _placeholders(self, inputs: Mapping[str, Any]) -> Tensor:
+    def _placeholders(self, inputs: Mapping[str, Any], modality: str) -> Tensor:
+        placeholder = self.family.placeholder_id(modality)
         if inputs.get("input_ids") is not None:
-            return inputs["input_ids"] == self.family.image_token_id
+            return inputs["input_ids"] == placeholder
         embeddings = inputs["inputs_embeds"]
-        token = torch.tensor(self.family.image_token_id, device=embeddings.device)
+        token = torch.tensor(placeholder, device=embeddings.device)
         return (embeddings == self.family.multimodal_model.get_input_embeddings()(token)).all(-1)  # type: ignore[operator]
 
     def _enter_language_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if not self.frames.model:
             return None
         frame = self.frames.model[-1]
-        if frame.image_outputs is not None and frame.visual_mask is not None:
+        if frame.encoded and frame.visual_mask is not None:
             return args, self._prefill(frame, kwargs)
         cache = kwargs.get("past_key_values")
         state = cache_state(cache) if cache is not None else None
@@ -142,18 +150,23 @@ class PruningEngine:
         return output
 
     def _prefill(self, frame: ModelFrame, kwargs: dict[str, Any]) -> dict[str, Any]:
-        signals = getattr(frame.image_outputs, SIGNALS_ATTRIBUTE, None)
-        if signals is None:
-            raise UnsupportedCallError(
-                "The image features of this call were not encoded under the applied method: they were computed before `apply`, "
-                "or split by `prefill_chunk_size`. Pass `pixel_values`, and leave `prefill_chunk_size` unset."
-            )
+        encoded = self._encoded(frame)
         assert frame.visual_mask is not None
         embeddings = kwargs["inputs_embeds"]
-        spans = find_image_spans(frame.visual_mask, frame.image_outputs.pooler_output)
+        spans = merge_spans(
+            [
+                find_image_spans(
+                    frame.modality_masks[visuals.modality],
+                    [len(features) for features in frame.encoded[visuals.modality].pooler_output],
+                    visuals.counts,
+                    visuals.modality,
+                )
+                for visuals in encoded
+            ]
+        )
         budgets = tuple(self.method.budget(count) for count in spans.counts)
         if budgets == spans.counts:
-            self._record(frame, spans, list(budgets), [0] * embeddings.shape[0])
+            self._record(frame, spans, encoded, list(budgets), [0] * embeddings.shape[0])
             columns = spans.flat.to(embeddings.device, non_blocking=True)
             kwargs = self._begin_layers(frame, spans, columns, list(spans.counts), None, kwargs, kwargs)
             cache = kwargs.get("past_key_values")
@@ -161,11 +174,11 @@ class PruningEngine:
             return kwargs if state is None else self._continue(frame, state, cache, kwargs)
         self._check_mask(kwargs.get("attention_mask"))
 
-        selection, unique_counts = self._select(frame, spans, budgets, embeddings, signals.vision)
+        selection, unique_counts = self._select(spans, encoded, budgets, embeddings)
         kept_columns, per_image = self._kept_columns(spans, selection, embeddings.device)
         kept_counts = [unique_counts[image] for image in spans.unique]
         compaction = self._plan(frame, spans, kept_counts, kept_columns, embeddings)
-        self._record(frame, spans, per_image, list(compaction.removed))
+        self._record(frame, spans, encoded, per_image, list(compaction.removed))
         compacted = self._compacted_inputs(frame, compaction, spans, selection, kept_columns, kwargs)
         return self._begin_layers(frame, spans, kept_columns, per_image, compaction, kwargs, compacted)
 
@@ -213,32 +226,49 @@ class PruningEngine:
             record=frame.record,
         )
 
+    def _encoded(self, frame: ModelFrame) -> list[EncodedVisuals]:
+        wanted = self.method.vision_signals(self.family.tower_facts)
+        found = []
+        for modality, output in frame.encoded.items():
+            visuals = encoded_visuals(output)
+            if visuals is None or any(signal not in visuals.vision for signal in wanted):
+                raise UnsupportedCallError(
+                    f"The {modality} features of this call were not encoded under the applied method: they were computed "
+                    "before `apply`, or split by `prefill_chunk_size`. Pass the pixels, and leave `prefill_chunk_size` unset."
+                )
+            if modality == "video":
+                check_serves_videos(self.pipeline)
+            found.append(visuals)
+        return found
+
     def _select(
-        self,
-        frame: ModelFrame,
-        spans: ImageSpans,
-        budgets: tuple[int, ...],
-        embeddings: Tensor,
-        vision: Mapping[Any, Tensor],
+        self, spans: ImageSpans, encoded: Sequence[EncodedVisuals], budgets: tuple[int, ...], embeddings: Tensor
     ) -> tuple[Selection, tuple[int, ...]]:
+        family, device = self.family, embeddings.device
         shown = spans.first_of
         counts = tuple(spans.counts[image] for image in shown)
-        columns = columns_of(shown, spans).to(embeddings.device, non_blocking=True)
-        layouts = self.family.layouts(counts, frame.image_outputs, frame.inputs)
+        columns = columns_of(shown, spans).to(device, non_blocking=True)
+        vision, tile_vision = {}, {}
+        for signal in self.method.vision_signals(family.tower_facts):
+            read = [(visuals.vision[signal], visuals, visuals.layouts(family)) for visuals in encoded]
+            vision[signal] = torch.cat([family.token_vision(*each).to(device) for each in read])
+            if self.method.needs_tiles:
+                tile_vision[signal] = tuple(maps.to(device) for each in read for maps in family.tile_vision(*each))
         batch = VisualBatch(
             features=embeddings.detach().flatten(0, 1)[columns],
             counts=counts,
             budgets=tuple(budgets[image] for image in shown),
-            layouts=layouts,
-            tower=self.family.tower_facts,
-            vision={
-                signal: self.family.image_vision(values, counts).to(embeddings.device)
-                for signal, values in vision.items()
-            },
+            layouts=self._layouts(encoded),
+            tower=family.tower_facts,
+            vision=vision,
+            tile_vision=tile_vision,
         )
         with torch.no_grad():
             selection = self.method.select(batch)
         return selection, selection.counts
+
+    def _layouts(self, encoded: Sequence[EncodedVisuals]) -> tuple[VisualLayout, ...]:
+        return tuple(layout for visuals in encoded for layout in visuals.layouts(self.family))
 
     def _kept_columns(
         self, spans: ImageSpans, selection: Selection, device: torch.device
@@ -285,17 +315,16 @@ class PruningEngine:
 
         present = compaction.index >= 0
         positions = self._positions(kwargs.get("position_ids"), batch, columns, caller_past, embeddings.device)
+        removed = torch.zeros(batch, 1, dtype=torch.int64, device=embeddings.device)
+        if state is not None:
+            positions, removed = positions - state.removed, state.removed
         if self.positions == "compact":
-            positions = positions - compaction.dropped_before
-            if state is not None:
-                positions = positions - state.removed
+            lower, dropped = self._dropped_positions(frame, compaction, positions)
+            positions, removed = positions - lower, removed + dropped
         compacted, positions = gather_columns([embeddings, positions], compaction.index, dims=[0, positions.ndim - 2])
         if selection.features is not None:
             compacted = self._put_merged(compacted, compaction, spans, selection, kept_columns)
 
-        removed = torch.tensor(compaction.removed).to(embeddings.device, non_blocking=True)[:, None]
-        if self.positions != "compact":
-            removed = torch.zeros_like(removed)
         valid = self._valid_columns(kwargs.get("attention_mask"), compaction, present, state, cache, past)
         frame.compaction = (
             compaction,
@@ -306,7 +335,7 @@ class PruningEngine:
                         first_layer=0,
                         cache_length=past + compaction.width,
                         valid=valid,
-                        removed=removed if state is None else removed + state.removed,
+                        removed=removed,
                     ),
                 ),
             ),
@@ -317,7 +346,22 @@ class PruningEngine:
         caller_mask = kwargs.get("attention_mask")
         if mask is not None and caller_mask is not None:
             mask = mask.to(caller_mask.dtype)
+        if positions.ndim == 3 and positions.shape[0] == 4:
+            # The host makes masks from the first axis, where a gap would read as the border of a packed sequence.
+            positions = torch.cat(
+                [positions[:1, :, :1] + torch.arange(compaction.width, device=positions.device), positions[1:]]
+            )
         return {**kwargs, "inputs_embeds": compacted, "position_ids": positions, "attention_mask": mask}
+
+    def _dropped_positions(self, frame: ModelFrame, compaction: Compaction, positions: Tensor) -> tuple[Tensor, Tensor]:
+        if not self.family.mrope:
+            removed = torch.tensor(compaction.removed).to(positions.device, non_blocking=True)[:, None]
+            return compaction.dropped_before, removed
+        kept = compaction.destination < compaction.width
+        present = torch.ones_like(kept)
+        if frame.attention_mask is not None:
+            present = frame.attention_mask[:, -kept.shape[1] :].to(kept.device, non_blocking=True)
+        return dropped_positions(positions, present, kept)
 
     def _put_merged(
         self, compacted: Tensor, compaction: Compaction, spans: ImageSpans, selection: Selection, kept_columns: Tensor
@@ -389,14 +433,21 @@ class PruningEngine:
                 "Static and other compiled caches prepare a 4-D mask: use the default dynamic cache."
             )
 
-    def _record(self, frame: ModelFrame, spans: ImageSpans, kept: list[Any], removed: list[int]) -> None:
+    def _record(
+        self,
+        frame: ModelFrame,
+        spans: ImageSpans,
+        encoded: Sequence[EncodedVisuals],
+        kept: list[Any],
+        removed: list[int],
+    ) -> None:
         assert frame.visual_mask is not None
         columns = frame.visual_mask.shape[1]
         valid = torch.ones_like(frame.visual_mask)
         if frame.attention_mask is not None:
             valid = frame.attention_mask[:, -columns:]
         visual = frame.visual_mask.sum(1).tolist()
-        layouts = self.family.layouts(spans.counts, frame.image_outputs, frame.inputs)
+        layouts = self._layouts(encoded)
         frame.record = self.record = RunRecord(
             method=self.pipeline.name,
             signal=self._signal_name(),
@@ -406,7 +457,7 @@ class PruningEngine:
             ],
             image_rows=spans.rows,
             image_totals=spans.counts,
-            image_grids=[layout.grid for layout in layouts],
+            image_grids=[layouts[image].grid for image in spans.unique],
             kept_per_image=kept,
         )
 

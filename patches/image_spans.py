@@ -1,4 +1,4 @@
-"""Which placeholder columns belong to which image."""
+"""Which placeholder columns belong to which image or video."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from vlmprune.errors import LayoutError
 
 @dataclass(frozen=True, eq=False)
 class ImageSpans:
-    """The images of a call in prompt order.
+    """The images and videos of a call in prompt order.
 
     Attributes:
         counts: visual tokens per image.
@@ -34,39 +34,80 @@ class ImageSpans:
         return tuple(self.unique.index(image) for image in range(max(self.unique) + 1))
 
 
-def find_image_spans(visual_mask: Tensor, features: Sequence[Tensor]) -> ImageSpans:
-    """Match placeholders with image features.
+def find_image_spans(
+    visual_mask: Tensor, counts: Sequence[int], encoded: Sequence[int], modality: str = "image"
+) -> ImageSpans:
+    """Match placeholders with the features of one modality.
 
     Args:
         visual_mask: bool `[batch, columns]` on the CPU, true at placeholders.
-        features: projected features `[tokens, dim]` per image, in prompt order.
+        counts: visual tokens per image as the model gets them, in prompt order.
+        encoded: visual tokens per image as they were encoded, before any repetition.
+        modality: what messages call it.
 
     Raises:
         LayoutError: if the numbers differ, or an image would run over the end of a row.
     """
     flat = visual_mask.flatten().nonzero().flatten()
-    counts = tuple(len(feature) for feature in features)
+    counts = tuple(counts)
     if sum(counts) != flat.numel():
         raise LayoutError(
-            f"The prompt has {flat.numel()} image placeholders, the {len(counts)} images have {sum(counts)} features {counts}."
+            f"The prompt has {flat.numel()} {modality} placeholders, the {len(counts)} {modality}s have {sum(counts)} "
+            f"features {counts}."
         )
     if 0 in counts:
-        raise LayoutError(f"Image {counts.index(0)} has no visual tokens; counts per image: {counts}.")
+        raise LayoutError(
+            f"{modality.capitalize()} {counts.index(0)} has no visual tokens; counts per {modality}: {counts}."
+        )
     starts = list(accumulate(counts, initial=0))
     row = (flat // visual_mask.shape[1]).tolist()
     rows = tuple(row[start] for start in starts[:-1])
     for image, (start, end) in enumerate(pairwise(starts)):
         if row[end - 1] != row[start]:
             raise LayoutError(
-                f"The {counts[image]} features of image {image} do not fit the placeholders of row {row[start]}; "
+                f"The {counts[image]} features of {modality} {image} do not fit the placeholders of row {row[start]}; "
                 "a processor with another patch size or number of tiles made the prompt."
             )
-    return ImageSpans(counts, rows, _repeated(features), flat)
+    return ImageSpans(counts, rows, _shown(counts, rows, tuple(encoded), modality), flat)
 
 
-def _repeated(features: Sequence[Tensor]) -> tuple[int, ...]:
-    seen: dict[int, int] = {}
-    return tuple(seen.setdefault(id(feature), len(seen)) for feature in features)
+def _shown(counts: tuple[int, ...], rows: tuple[int, ...], encoded: tuple[int, ...], modality: str) -> tuple[int, ...]:
+    """Return the encoded image that each image shows, given that neighbouring rows repeat their images as a group."""
+    times, rest = divmod(len(counts), max(len(encoded), 1))
+    shown, fresh = [0] * len(counts), 0
+    in_row: dict[int, list[int]] = {}
+    for image, row in enumerate(rows):
+        in_row.setdefault(row, []).append(image)
+    for row, images in in_row.items():
+        first = in_row.get(row - row % max(times, 1), [])
+        for place, image in enumerate(images):
+            if images is first:
+                shown[image], fresh = fresh, fresh + 1
+            elif place < len(first):
+                shown[image] = shown[first[place]]
+    if rest or fresh != len(encoded) or any(encoded[shown[i]] != count for i, count in enumerate(counts)):
+        raise LayoutError(
+            f"The {len(encoded)} encoded {modality}s have {list(encoded)} visual tokens, the model was given {list(counts)}; "
+            "allowed: the same, or every row's repeated for beams and return sequences."
+        )
+    return tuple(shown)
+
+
+def merge_spans(parts: Sequence[ImageSpans]) -> ImageSpans:
+    """Return the images of several modalities as one sequence in prompt order; `unique` counts on from part to part."""
+    if len(parts) == 1:
+        return parts[0]
+    entries: list[tuple[int, int, int, int, Tensor]] = []
+    before = 0
+    for part in parts:
+        for count, row, image, flat in zip(
+            part.counts, part.rows, part.unique, part.flat.split(list(part.counts)), strict=True
+        ):
+            entries.append((int(flat[0]), count, row, before + image, flat))
+        before += max(part.unique) + 1
+    entries.sort(key=lambda entry: entry[0])
+    _, counts, rows, unique, flat = zip(*entries, strict=True)
+    return ImageSpans(counts, rows, unique, torch.cat(flat))
 
 
 def columns_of(images: Sequence[int], spans: ImageSpans) -> Tensor:

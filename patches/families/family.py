@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from functools import cached_property
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
 from vlmprune.layout import VisualLayout
 from vlmprune.methods.visual_batch import TowerFacts
+
+from ..dense_tower import DenseTowerReader
+from ..encoded_visuals import EncodedVisuals
+from ..tower_reader import TowerReader
 
 
 class Family:
@@ -17,12 +22,14 @@ class Family:
     Attributes:
         name: the name that messages use.
         model_classes: names of the transformers classes of the family.
+        modalities: what the model encodes, of "image" and "video".
         mrope: whether position ids are 3-D (temporal, height, width).
         has_tiles: whether images are cut in a thumbnail and crops.
     """
 
     name: ClassVar[str]
     model_classes: ClassVar[tuple[str, ...]]
+    modalities: ClassVar[tuple[str, ...]] = ("image",)
     mrope: ClassVar[bool] = False
     has_tiles: ClassVar[bool] = False
 
@@ -45,18 +52,22 @@ class Family:
         """Number of language-model layers."""
         return int(self.config.get_text_config().num_hidden_layers)
 
-    @property
-    def image_token_id(self) -> int:
-        """Id of the placeholder token that stands for one visual token."""
-        return int(self.config.image_token_id)
+    def placeholder_id(self, modality: str) -> int:
+        """Return the id of the token that stands for one visual token of an image or a video."""
+        return int(getattr(self.config, f"{modality}_token_id"))
 
     @property
     def vision_tower(self) -> nn.Module:
         """The module whose forward encodes the tiles and whose output carries the features."""
         raise NotImplementedError
 
+    @cached_property
+    def tower_reader(self) -> TowerReader:
+        """How attention of the vision tower is read; by default from layers with `q_proj` and `k_proj`."""
+        return DenseTowerReader()
+
     def vision_attention(self, layer: int) -> nn.Module:
-        """Return the attention module (with `q_proj` and `k_proj`) of a vision tower layer."""
+        """Return the attention module of a vision tower layer."""
         raise NotImplementedError
 
     @property
@@ -74,10 +85,16 @@ class Family:
         """Whether every image is one plain grid of tokens, as pooling needs it."""
         raise NotImplementedError
 
-    def layouts(self, counts: Sequence[int], image_outputs: Any, inputs: Mapping[str, Any]) -> tuple[VisualLayout, ...]:
-        """Return the layout of each image, given its number of visual tokens."""
+    def layouts(self, visuals: EncodedVisuals) -> tuple[VisualLayout, ...]:
+        """Return the layout of each encoded image or video."""
         raise NotImplementedError
 
-    def image_vision(self, signal: Tensor, counts: Sequence[int]) -> Tensor:
-        """Turn a signal per tile `[tiles, tokens, heads]` into one per visual token `[sum(counts), heads]`."""
+    def token_vision(self, signal: Tensor, visuals: EncodedVisuals, layouts: Sequence[VisualLayout]) -> Tensor:
+        """Turn a signal as the tower reader gives it into one per visual token, fp32 `[sum(counts), heads]`, 0 at newlines."""
         raise NotImplementedError
+
+    def tile_vision(
+        self, signal: Tensor, visuals: EncodedVisuals, layouts: Sequence[VisualLayout]
+    ) -> tuple[Tensor, ...]:
+        """Return per image the signal on all of its tiles, padding included, `[tiles, tile rows * tile columns, heads]`."""
+        return tuple(part[None] for part in self.token_vision(signal, visuals, layouts).split(list(visuals.counts)))

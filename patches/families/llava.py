@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from torch import Tensor, nn
 
@@ -12,6 +12,7 @@ from vlmprune.errors import LayoutError, UnsupportedMethodError
 from vlmprune.layout import VisualLayout, raster_layout, unknown_layout
 from vlmprune.methods.visual_batch import TowerFacts
 
+from ..encoded_visuals import EncodedVisuals
 from .family import Family
 
 
@@ -61,17 +62,17 @@ class Llava(Family):
         """True unless the CLS token stays among the features."""
         return not (self.tower_facts.has_cls and self.config.vision_feature_select_strategy == "full")
 
-    def layouts(self, counts: Sequence[int], image_outputs: Any, inputs: Mapping[str, Any]) -> tuple[VisualLayout, ...]:
+    def layouts(self, visuals: EncodedVisuals) -> tuple[VisualLayout, ...]:
         """Return a raster per image; of unknown geometry where the CLS token stays among the features."""
-        return tuple(self._layout(count) for count in counts)
+        return tuple(self._layout(count) for count in visuals.counts)
 
     def _layout(self, count: int) -> VisualLayout:
         side = round(count**0.5)
         return raster_layout(side, side) if side * side == count and self.has_grid else unknown_layout(count)
 
-    def image_vision(self, signal: Tensor, counts: Sequence[int]) -> Tensor:
-        """Drop the CLS column where the features have none; one tile is one image."""
-        tokens = signal.shape[1]
+    def token_vision(self, signal: Tensor, visuals: EncodedVisuals, layouts: Sequence[VisualLayout]) -> Tensor:
+        """Drop the CLS column of `signal [tiles, tokens, heads]` where the features have none; one tile is one image."""
+        tokens, counts = signal.shape[1], visuals.counts
         if len(set(counts)) != 1 or counts[0] not in (tokens, tokens - 1):
             raise LayoutError(
                 f"The vision tower scored {tokens} tokens a tile, the images have {list(counts)} visual tokens."

@@ -79,8 +79,8 @@ class BareQwen(Family):
     def tower_facts(self):
         return TowerFacts(layers=2, feature_layer=1, has_cls=False)
 
-    def layouts(self, counts, image_outputs, inputs):
-        return tuple(unknown_layout(count) for count in counts)
+    def layouts(self, visuals):
+        return tuple(unknown_layout(count) for count in visuals.counts)
 
 
 @pytest.fixture(params=[qwen25, qwen3], ids=["qwen2.5-vl", "qwen3-vl"])

@@ -17,6 +17,7 @@ class Method:
 
     Attributes:
         keep: share of visual tokens kept, a float in (0, 1], or the number kept per image, an int.
+        videos: whether the method selects among the tokens of a video (a class attribute).
     """
 
     keep: Keep = 0.25
@@ -27,6 +28,7 @@ class Method:
     needs_cls: ClassVar[bool] = False
     needs_grid: ClassVar[bool] = False
     needs_tiles: ClassVar[bool] = False
+    videos: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "keep", check_keep(self.keep))

@@ -27,6 +27,7 @@ class DivPrune(Method):
     """
 
     name: ClassVar[str] = "divprune"
+    videos: ClassVar[bool] = True
 
     def select(self, batch: VisualBatch) -> Selection:
         """Pick `budgets[i]` tokens of each image."""

@@ -53,3 +53,16 @@ def make_pipeline(methods: Sequence[Method]) -> Pipeline:
     at_layers = sites.get("layer")
     assert at_layers is None or isinstance(at_layers, LayerMethod)
     return Pipeline(tuple(methods), sites.get("input"), at_layers)
+
+
+def check_serves_videos(pipeline: Pipeline) -> None:
+    """Raise UnsupportedMethodError unless every stage selects among the tokens of videos."""
+    from .registry import METHODS
+
+    for method in pipeline.methods:
+        for part in method.parts():
+            if not part.videos:
+                served = ", ".join(name for name, cls in METHODS.items() if cls.videos)
+                raise UnsupportedMethodError(
+                    f"{part.name!r} does not serve videos, and this call holds one. Methods that do: {served}."
+                )

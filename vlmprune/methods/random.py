@@ -26,6 +26,7 @@ class Random(Method):
     seed: int = 0
 
     name: ClassVar[str] = "random"
+    videos: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()

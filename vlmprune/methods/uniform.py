@@ -21,6 +21,7 @@ class Uniform(Method):
     """
 
     name: ClassVar[str] = "uniform"
+    videos: ClassVar[bool] = True
 
     def select(self, batch: VisualBatch) -> Selection:
         """Take `budgets[i]` evenly spaced tokens of each image."""

@@ -1,0 +1,76 @@
+"""The calls in which the host encodes images and videos, watched for what the prefill must know of them."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import nn
+
+from vlmprune.methods.visual_batch import VisionSignal
+
+from .call_frames import FrameStack, TowerFrame
+from .encoded_visuals import EncodedVisuals, encoded_visuals, set_encoded_visuals
+from .families.family import Family
+from .hooks import HookSet
+from .tower_reader import TowerReader
+
+
+class EncoderCall:
+    """Stands in for `get_image_features` or `get_video_features` on one model.
+
+    `generate` calls them by name, not through `forward`, so hooks on modules do not see their arguments (sizes of
+    images, grids).
+    """
+
+    def __init__(
+        self,
+        encode: Callable[..., Any],
+        modality: str,
+        reader: TowerReader,
+        signals: Sequence[VisionSignal],
+        frames: FrameStack,
+    ) -> None:
+        self.encode = encode
+        self.modality = modality
+        self.reader = reader
+        self.signals = tuple(signals)
+        self.frames = frames
+        self.__signature__ = inspect.signature(encode)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Encode as the host does, and attach `EncodedVisuals` to the output."""
+        frame = TowerFrame()
+        self.frames.tower.append(frame)
+        try:
+            output = self.encode(*args, **kwargs)
+        finally:
+            self.frames.tower.pop()
+        features = getattr(output, "pooler_output", None)
+        if features is None:
+            return output
+        inner = encoded_visuals(output)
+        inputs = self.__signature__.bind_partial(*args, **kwargs).arguments
+        visuals = EncodedVisuals(
+            modality=self.modality,
+            inputs={name: value for name, value in inputs.items() if not name.startswith("pixel_values")},
+            counts=tuple(len(feature) for feature in features),
+            vision=inner.vision if inner else {signal: self.reader.read(signal, frame) for signal in self.signals},
+        )
+        set_encoded_visuals(output, visuals)
+        if self.frames.model:
+            self.frames.model[-1].encoded[self.modality] = output
+        return output
+
+
+def watch_encoders(family: Family, signals: Sequence[VisionSignal], frames: FrameStack, hooks: HookSet) -> None:
+    """Watch the encoding of every modality of the family, and the tower layers that `signals` name."""
+    reader = family.tower_reader
+    if signals:
+        reader.install(family, signals, frames, hooks)
+    model: nn.Module = family.multimodal_model
+    for modality in family.modalities:
+        name = f"get_{modality}_features"
+        call = EncoderCall(getattr(model, name), modality, reader, signals, frames)
+        hooks.replace(f"{modality} encoder", model, name, call)

@@ -1,0 +1,28 @@
+"""How the attention of single vision tower layers is read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from vlmprune.methods.visual_batch import VisionSignal
+
+from .call_frames import FrameStack, TowerFrame
+from .hooks import HookSet
+
+if TYPE_CHECKING:
+    from .families.family import Family
+
+
+class TowerReader:
+    """Hooks that capture what a signal is computed from, and the computation; the tower keeps its attention backend."""
+
+    def install(self, family: Family, signals: Sequence[VisionSignal], frames: FrameStack, hooks: HookSet) -> None:
+        """Register the hooks on the layers that `signals` name; they fill the innermost `TowerFrame`."""
+        raise NotImplementedError
+
+    def read(self, signal: VisionSignal, frame: TowerFrame) -> Tensor:
+        """Return a signal in fp32, in the shape that the family's `token_vision` takes."""
+        raise NotImplementedError
