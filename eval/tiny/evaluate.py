@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -44,8 +44,9 @@ def measure(
     keep: float = 0.05,
     seed: int = 0,
     batch_size: int = 32,
+    tasks: Sequence[str] = tuple(TASKS),
 ) -> dict[str, float]:
-    """Share of right answers of each task.
+    """Share of right answers of each of the ``tasks``.
 
     ``blind`` replaces every picture by uniform grey; ``random`` keeps a random share ``keep`` of each picture's visual tokens
     (drawn from ``seed``) and leaves the others out of the sequence.
@@ -53,8 +54,8 @@ def measure(
     if mode not in MODES:
         raise ValueError(f"mode is {mode!r}, not one of {', '.join(MODES)}")
     generator = torch.Generator().manual_seed(seed)
-    hits = dict.fromkeys(TASKS, 0)
-    for task, part in tqdm(list(_parts(len(rows), batch_size)), desc=mode, mininterval=5):
+    hits = dict.fromkeys(tasks, 0)
+    for task, part in tqdm(list(_parts(tasks, len(rows), batch_size)), desc=mode, mininterval=5):
         chosen = rows[part]
         pictures = [Image.new("RGB", p.size, GREY) if mode == "blind" else p for p in chosen["image"]]
         prompts = [prompt(processor, question) for question in chosen[f"{task}_question"]]
@@ -75,7 +76,8 @@ def keep_random(
     """Inputs for ``generate`` in which each row has lost all but a random share of its visual tokens."""
     ids, attention = inputs["input_ids"], inputs["attention_mask"]
     embeds = model.get_input_embeddings()(ids)
-    features = model.get_image_features(inputs["pixel_values"], return_dict=True).pooler_output
+    visual_inputs = {name: inputs[name] for name in ("pixel_values", "image_sizes") if name in inputs}
+    features = model.get_image_features(**visual_inputs, return_dict=True).pooler_output
     features = torch.cat(list(features)).to(embeds.dtype)
     visual = ids == model.config.image_token_id
     embeds = embeds.masked_scatter(visual[..., None], features)
@@ -92,8 +94,8 @@ def keep_random(
     }
 
 
-def _parts(rows: int, batch_size: int) -> Iterator[tuple[str, range]]:
-    for task in TASKS:
+def _parts(tasks: Sequence[str], rows: int, batch_size: int) -> Iterator[tuple[str, range]]:
+    for task in tasks:
         for begin in range(0, rows, batch_size):
             yield task, range(begin, min(begin + batch_size, rows))
 
