@@ -46,11 +46,16 @@ class Llava(Family):
         """Number of attention heads of the vision tower."""
         return int(self.config.vision_config.num_attention_heads)
 
+    @property
+    def feature_layers(self) -> int | list[int]:
+        """Indices of the hidden states that make the features, as in the configuration."""
+        return self.config.vision_feature_layer  # type: ignore[no-any-return]
+
     @cached_property
     def tower_facts(self) -> TowerFacts:
         """Facts of the tower; with several feature layers the deepest counts as the feature layer."""
         layers = int(self.config.vision_config.num_hidden_layers)
-        chosen = self.config.vision_feature_layer
+        chosen = self.feature_layers
         states = [chosen] if isinstance(chosen, int) else list(chosen)
         deepest = max(state if state >= 0 else layers + 1 + state for state in states)
         tower = getattr(self.vision_tower, "vision_model", self.vision_tower)

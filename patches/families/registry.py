@@ -8,8 +8,14 @@ from vlmprune.errors import UnsupportedFamilyError, nearest
 
 from .family import Family
 from .llava import Llava
+from .llava_next import LlavaNext
+from .llava_onevision import LlavaOnevision
+from .qwen2_5_vl import Qwen25VL
+from .qwen2_vl import Qwen2VL
+from .qwen3_vl import Qwen3VL
+from .vip_llava import VipLlava
 
-FAMILIES: tuple[type[Family], ...] = (Llava,)
+FAMILIES: tuple[type[Family], ...] = (Llava, VipLlava, LlavaNext, LlavaOnevision, Qwen2VL, Qwen25VL, Qwen3VL)
 
 
 def find_family(model: nn.Module) -> Family:

@@ -1,0 +1,76 @@
+"""What LLaVA-NeXT and LLaVA-OneVision share: images cut in a thumbnail and crops, with newlines."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from vlmprune.errors import LayoutError
+from vlmprune.layout import VisualLayout
+
+from ..encoded_visuals import EncodedVisuals
+from .anyres import AnyresImage
+from .llava import Llava
+
+
+class AnyresFamily(Llava):
+    """One CLIP or SigLIP tower over equally large tiles, several of them an image."""
+
+    has_tiles: ClassVar[bool] = True
+
+    @property
+    def has_grid(self) -> bool:
+        """False: thumbnail, crops and newlines are no plain grid."""
+        return False
+
+    @property
+    def tile_side(self) -> int:
+        """Patches along the side of a tile."""
+        vision = self.config.vision_config
+        return int(vision.image_size) // int(vision.patch_size)
+
+    def images(self, visuals: EncodedVisuals) -> tuple[AnyresImage, ...]:
+        """Return how each encoded image was cut and packed."""
+        raise NotImplementedError
+
+    def layouts(self, visuals: EncodedVisuals) -> tuple[VisualLayout, ...]:
+        """Return the layout of each encoded image.
+
+        Raises:
+            LayoutError: the host packed another number of tokens.
+        """
+        layouts = tuple(image.layout for image in self.images(visuals))
+        check_counts(visuals, layouts)
+        return layouts
+
+    def token_vision(self, signal: Tensor, visuals: EncodedVisuals, layouts: Sequence[VisualLayout]) -> Tensor:
+        """Bring `signal [tiles, tokens, heads]` in the order of the visual tokens, interpolated where the features are."""
+        images = self.images(visuals)
+        maps = self._maps_per_image(signal, images)
+        return torch.cat([image.pack(tiles) for image, tiles in zip(images, maps, strict=True)])
+
+    def tile_vision(
+        self, signal: Tensor, visuals: EncodedVisuals, layouts: Sequence[VisualLayout]
+    ) -> tuple[Tensor, ...]:
+        """Return the whole maps of every image's tiles, without the CLS column."""
+        return self._maps_per_image(signal, self.images(visuals))
+
+    def _maps_per_image(self, signal: Tensor, images: Sequence[AnyresImage]) -> tuple[Tensor, ...]:
+        return self.patch_maps(signal).split([image.tiles for image in images])
+
+    def patch_maps(self, signal: Tensor) -> Tensor:
+        """Drop what precedes the patches of every tile: `[tiles, tokens, heads]` to `[tiles, side * side, heads]`."""
+        return signal[:, signal.shape[1] - self.tile_side**2 :]
+
+
+def check_counts(visuals: EncodedVisuals, layouts: Sequence[VisualLayout]) -> None:
+    """Raise LayoutError unless every layout has as many tokens as the host packed."""
+    totals = tuple(layout.total for layout in layouts)
+    if totals != visuals.counts:
+        raise LayoutError(
+            f"The model packed {list(visuals.counts)} visual tokens per {visuals.modality}, its configuration and the "
+            f"given sizes make {list(totals)}; vision_feature_select_strategy must leave the patches alone and all of them."
+        )

@@ -1,0 +1,24 @@
+"""LLaVA-NeXT: `LlavaNextForConditionalGeneration` with a CLIP or SigLIP tower."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from ..encoded_visuals import EncodedVisuals
+from .anyres import AnyresImage, anyres_image
+from .anyres_family import AnyresFamily
+
+
+class LlavaNext(AnyresFamily):
+    """A thumbnail and two to four crops an image, stitched and unpadded, a newline after every row."""
+
+    name: ClassVar[str] = "LLaVA-NeXT"
+    model_classes: ClassVar[tuple[str, ...]] = ("LlavaNextForConditionalGeneration",)
+
+    def images(self, visuals: EncodedVisuals) -> tuple[AnyresImage, ...]:
+        """Follow `image_sizes`."""
+        vision, pinpoints = self.config.vision_config, self.config.image_grid_pinpoints
+        return tuple(
+            anyres_image(size, pinpoints, vision.image_size, vision.patch_size)
+            for size in visuals.inputs["image_sizes"].tolist()
+        )

@@ -1,0 +1,24 @@
+"""ViP-LLaVA: `VipLlavaForConditionalGeneration`, LLaVA-1.5 whose projector takes several layers of the tower."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from .llava import Llava
+
+
+class VipLlava(Llava):
+    """One tile an image, one raster of patch features; the deepest of the feature layers counts as the feature layer."""
+
+    name: ClassVar[str] = "ViP-LLaVA"
+    model_classes: ClassVar[tuple[str, ...]] = ("VipLlavaForConditionalGeneration",)
+
+    @property
+    def feature_layers(self) -> int | list[int]:
+        """The older of the two names of the setting, which all versions know."""
+        return self.config.vision_feature_layers  # type: ignore[no-any-return]
+
+    @property
+    def has_grid(self) -> bool:
+        """True where there is a CLS token: the host drops the first token of the tower, whatever it is."""
+        return self.tower_facts.has_cls
