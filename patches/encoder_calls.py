@@ -42,6 +42,8 @@ class EncoderCall:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Encode as the host does, and attach `EncodedVisuals` to the output."""
         frame = TowerFrame()
+        # Some hosts encode videos by the call for images.
+        nested = bool(self.frames.tower)
         self.frames.tower.append(frame)
         try:
             output = self.encode(*args, **kwargs)
@@ -59,7 +61,7 @@ class EncoderCall:
             vision=inner.vision if inner else {signal: self.reader.read(signal, frame) for signal in self.signals},
         )
         set_encoded_visuals(output, visuals)
-        if self.frames.model:
+        if self.frames.model and not nested:
             self.frames.model[-1].encoded[self.modality] = output
         return output
 

@@ -18,6 +18,7 @@ from vlmprune.record import RunRecord
 
 from .call_frames import FrameStack, ModelFrame
 from .compaction import Compaction, gather_columns, plan_compaction, restore_columns
+from .deepstack import compact_deepstack, merging_of
 from .encoded_visuals import EncodedVisuals, encoded_visuals
 from .encoder_calls import watch_encoders
 from .families.family import Family
@@ -351,7 +352,8 @@ class PruningEngine:
             positions = torch.cat(
                 [positions[:1, :, :1] + torch.arange(compaction.width, device=positions.device), positions[1:]]
             )
-        return {**kwargs, "inputs_embeds": compacted, "position_ids": positions, "attention_mask": mask}
+        kwargs = {**kwargs, "inputs_embeds": compacted, "position_ids": positions, "attention_mask": mask}
+        return compact_deepstack(kwargs, compaction, kept_columns, merging_of(selection, spans))
 
     def _dropped_positions(self, frame: ModelFrame, compaction: Compaction, positions: Tensor) -> tuple[Tensor, Tensor]:
         if not self.family.mrope:
