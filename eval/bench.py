@@ -182,7 +182,7 @@ class _Bench:
                 progress.update(bar, completed=number * items)
                 if scores is not None:
                     seconds = {"all": time.perf_counter() - start, "inside_the_model": live.model_seconds}
-                    cost = summarise_requests(model.config, records, model.dtype.itemsize)
+                    cost = summarise_requests(model.config, records, model.dtype.itemsize, cell.make_method())
                     self.folder.write(cell, cell_result(cell, scores, cost, seconds))
                     self._report(f"[{number}/{len(todo)}] {cell.label}", scores, seconds["all"])
         return model_seconds
@@ -230,7 +230,7 @@ def write_results(options: BenchOptions, folder: ResultFolder, rows: Sequence[Ro
         "configuration": folder.configuration,
         "seconds": seconds,
         "conventions": {
-            "flops": "2 per multiply-accumulate; matrix and attention products; attention in full, not causal",
+            "flops": "2 per multiply-accumulate; matrix and attention products, also of selecting; attention in full, not causal",
             "visual_tokens_after": "mean over language-model layers and requests",
             "relative": "mean over tasks of score / score of the unpruned model",
             "paired": "against the unpruned model on the same items; 95 % intervals by bootstrap within tasks",

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 import vlmprune
 from vlmprune.budget import Keep, check_keep
 from vlmprune.errors import BudgetError, ParameterError, unknown
+from vlmprune.methods.base import Method
 from vlmprune.methods.registry import get_method, make_method
 
 FULL = "full"
@@ -54,6 +55,10 @@ class Cell:
         name = self.label.replace(" ", "-")
         plain = re.sub(r"[^A-Za-z0-9._=-]+", "-", name)
         return plain if plain == name else f"{plain}-{hashlib.sha256(self.label.encode()).hexdigest()[:6]}"
+
+    def make_method(self) -> Method | None:
+        """The method as an object; None for the unpruned model."""
+        return None if self.is_full else make_method(self.method, self.keep, **dict(self.parameters))
 
     def applied_to(self, model: PreTrainedModel) -> AbstractContextManager[Any]:
         """A context in which ``model`` is pruned as this cell says."""

@@ -21,15 +21,19 @@ from transformers import PreTrainedModel
 
 import vlmprune
 from vlmprune.errors import UnsupportedCallError
+from vlmprune.record import RunRecord
 
-from .flops import VISION_FAMILIES, VisionWork
+from .flops import VisionWork, vision_family
 
 MAX_NEW_TOKENS = 256
 
 
 @dataclass(frozen=True)
 class RequestRecord:
-    """Token counts of one request: visual ones before pruning and by layer of the LLM, and the tower's work."""
+    """Token counts of one request: visual ones before pruning and by layer of the LLM, and the tower's work.
+
+    ``images``: visual tokens of each image before and after the input of the language model; empty for the unpruned model.
+    """
 
     task: str
     doc_id: int
@@ -38,6 +42,7 @@ class RequestRecord:
     text_tokens: int
     new_tokens: int
     work: VisionWork
+    images: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass
@@ -262,18 +267,40 @@ class LiveModel(lmms):
             run = vlmprune.last_run(self._model)
             layers = [tuple(row) for row in run.visual_tokens_per_layer[::rows_per_question]]
             text = list(run.text_tokens[::rows_per_question])
+            images = entering_images(run, inputs["input_ids"].shape[0], rows_per_question)
         else:
+            images = [()] * len(batch)
             depth = config.get_text_config().num_hidden_layers
             layers = [(count,) * depth for count in before]
             text = (inputs["attention_mask"].bool() & ~is_visual).sum(-1).tolist()
-        works = VISION_FAMILIES[config.model_type].work(config, inputs, [len(question.images) for question in batch])
+        works = vision_family(config).work(config, inputs, [len(question.images) for question in batch])
         for i, question in enumerate(batch):
             if question.counted:
                 self.records.append(
                     RequestRecord(
-                        question.task, question.doc_id, before[i], layers[i], text[i], new_tokens[i], works[i]
+                        question.task,
+                        question.doc_id,
+                        before[i],
+                        layers[i],
+                        text[i],
+                        new_tokens[i],
+                        works[i],
+                        images[i],
                     )
                 )
+
+
+def entering_images(run: RunRecord, rows: int, expansion: int = 1) -> list[tuple[tuple[int, int], ...]]:
+    """Visual tokens of every image of ``rows`` prompts before and after the input of the language model.
+
+    ``expansion`` is the number of beams that each prompt was repeated for.
+    """
+    kept = run.kept_by_stage[0][1] if run.kept_by_stage else run.kept_per_image
+    found: list[list[tuple[int, int]]] = [[] for _ in range(rows)]
+    for row, total, tokens in zip(run.image_rows, run.image_totals, kept, strict=True):
+        if row % expansion == 0:
+            found[row // expansion].append((total, tokens if isinstance(tokens, int) else len(tokens)))
+    return [tuple(images) for images in found]
 
 
 def _key(question: _Question) -> str:

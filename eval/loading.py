@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor,
 
 from vlmprune.errors import VlmpruneError, unknown
 
-from .flops import VISION_FAMILIES
+from .flops import vision_family
 from .model_names import ModelLoadError, resolve_model
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -66,8 +66,7 @@ def load_model(name: str, dtype: str = "auto", device: str = "auto") -> LoadedMo
         config = AutoConfig.from_pretrained(source)
     except Exception as error:
         raise ModelLoadError(_load_message(source, error)) from error
-    if config.model_type not in VISION_FAMILIES:
-        raise unknown("model type", config.model_type, VISION_FAMILIES)
+    vision_family(config)
     check_memory(source, target)
     try:
         processor = AutoProcessor.from_pretrained(source)

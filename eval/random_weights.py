@@ -13,6 +13,7 @@ from transformers.initialization import no_init_weights
 from vlmprune.errors import unknown
 
 from .loading import DTYPES, DeviceError, available_memory, pick_device, pick_dtype
+from .made_up_request import default_image_processor
 
 FOLDER = Path(__file__).parent / "presets"
 BLOCK = 2**24
@@ -25,10 +26,24 @@ def preset_names() -> list[str]:
 
 def preset_config(name: str) -> PreTrainedConfig:
     """The configuration of a preset; raises ``UnknownNameError`` if there is none of that name."""
+    return AutoConfig.for_model(**_read(name)["config"])
+
+
+def preset_image_processor(name: str) -> Any:
+    """The image processor of a preset with the published settings; raises ``UnknownNameError`` as ``preset_config``."""
+    return default_image_processor(preset_config(name), **_read(name)["image_processor"])
+
+
+def preset_parameters(name: str) -> int:
+    """The published number of parameters."""
+    return int(_read(name)["parameters"])
+
+
+def _read(name: str) -> dict[str, Any]:
     if name not in preset_names():
         raise unknown("preset", name, preset_names())
     content: dict[str, Any] = json.loads((FOLDER / f"{name}.json").read_text(encoding="utf-8"))
-    return AutoConfig.for_model(**content)
+    return content
 
 
 def build_random(

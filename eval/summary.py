@@ -11,22 +11,27 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
+from vlmprune.methods.base import Method
+
 from .accuracy import TaskScore
 from .cells import FULL, Cell
-from .flops import LanguageShape, equivalent_tokens, fastv_formula, pyramiddrop_formula, request_cost
+from .flops import STAGES, LanguageShape, equivalent_tokens, fastv_formula, pyramiddrop_formula, request_cost
 from .lmms_model import RequestRecord
 from .paired import compare_paired
 
-STAGES = ("vision", "projector", "prefill", "head", "decode")
 
-
-def summarise_requests(config: PreTrainedConfig, records: Sequence[RequestRecord], element_size: int) -> dict[str, Any]:
+def summarise_requests(
+    config: PreTrainedConfig, records: Sequence[RequestRecord], element_size: int, method: Method | None = None
+) -> dict[str, Any]:
     """Means over requests: token counts, MACs and FLOPs by stage, KV-cache bytes, the papers' formulas.
 
-    The papers' formulas are given visual tokens only, as the papers do; everything else counts visual and text tokens.
+    ``method`` is what chose the tokens, None for the unpruned model. The papers' formulas are given visual tokens only, as the
+    papers do; everything else counts visual and text tokens.
     """
     shape = LanguageShape.from_config(config)
-    costs = [request_cost(config, r.work, r.visual_per_layer, r.text_tokens, r.new_tokens) for r in records]
+    costs = [
+        request_cost(config, r.work, r.visual_per_layer, r.text_tokens, r.new_tokens, method, r.images) for r in records
+    ]
     macs = {stage: fmean(getattr(cost, stage) for cost in costs) for stage in STAGES}
     macs["prefill_total"] = fmean(cost.prefill_total for cost in costs)
     entering = [r.visual_per_layer for r in records]
@@ -161,7 +166,7 @@ def results_csv(rows: Sequence[Row]) -> str:
         ]
         values = [
             row.before, row.after, cost["text_tokens"], cost["new_tokens"],
-            *(row.flops[stage] / 1e9 for stage in STAGES), row.flops["prefill_total"] / 1e9, row.kv_cache_bytes,
+            *(row.flops.get(stage, 0.0) / 1e9 for stage in STAGES), row.flops["prefill_total"] / 1e9, row.kv_cache_bytes,
             cost["fastv_formula"] / 1e9, cost["pyramiddrop_formula"] / 1e9,
             *measured, *row.scores.values(), row.average, row.relative, *interval(row),
         ]  # fmt: skip

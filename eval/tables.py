@@ -50,12 +50,17 @@ def cost_table(rows: Sequence[Row]) -> Table:
     table = cost_style(f"Cost of one request: {unit} to the first token, KV cache, ms at batch size 1")
     _identity(table)
     table.add_column("tokens", justify="right", no_wrap=True)
-    for name in ("tower", "proj.", "LLM", "sum", f"KV {memory}", "prefill", "speed-up", "ms/token"):
+    for name in ("vision", "select", "LLM", "sum", f"KV {memory}", "prefill", "speed-up", "ms/token"):
         table.add_column(name, justify="right", no_wrap=True)
     full = next((row.prefill_ms for row in rows if row.is_full), None)
     for row, last in _with_breaks(rows):
         flops = row.flops
-        stages = [flops["vision"], flops["projector"], flops["prefill"] + flops["head"], flops["prefill_total"]]
+        stages = [
+            flops["vision"] + flops["projector"],
+            flops.get("selection", 0.0),
+            flops["prefill"] + flops["head"],
+            flops["prefill_total"],
+        ]
         speed = f"{full / row.prefill_ms:.2f}x" if full and row.prefill_ms else "-"
         table.add_row(
             row.title,

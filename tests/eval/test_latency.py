@@ -13,7 +13,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlavaForConditionalGeneration
 
 import vlmprune
-from vlmprune.errors import UnknownNameError
 from vlmprune.eval import random_weights
 from vlmprune.eval.cells import Cell
 from vlmprune.eval.flops import LanguageShape, VisionWork, request_cost
@@ -27,7 +26,7 @@ from vlmprune.eval.latency import (
     run_latency,
 )
 from vlmprune.eval.loading import DeviceError
-from vlmprune.eval.random_weights import build_random, preset_config, preset_names
+from vlmprune.eval.random_weights import build_random
 
 CELLS = [Cell(), Cell("uniform", 0.25), Cell("divprune", 8)]
 STAGED = Cell("pyramiddrop", None, (("layers", (1, 2)), ("ratios", (0.5, 0.25))))
@@ -89,14 +88,6 @@ def test_the_ideal_of_a_staged_method_does_the_work_of_its_stages(toy):
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         ideal_prefill(model, inputs["pixel_values"], embeddings, [count + 10 for count in visual])
     assert counter.get_total_flops() == 2 * request_cost(config, VisionWork(crops=1), visual, 10).total
-
-
-def test_presets_are_the_true_architectures():
-    assert set(preset_names()) == {"llava-1b", "llava-1.5-7b", "llava-1.5-13b"}
-    shape = LanguageShape.from_config(preset_config("llava-1.5-7b"))
-    assert (shape.layers, shape.hidden, shape.ffn) == (32, 4096, 11008)
-    with pytest.raises(UnknownNameError, match=r"Did you mean 'llava-1\.5-7b'"):
-        preset_config("llava-1.5-8b")
 
 
 def test_random_weights_give_finite_logits_and_respect_memory(toy, monkeypatch):

@@ -1,0 +1,57 @@
+"""Cost of CLIP and SigLIP towers, which take pictures of one size, and of LLaVA's projectors."""
+
+from __future__ import annotations
+
+from transformers import PreTrainedConfig
+
+from vlmprune.methods.visual_batch import TowerFacts
+
+from .vision_work import VisionWork
+
+
+def dense_tower_macs(config: PreTrainedConfig, work: VisionWork) -> tuple[int, int]:
+    """MACs of a CLIP or SigLIP tower and of a two-layer projector for ``work.crops`` pictures.
+
+    The whole tower runs, layers after the one that gives the features included, as in transformers.
+    """
+    vision = config.vision_config
+    hidden, ffn = vision.hidden_size, vision.intermediate_size
+    patches = (vision.image_size // vision.patch_size) ** 2
+    tokens = patches + has_cls(config)
+    tower = patches * hidden * vision.num_channels * vision.patch_size**2
+    tower += vision.num_hidden_layers * (tokens * (4 * hidden * hidden + 2 * hidden * ffn) + 2 * tokens**2 * hidden)
+    if vision.model_type.startswith("siglip") and getattr(vision, "vision_use_head", True):
+        tower += 2 * hidden * hidden + 2 * tokens * hidden * hidden + 2 * tokens * hidden + 2 * hidden * ffn
+    layers = _feature_layers(config)
+    width = hidden * (1 if isinstance(layers, int) else len(layers))
+    text = config.get_text_config().hidden_size
+    projected = tokens - (has_cls(config) and _drops_cls(config))
+    return work.crops * tower, work.crops * projected * (width * text + text * text)
+
+
+def dense_segments(config: PreTrainedConfig, work: VisionWork, layer: int) -> list[int]:
+    """Tokens of every picture: each attends to itself."""
+    vision = config.vision_config
+    return work.crops * [(vision.image_size // vision.patch_size) ** 2 + has_cls(config)]
+
+
+def dense_tower_facts(config: PreTrainedConfig) -> TowerFacts:
+    """Layers, the deepest layer whose output is used, and whether there is a CLS token."""
+    depth, chosen = config.vision_config.num_hidden_layers, _feature_layers(config)
+    states = [chosen] if isinstance(chosen, int) else list(chosen)
+    deepest = max(state if state >= 0 else depth + 1 + state for state in states)
+    return TowerFacts(layers=depth, feature_layer=max(deepest - 1, 0), has_cls=has_cls(config))
+
+
+def has_cls(config: PreTrainedConfig) -> bool:
+    """Whether the tower has a CLS token."""
+    return bool(config.vision_config.model_type.startswith("clip"))
+
+
+def _feature_layers(config: PreTrainedConfig) -> int | list[int]:
+    several = getattr(config, "vision_feature_layers", None)
+    return several if several is not None else config.vision_feature_layer
+
+
+def _drops_cls(config: PreTrainedConfig) -> bool:
+    return getattr(config, "vision_feature_select_strategy", "default") == "default"

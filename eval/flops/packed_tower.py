@@ -1,0 +1,89 @@
+"""Cost of the towers of Qwen's vision-language models, which take pictures of any size in one packed sequence."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from transformers import PreTrainedConfig
+
+from vlmprune.methods.visual_batch import TowerFacts
+
+from .vision_work import VisionWork
+
+
+@dataclass(frozen=True)
+class PackedTower:
+    """Sizes of a tower. ``window`` is the side of a window in patches; layers in ``whole`` attend to the whole frame."""
+
+    layers: int
+    hidden: int
+    ffn_weights: int
+    patch_values: int
+    merge: int
+    out: int
+    mergers: int
+    window: int | None
+    whole: frozenset[int]
+
+    @classmethod
+    def from_config(cls, config: PreTrainedConfig) -> PackedTower:
+        """Read the sizes of Qwen2-VL, Qwen2.5-VL and Qwen3-VL (deepstack mergers included)."""
+        vision = config.vision_config
+        second = hasattr(vision, "embed_dim") and hasattr(vision, "mlp_ratio")
+        hidden = vision.embed_dim if second else vision.hidden_size
+        ffn = int(hidden * vision.mlp_ratio) if second else vision.intermediate_size
+        windowed = getattr(vision, "fullatt_block_indexes", None) is not None
+        channels = getattr(vision, "in_channels", None) or vision.in_chans
+        return cls(
+            layers=vision.depth,
+            hidden=hidden,
+            ffn_weights=(3 if windowed else 2) * hidden * ffn,
+            patch_values=channels * vision.temporal_patch_size * vision.patch_size**2,
+            merge=vision.spatial_merge_size,
+            out=vision.hidden_size if second else vision.out_hidden_size,
+            mergers=1 + len(getattr(vision, "deepstack_visual_indexes", None) or ()),
+            window=vision.window_size // vision.patch_size if windowed else None,
+            whole=frozenset(vision.fullatt_block_indexes if windowed else range(vision.depth)),
+        )
+
+    def segments(self, work: VisionWork, layer: int) -> Iterator[int]:
+        """Lengths of the runs of patches that attend to each other in ``layer``: frames, or windows of them."""
+        for frames, rows, columns in work.grids:
+            if self.window is None or layer in self.whole:
+                yield from frames * [rows * columns]
+                continue
+            side = self.window - self.window % self.merge
+            for height in _steps(rows, side):
+                for width in _steps(columns, side):
+                    yield from frames * [height * width]
+
+    def macs(self, work: VisionWork) -> tuple[int, int]:
+        """MACs of the tower, and of all its mergers."""
+        patches = sum(frames * rows * columns for frames, rows, columns in work.grids)
+        tower = patches * self.patch_values * self.hidden
+        tower += self.layers * patches * (4 * self.hidden**2 + self.ffn_weights)
+        for layer in range(self.layers):
+            tower += sum(2 * length**2 * self.hidden for length in self.segments(work, layer))
+        width = self.hidden * self.merge**2
+        return tower, self.mergers * (patches // self.merge**2) * width * (width + self.out)
+
+
+def _steps(size: int, step: int) -> list[int]:
+    return [min(step, size - start) for start in range(0, size, step)]
+
+
+def packed_tower_macs(config: PreTrainedConfig, work: VisionWork) -> tuple[int, int]:
+    """MACs of a Qwen tower and its mergers for the pictures and videos of ``work.grids``."""
+    return PackedTower.from_config(config).macs(work)
+
+
+def packed_segments(config: PreTrainedConfig, work: VisionWork, layer: int) -> list[int]:
+    """Runs of patches that attend to each other."""
+    return list(PackedTower.from_config(config).segments(work, layer))
+
+
+def packed_tower_facts(config: PreTrainedConfig) -> TowerFacts:
+    """The last layer gives the features; there is no CLS token."""
+    depth = config.vision_config.depth
+    return TowerFacts(layers=depth, feature_layer=depth - 1, has_cls=False)

@@ -1,0 +1,72 @@
+"""Cost of one request by stage."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from transformers import PreTrainedConfig
+
+from vlmprune.methods.base import Method
+
+from .families import vision_family
+from .language import LanguageShape
+from .selection import selection_macs
+from .vision_work import VisionWork
+
+STAGES = ("vision", "projector", "selection", "prefill", "head", "decode")
+
+
+@dataclass(frozen=True)
+class Cost:
+    """MACs of one request by stage; ``flops`` are twice the MACs."""
+
+    vision: int = 0
+    projector: int = 0
+    selection: int = 0
+    prefill: int = 0
+    head: int = 0
+    decode: int = 0
+
+    @property
+    def prefill_total(self) -> int:
+        """MACs until the first token: tower, projector, selection, language model, one row of the output head."""
+        return self.vision + self.projector + self.selection + self.prefill + self.head
+
+    @property
+    def total(self) -> int:
+        """MACs of the whole request."""
+        return self.prefill_total + self.decode
+
+    def flops(self) -> dict[str, int]:
+        """FLOPs by stage."""
+        return {name: 2 * getattr(self, name) for name in STAGES}
+
+
+def request_cost(
+    config: PreTrainedConfig,
+    work: VisionWork,
+    visual_tokens: Sequence[int],
+    text_tokens: int,
+    new_tokens: int = 0,
+    method: Method | None = None,
+    images: Sequence[tuple[int, int]] = (),
+) -> Cost:
+    """Cost of one request.
+
+    ``visual_tokens`` [layers of the language model] are the visual tokens each layer saw, ``text_tokens`` all other prompt
+    tokens, ``new_tokens`` the generated ones (the first comes from the prefill). ``method`` and its ``images`` (visual tokens
+    before and after the input of the language model, of each) give the cost of selecting. Raises ``UnknownNameError`` for
+    a model type whose vision tower is not known here.
+    """
+    vision, projector = vision_family(config).macs(config, work)
+    shape = LanguageShape.from_config(config)
+    tokens = [n + text_tokens for n in visual_tokens]
+    return Cost(
+        vision=vision,
+        projector=projector,
+        selection=0 if method is None else selection_macs(config, method, work, images, visual_tokens, text_tokens),
+        prefill=shape.prefill_macs(tokens),
+        head=shape.head_macs(),
+        decode=shape.decode_macs(tokens, max(0, new_tokens - 1)),
+    )

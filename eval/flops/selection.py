@@ -1,0 +1,115 @@
+"""Cost of choosing the tokens, counted from shapes in the same way as the model: products of vectors and matrices.
+
+A method pays for the attention that it reads where the model does not hand it out (one product of queries and keys; the
+projections are the tower's or language model's own), and for its own arithmetic on features. Means over heads, softmax, sorting
+and the running maxima of greedy methods are left out, as norms and activations are elsewhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from transformers import PreTrainedConfig
+
+from vlmprune.methods.base import Method
+from vlmprune.methods.layer_method import LayerMethod
+
+from .families import vision_family
+from .language import LanguageShape
+from .vision_work import VisionWork
+
+
+@dataclass(frozen=True)
+class Scored:
+    """What an input method chooses from: (visual tokens before, after) of every image, and the width of the features."""
+
+    images: Sequence[tuple[int, int]]
+    dim: int
+    has_cls: bool
+
+
+def _nothing(method: Method, scored: Scored) -> int:
+    return 0
+
+
+def _all_pairs(method: Method, scored: Scored) -> int:
+    """Cosines of all pairs, from which the first pick is found and every later one is read."""
+    return sum(total * total * scored.dim for total, kept in scored.images if kept < total)
+
+
+def _from_a_pivot(method: Method, scored: Scored) -> int:
+    """Cosines of the picks with all tokens; all pairs where that many picks make the whole matrix cheaper."""
+    return sum(
+        (total if 16 * kept > total else kept) * total * scored.dim for total, kept in scored.images if kept < total
+    )
+
+
+def _tile_means(method: Method, scored: Scored) -> int:
+    """Cosine of each token with the mean of its tile, where there is no CLS token."""
+    return 0 if scored.has_cls else sum(total * scored.dim for total, kept in scored.images if kept < total)
+
+
+FEATURE_MACS: dict[str, Callable[[Method, Scored], int]] = {
+    "random": _nothing,
+    "uniform": _nothing,
+    "pool": _nothing,
+    "fastervlm": _nothing,
+    "vtc_cls": _nothing,
+    "hired": _nothing,
+    "globalcom2": _tile_means,
+    "divprune": _all_pairs,
+    "todre": _from_a_pivot,
+}
+"""Arithmetic on features by method name; methods inside the language model have none."""
+
+
+def selection_macs(
+    config: PreTrainedConfig,
+    method: Method,
+    work: VisionWork,
+    images: Sequence[tuple[int, int]],
+    visual_tokens: Sequence[int],
+    text_tokens: int,
+) -> int:
+    """MACs of choosing for one request; the arguments are those of ``request_cost``."""
+    total = 0
+    for part in method.parts():
+        if isinstance(part, LayerMethod):
+            total += _layer_macs(config, part, [n + text_tokens for n in visual_tokens], text_tokens)
+        elif any(kept < before for before, kept in images):
+            total += _input_macs(config, part, work, images)
+    return total
+
+
+def _input_macs(config: PreTrainedConfig, method: Method, work: VisionWork, images: Sequence[tuple[int, int]]) -> int:
+    family = vision_family(config)
+    facts = family.facts(config)
+    vision = config.vision_config
+    hidden = getattr(vision, "embed_dim", None) or vision.hidden_size
+    total = 0
+    for signal in method.vision_signals(facts):
+        lengths = family.segments(config, work, signal.layer)
+        queries = sum(length * length if signal.kind == "received_attention" else length for length in lengths)
+        total += queries * hidden
+    scored = Scored(images, config.get_text_config().hidden_size, facts.has_cls)
+    return total + FEATURE_MACS.get(method.name, _nothing)(method, scored)
+
+
+def _layer_macs(config: PreTrainedConfig, method: LayerMethod, tokens: Sequence[int], text_tokens: int) -> int:
+    """Attention of the queries that a method reads with all keys of the layer.
+
+    A method that probes the layer it cuts projects the keys of the tokens it drops too; those of the others are that layer's own.
+    """
+    shape = LanguageShape.from_config(config)
+    width = shape.heads * shape.head_dim
+    total = 0
+    for cut in method.cut_layers(shape.layers):
+        before, after = tokens[cut - 1], tokens[cut]
+        if method.reads == "all tokens":
+            total += text_tokens * before * width
+        elif after < before:
+            total += before * width
+            if method.probe == "cut layer":
+                total += shape.hidden * (width + (before - after) * shape.kv_heads * shape.head_dim)
+    return total

@@ -1,0 +1,58 @@
+"""What the vision tower is given for one request, read from the processor's output."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
+from typing import Any
+
+from transformers import PreTrainedConfig
+from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
+
+
+@dataclass(frozen=True)
+class VisionWork:
+    """Pictures of one request as the tower sees them.
+
+    ``crops``: pictures of the tower's fixed size (tiles and video frames included). ``grids``: (frames, rows, columns) of
+    patches of every picture or video, for towers that take any size.
+    """
+
+    crops: int = 0
+    grids: tuple[tuple[int, int, int], ...] = ()
+
+
+def one_crop_each(config: PreTrainedConfig, inputs: Mapping[str, Any], images: Sequence[int]) -> list[VisionWork]:
+    """One crop an image (LLaVA-1.5, VipLLaVA)."""
+    return [VisionWork(crops=count) for count in images]
+
+
+def tiles(config: PreTrainedConfig, inputs: Mapping[str, Any], images: Sequence[int]) -> list[VisionWork]:
+    """Thumbnail and crops of every image (LLaVA-NeXT); padding tiles do not enter the tower."""
+    counts = _tiles_by_image(config, inputs)
+    return [VisionWork(crops=sum(counts[start:end])) for start, end in pairwise(accumulate(images, initial=0))]
+
+
+def tiles_of_single_images(
+    config: PreTrainedConfig, inputs: Mapping[str, Any], images: Sequence[int]
+) -> list[VisionWork]:
+    """As ``tiles``, but the images of a prompt with several are one crop each (LLaVA-OneVision)."""
+    counts = _tiles_by_image(config, inputs)
+    spans = pairwise(accumulate(images, initial=0))
+    return [VisionWork(crops=sum(counts[start:end]) if end - start == 1 else end - start) for start, end in spans]
+
+
+def grids(config: PreTrainedConfig, inputs: Mapping[str, Any], images: Sequence[int]) -> list[VisionWork]:
+    """Grid of patches of every image (Qwen)."""
+    found = inputs.get("image_grid_thw")
+    shapes = [(int(t), int(h), int(w)) for t, h, w in found] if found is not None else []
+    return [VisionWork(grids=tuple(shapes[start:end])) for start, end in pairwise(accumulate(images, initial=0))]
+
+
+def _tiles_by_image(config: PreTrainedConfig, inputs: Mapping[str, Any]) -> list[int]:
+    sizes = inputs.get("image_sizes")
+    if sizes is None:
+        return []
+    side = config.vision_config.image_size
+    return [image_size_to_num_patches(list(map(int, size)), config.image_grid_pinpoints, side) for size in sizes]

@@ -1,0 +1,92 @@
+"""Cost of selecting: against torch's counter where it is products, and by hand."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import LlavaForConditionalGeneration
+
+import vlmprune
+from vlmprune.eval.flops import VisionWork, request_cost, selection_macs
+from vlmprune.eval.flops.selection import FEATURE_MACS
+from vlmprune.eval.lmms_model import entering_images
+from vlmprune.eval.random_weights import preset_config
+from vlmprune.methods.layer_method import LayerMethod
+from vlmprune.methods.registry import get_method, make_method, method_names
+
+pytest.importorskip("lmms_eval")
+
+
+def test_every_method_has_a_cost():
+    input_methods = {name for name in method_names() if not issubclass(get_method(name), LayerMethod)}
+    assert input_methods <= set(FEATURE_MACS)
+
+
+@pytest.mark.parametrize(
+    ("method", "parameters"),
+    [
+        ("uniform", {"keep": 0.25}),
+        ("random", {"keep": 10}),
+        ("pool", {"keep": 0.5}),
+        ("divprune", {"keep": 0.25}),
+        ("todre", {"keep": 16, "relevance": False}),
+        ("todre", {"keep": 2, "relevance": False}),
+        ("fastv", {"layer": 1, "ratio": 0.75}),
+        ("pyramiddrop", {"layers": (1, 2), "ratios": (0.5, 0.25)}),
+    ],
+    ids=str,
+)
+def test_a_pruned_request_matches_the_counter(toy, method, parameters):
+    config = toy.config()
+    config._attn_implementation = "eager"
+    model = LlavaForConditionalGeneration._from_config(config, attn_implementation="eager").eval()
+    inputs = toy.processor()(text="USER : <image> what colour ?", images=toy.image(0), return_tensors="pt")
+    with vlmprune.pruned(model, method, **parameters):
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            model(**inputs, logits_to_keep=1)
+        run = vlmprune.last_run(model)
+    made = make_method(method, **parameters)
+    visual, text = run.visual_tokens_per_layer[0], run.text_tokens[0]
+    (images,) = entering_images(run, 1)
+    cost = request_cost(config, VisionWork(crops=1), visual, text, method=made, images=images)
+    assert min(visual) < 64
+    # Products of a matrix with single rows are left out by torch.
+    uncounted = 2 * 64 * config.text_config.hidden_size if method == "todre" and parameters["keep"] == 2 else 0
+    assert counter.get_total_flops() == 2 * (cost.total - uncounted)
+
+
+def test_costs_by_hand():
+    config, work = preset_config("llava-1.5-7b"), VisionWork(crops=1)
+
+    def cost(name, kept, **parameters):
+        return selection_macs(config, make_method(name, **parameters), work, [(576, kept)], [kept] * 32, 40)
+
+    assert cost("fastervlm", 144) == 577 * 1024
+    assert cost("vtc_cls", 144) == 7 * 577 * 1024
+    assert cost("divprune", 144) == 576 * 576 * 4096
+    assert cost("divprune", 576) == 0
+    assert cost("random", 144) == 0
+    assert cost("globalcom2", 144) == 577 * 1024
+    qwen = preset_config("qwen2.5-vl-7b")
+    grid = VisionWork(grids=((1, 24, 24),))
+    method = make_method("fastervlm", keep=36)
+    assert selection_macs(qwen, method, grid, [(144, 36)], [36] * 28, 40) == 576 * 576 * 1280
+
+
+def test_layer_methods_pay_for_one_row_and_for_keys_that_are_dropped():
+    config = preset_config("llava-1.5-7b")
+    fastv = make_method("fastv", layer=2, ratio=0.5)
+    assert selection_macs(config, fastv, VisionWork(crops=1), [(576, 576)], [576] * 2 + [288] * 30, 40) == 616 * 4096
+    dropping = make_method("pyramiddrop", layers=(8,), ratios=(0.5,))
+    expected = 616 * 4096 + 4096 * 4096 + 288 * 4096 * 4096
+    assert selection_macs(config, dropping, VisionWork(crops=1), [], [576] * 8 + [288] * 24, 40) == expected
+
+
+def test_rows_of_beams_are_counted_once(toy):
+    model = toy.model()
+    inputs = toy.processor()(text="USER : <image> what colour ?", images=toy.image(0), return_tensors="pt")
+    with vlmprune.pruned(model, "uniform", keep=8):
+        model.generate(**inputs, num_beams=2, max_new_tokens=2, do_sample=False)
+        run = vlmprune.last_run(model)
+    assert entering_images(run, 1, len(run.text_tokens)) == [((64, 8),)]
