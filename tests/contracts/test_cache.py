@@ -42,15 +42,15 @@ def test_second_turn_continues_the_returned_cache(method, family, rows):
         run = vlmprune.last_run(model)
         ids = torch.cat([turn.sequences, question], 1)
         mask = torch.cat([first["attention_mask"], torch.ones(len(rows), 7, dtype=torch.long)], 1)
-        images = {key: value for key, value in first.items() if key not in ("input_ids", "attention_mask")}
-        from_scratch = model.generate(input_ids=ids, attention_mask=mask, **images, **greedy)
+        whole = family.longer(model, [first], ids, mask)
+        from_scratch = model.generate(**whole, **greedy)
         continued = model.generate(
             input_ids=ids, attention_mask=mask, past_key_values=copy.deepcopy(turn.past_key_values), **greedy
         )
         by_hand = model(
             input_ids=ids[:, -4:],
             attention_mask=mask,
-            position_ids=(mask.cumsum(1) - 1)[:, -4:],
+            position_ids=family.positions(model, whole)[..., -4:],
             past_key_values=turn.past_key_values,
         ).logits[:, -1]
     assert torch.equal(suppressed(by_hand).argmax(-1), continued[:, ids.shape[1]])
@@ -74,14 +74,8 @@ def test_image_in_the_second_turn(method, family):
         ids = torch.cat([answer.sequences, second["input_ids"]], 1)
         tail = torch.ones(len(rows), ids.shape[1] - first["attention_mask"].shape[1], dtype=torch.long)
         mask = torch.cat([first["attention_mask"], tail], 1)
-        images = {key: value for key, value in second.items() if key not in ("input_ids", "attention_mask")}
-        return (
-            ids,
-            mask,
-            model.generate(
-                input_ids=ids, attention_mask=mask, past_key_values=answer.past_key_values, **images, **greedy
-            ),
-        )
+        inputs = family.longer(model, [first, second], ids, mask)
+        return ids, mask, model.generate(**inputs, past_key_values=answer.past_key_values, **greedy)
 
     with torch.no_grad(), vlmprune.pruned(model, method, keep=0.3, **METHOD_PARAMETERS[method]):
         ids, mask, continued = converse([0, 1])
@@ -90,8 +84,7 @@ def test_image_in_the_second_turn(method, family):
         if method in FOLLOW_THE_QUESTION:
             return
         both = family.inputs([[3, "A", 4, 4, 2, "C", 5], [2, "B", 9, 4, 2, "D", 5]])
-        all_images = {key: value for key, value in both.items() if key not in ("input_ids", "attention_mask")}
-        from_scratch = model.generate(input_ids=ids, attention_mask=mask, **all_images, **greedy)
+        from_scratch = model.generate(**family.longer(model, [both], ids, mask), **greedy)
     assert torch.equal(continued, from_scratch)
 
 
@@ -106,11 +99,9 @@ def test_text_first_then_image(method, family):
         ids = torch.cat([turn.sequences, second["input_ids"]], 1)
         tail = torch.ones(2, ids.shape[1] - first["attention_mask"].shape[1], dtype=torch.long)
         mask = torch.cat([first["attention_mask"], tail], 1)
-        images = {key: value for key, value in second.items() if key not in ("input_ids", "attention_mask")}
-        continued = model.generate(
-            input_ids=ids, attention_mask=mask, past_key_values=turn.past_key_values, **images, **greedy
-        )
-        from_scratch = model.generate(input_ids=ids, attention_mask=mask, **images, **greedy)
+        inputs = family.longer(model, [first, second], ids, mask)
+        continued = model.generate(**inputs, past_key_values=turn.past_key_values, **greedy)
+        from_scratch = model.generate(**inputs, **greedy)
     assert torch.equal(continued, from_scratch)
 
 

@@ -69,19 +69,18 @@ def test_interleaved_generations_do_not_mix(method, family):
         expected = [model.generate(**prompt, max_new_tokens=4, do_sample=False) for prompt in prompts]
         states = []
         for prompt in prompts:
-            mask = prompt["attention_mask"]
-            positions = (mask.cumsum(1) - 1).clamp(min=0)
+            positions = family.positions(model, prompt)
             output = model(**prompt, position_ids=positions, use_cache=True)
-            states.append([output.past_key_values, mask, [suppressed(output.logits[:, -1]).argmax(-1)]])
+            tokens = [suppressed(output.logits[:, -1]).argmax(-1)]
+            states.append([output.past_key_values, prompt["attention_mask"], positions[..., -1:], tokens])
         for _ in range(3):
             for state in states:
-                cache, mask, tokens = state
-                mask = torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
-                positions = mask.sum(1, keepdim=True) - 1
+                cache, mask, positions, tokens = state
+                state[1] = mask = torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
+                state[2] = positions = positions + 1
                 output = model(
                     input_ids=tokens[-1][:, None], attention_mask=mask, position_ids=positions, past_key_values=cache
                 )
-                state[1] = mask
                 tokens.append(suppressed(output.logits[:, -1]).argmax(-1))
-    for (_, _, tokens), answer in zip(states, expected, strict=True):
+    for (*_, tokens), answer in zip(states, expected, strict=True):
         assert torch.equal(torch.stack(tokens, 1), answer[:, -4:])

@@ -83,7 +83,7 @@ def test_eager_equals_sdpa(method, family):
     finally:
         model.set_attn_implementation(previous)
     valid = inputs["attention_mask"].bool()
-    torch.testing.assert_close(logits["eager"][valid], logits["sdpa"][valid], atol=2e-5, rtol=1e-4)
+    torch.testing.assert_close(logits["eager"][valid], logits["sdpa"][valid], atol=1e-4, rtol=1e-4)
 
 
 @over_matrix
@@ -103,6 +103,7 @@ def test_text_only_call_is_untouched(method, family):
 def test_embeddings_instead_of_ids(method, family):
     model = family.build(torch.float32)
     inputs = family.inputs([[3, "A", 4]])
+    inputs["position_ids"] = family.positions(model, inputs)
     embeddings = model.get_input_embeddings()(inputs["input_ids"])
     with torch.no_grad(), vlmprune.pruned(model, method, keep=0.3, **METHOD_PARAMETERS[method]):
         expected = model(**inputs).logits

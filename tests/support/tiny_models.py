@@ -62,6 +62,18 @@ class FamilyCase:
         tensors = {key: value.to(dtype) if value.is_floating_point() else value for key, value in tensors.items()}
         return {"input_ids": torch.tensor(padded), "attention_mask": torch.tensor(mask), **tensors}
 
+    def longer(self, model: Any, turns: Sequence[dict[str, Tensor]], ids: Tensor, mask: Tensor) -> dict[str, Tensor]:
+        """Return `generate` inputs for `ids` and `mask`, which hold the prompts of `turns` and what was said between them.
+
+        The pixels are those of the last turn; the images before it are in the cache.
+        """
+        images = {key: value for key, value in turns[-1].items() if key not in ("input_ids", "attention_mask")}
+        return {"input_ids": ids, "attention_mask": mask, **images}
+
+    def positions(self, model: Any, inputs: dict[str, Tensor]) -> Tensor:
+        """Return position ids `[..., batch, tokens]` of a prompt, as `generate` makes them."""
+        return (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)
+
     def _ids(self, row: Row) -> list[int]:
         ids: list[int] = []
         for item in row:

@@ -99,6 +99,21 @@ class QwenCase(FamilyCase):
         inputs["mm_token_type_ids"] = token_types(inputs["input_ids"])
         return inputs
 
+    def longer(self, model: Any, turns: Sequence[dict[str, Tensor]], ids: Tensor, mask: Tensor) -> dict[str, Tensor]:
+        """Return `generate` inputs for `ids` and `mask`, with positions where the grids of earlier turns are needed for them."""
+        inputs = super().longer(model, turns, ids, mask)
+        inputs["mm_token_type_ids"] = token_types(ids)
+        if len(turns) > 1:
+            grids = [grid for row in range(len(ids)) for turn in turns for grid in _image_grids(turn)[row]]
+            inputs["position_ids"] = self.positions(model, {**inputs, "image_grid_thw": torch.stack(grids)})
+        return inputs
+
+    def positions(self, model: Any, inputs: dict[str, Tensor]) -> Tensor:
+        """Return position ids `[3, batch, tokens]` of a prompt from the host's own function."""
+        names = ("image_grid_thw", "video_grid_thw", "second_per_grid_ts", "mm_token_type_ids", "attention_mask")
+        given = {name: inputs[name] for name in names if name in inputs}
+        return model.model.get_rope_index(inputs["input_ids"], **given)[0]
+
     def _ids(self, row: Row) -> list[int]:
         ids: list[int] = []
         for item in row:
@@ -114,6 +129,12 @@ class QwenCase(FamilyCase):
             else:
                 ids += [VISION_START, *[VIDEO_TOKEN] * self.tokens(item), VISION_END]
         return ids
+
+
+def _image_grids(inputs: dict[str, Tensor]) -> list[Sequence[Tensor]]:
+    ids = inputs["input_ids"]
+    counts = ((ids[:, :-1] == VISION_START) & (ids[:, 1:] == IMAGE_TOKEN)).sum(1).tolist()
+    return list(inputs["image_grid_thw"].split(counts)) if sum(counts) else [()] * len(counts)
 
 
 def token_types(ids: Tensor) -> Tensor:
