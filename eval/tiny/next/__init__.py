@@ -1,0 +1,1 @@
+"""tiny-llava-next: tiny-llava grown to several tiles a picture."""
