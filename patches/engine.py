@@ -454,12 +454,14 @@ class PruningEngine:
             method=self.pipeline.name,
             signal=self._signal_name(),
             text_tokens=(valid & ~frame.visual_mask).sum(1).tolist(),
+        modalities = [visuals.modality for visuals in encoded for _ in visuals.counts]
             visual_tokens_per_layer=[
                 [total - dropped] * self.family.decoder_layers for total, dropped in zip(visual, removed, strict=True)
             ],
             image_rows=spans.rows,
             image_totals=spans.counts,
-            image_grids=[layouts[image].grid for image in spans.unique],
+            image_layouts=[layouts[image] for image in spans.unique],
+            image_modalities=[modalities[image] for image in spans.unique],
             kept_per_image=kept,
         )
 
@@ -475,7 +477,8 @@ class PruningEngine:
             visual_tokens_per_layer=[[0] * self.family.decoder_layers for _ in range(batch)],
             image_rows=(),
             image_totals=(),
-            image_grids=(),
+            image_layouts=(),
+            image_modalities=(),
             kept_per_image=(),
         )
 

@@ -5,13 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from .layout import VisualLayout
 
 
 @dataclass(frozen=True, eq=False)
 class ImageRecord:
-    """One image of a prefill.
+    """One image or video of a prefill.
 
     Attributes:
         batch_index: row of the batch (after the expansion for beams and return sequences).
@@ -19,14 +23,28 @@ class ImageRecord:
         kept: int64 `[kept]`, indices into the image's own visual token order; for merged tokens the index whose
             position the merged token took; for methods that drop inside the language model those alive after its last layer.
         stages: the kept indices with the first layer of the language model that sees just these, ascending by layer.
-        grid: `(rows, columns)` where the tokens are one plain raster, else None.
+        layout: geometry of all its visual tokens.
+        modality: "image" or "video".
     """
 
     batch_index: int
     total: int
     kept: Tensor
-    grid: tuple[int, int] | None
+    layout: VisualLayout
     stages: tuple[tuple[int, Tensor], ...] = ()
+    modality: str = "image"
+
+    @property
+    def grid(self) -> tuple[int, int] | None:
+        """`(rows, columns)` where the tokens are one plain raster, else None."""
+        return self.layout.grid
+
+    @property
+    def kept_by_frame(self) -> list[Tensor]:
+        """Kept patches of every frame (an image is one), as indices that count from the first of that frame."""
+        frames, patches = self.layout.frame, self.kept[~self.layout.newline[self.kept]]
+        starts = [int((frames == frame).nonzero()[0]) for frame in frames.unique()]
+        return [patches[frames[patches] == frame] - start for frame, start in enumerate(starts)]
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,13 +65,19 @@ class RunRecord:
     visual_tokens_per_layer: list[list[int]]
     image_rows: Sequence[int]
     image_totals: Sequence[int]
-    image_grids: Sequence[tuple[int, int] | None]
+    image_layouts: Sequence[VisualLayout]
+    image_modalities: Sequence[str]
     kept_per_image: Sequence[Tensor | int]
     kept_by_stage: Sequence[tuple[int, Sequence[Tensor | int]]] = ()
 
+    @property
+    def videos(self) -> list[ImageRecord]:
+        """The videos among `images`."""
+        return [image for image in self.images if image.modality == "video"]
+
     @cached_property
     def images(self) -> list[ImageRecord]:
-        """One `ImageRecord` an image, in prompt order; reading it moves the kept indices to the CPU."""
+        """One `ImageRecord` an image or video, in prompt order; reading it moves the kept indices to the CPU."""
         import torch
 
         def indices(kept: Tensor | int) -> Tensor:
@@ -64,12 +88,13 @@ class RunRecord:
                 row,
                 total,
                 indices(kept),
-                grid,
+                self.image_layouts[image],
                 tuple((layer, indices(per_image[image])) for layer, per_image in self.kept_by_stage)
                 or ((0, indices(kept)),),
+                self.image_modalities[image],
             )
-            for image, (row, total, grid, kept) in enumerate(
-                zip(self.image_rows, self.image_totals, self.image_grids, self.kept_per_image, strict=True)
+            for image, (row, total, kept) in enumerate(
+                zip(self.image_rows, self.image_totals, self.kept_per_image, strict=True)
             )
         ]
 

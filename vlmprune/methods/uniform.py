@@ -9,6 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from ..layout import VisualLayout
 from .base import Method
 from .visual_batch import Selection, VisualBatch
 
@@ -17,7 +18,8 @@ from .visual_batch import Selection, VisualBatch
 class Uniform(Method):
     """Keep evenly spaced tokens: evenly spaced rows of the grid, and columns in each.
 
-    Where there is no plain grid the tokens are evenly spaced in the sequence.
+    Of a video every frame gets its share, or evenly spaced frames one token each if there are not enough. Where there is no
+    plain grid the tokens are evenly spaced in the sequence.
     """
 
     name: ClassVar[str] = "uniform"
@@ -25,11 +27,32 @@ class Uniform(Method):
 
     def select(self, batch: VisualBatch) -> Selection:
         """Take `budgets[i]` evenly spaced tokens of each image."""
-        kept = [
-            even_grid(*layout.grid, budget) if layout.grid else even_steps(count, budget)
-            for count, budget, layout in zip(batch.counts, batch.budgets, batch.layouts, strict=True)
-        ]
+        kept = [_even_tokens(layout, budget) for budget, layout in zip(batch.budgets, batch.layouts, strict=True)]
         return Selection(torch.cat(kept).to(batch.features.device, non_blocking=True), batch.budgets)
+
+
+def _even_tokens(layout: VisualLayout, budget: int) -> Tensor:
+    if layout.grid is not None:
+        return even_grid(*layout.grid, budget)
+    frames = int(layout.frame[-1]) + 1
+    patches = layout.total - int(layout.newline.sum())
+    if frames > 1 and layout.tile_grid is not None and patches == frames * layout.tile_grid[0] * layout.tile_grid[1]:
+        places = (~layout.newline).nonzero().flatten()
+        chosen = even_frames(frames, *layout.tile_grid, min(budget, patches))
+        newlines = layout.newline.nonzero().flatten()[: budget - len(chosen)]
+        return torch.cat([places[chosen], newlines]).sort().values
+    return even_steps(layout.total, budget)
+
+
+@lru_cache(maxsize=256)
+def even_frames(frames: int, rows: int, columns: int, budget: int) -> Tensor:
+    """Return `budget` indices spread evenly over `frames` rasters of `rows` x `columns`; int64, ascending."""
+    used = even_steps(frames, min(frames, budget)).tolist()
+    share, rest = divmod(budget, len(used))
+    larger = set(even_steps(len(used), rest).tolist()) if rest else set()
+    return torch.cat(
+        [frame * rows * columns + even_grid(rows, columns, share + (i in larger)) for i, frame in enumerate(used)]
+    )
 
 
 @lru_cache(maxsize=256)

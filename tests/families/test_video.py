@@ -1,0 +1,159 @@
+"""Videos: their tokens are selected among like those of images, alone and mixed with images."""
+
+import pytest
+import torch
+
+import vlmprune
+from support.families import qwen2_5_vl, qwen2_vl, qwen3_vl
+from support.families.by_hand import check_pruned, language_model_inputs
+from support.families.qwen_case import VIDEO_TOKEN
+from vlmprune.errors import LayoutError, UnsupportedMethodError
+from vlmprune.methods import DivPrune, FastV
+from vlmprune.methods.registry import get_method
+
+CASES = (*qwen2_vl.CASES, *qwen2_5_vl.CASES, *qwen3_vl.CASES)
+METHODS = ("random", "uniform", "divprune")
+ROWS = {
+    "one": [[3, "video", 4]],
+    "several": [[3, "video", 2, "video small", 4], [1, "video large", 5]],
+    "mixed": [
+        [2, "A", 3, "video", 4],
+        [1, "video small", 2, "small", 1, "video large", 2, "large", 2],
+        [6],
+        [2, "B", 2],
+    ],
+}
+over_cases = pytest.mark.parametrize("case", CASES, ids=str)
+over_methods = pytest.mark.parametrize("method", METHODS)
+over_rows = pytest.mark.parametrize("rows", ROWS.values(), ids=ROWS)
+
+
+@over_cases
+@over_methods
+@over_rows
+def test_pruned_call_equals_the_unpatched_language_model_by_hand(case, method, rows):
+    model, inputs = case.build(torch.float32), case.inputs(rows)
+    given = language_model_inputs(model, inputs)
+    with torch.no_grad(), vlmprune.pruned(model, method, keep=0.3):
+        logits = model(**inputs).logits
+        run = vlmprune.last_run(model)
+        new = model.generate(**inputs, max_new_tokens=6, do_sample=False)[:, -6:]
+    names = [item for row in rows for item in row if isinstance(item, str)]
+    assert [image.total for image in run.images] == [case.tokens(name) for name in names]
+    assert [len(image.kept) for image in run.images] == [round(0.3 * case.tokens(name)) for name in names]
+    check_pruned(model, inputs, run, logits, new, given)
+
+
+@over_cases
+@over_methods
+def test_keep_everything_is_bit_identical(case, method):
+    model, inputs = case.build(torch.float32), case.inputs(ROWS["mixed"])
+    with torch.no_grad():
+        logits, tokens = model(**inputs).logits, model.generate(**inputs, max_new_tokens=4, do_sample=False)
+        with vlmprune.pruned(model, method, keep=1.0):
+            assert torch.equal(model(**inputs).logits, logits)
+            assert torch.equal(model.generate(**inputs, max_new_tokens=4, do_sample=False), tokens)
+
+
+@over_cases
+@over_methods
+@pytest.mark.parametrize("padding", ["left", "right"])
+def test_row_in_a_batch_equals_row_alone(case, method, padding):
+    model, batch = case.build(torch.float32), case.inputs(ROWS["mixed"], padding)
+    with torch.no_grad(), vlmprune.pruned(model, method, keep=0.3):
+        together = model(**batch).logits
+        run = vlmprune.last_run(model)
+        for row, items in enumerate(ROWS["mixed"]):
+            alone = model(**case.inputs([items])).logits[0]
+            expected = [image.kept.tolist() for image in vlmprune.last_run(model).images]
+            assert [image.kept.tolist() for image in run.images if image.batch_index == row] == expected
+            valid = batch["attention_mask"][row].bool()
+            torch.testing.assert_close(together[row, valid], alone, atol=2e-5, rtol=1e-4)
+
+
+@over_cases
+@over_methods
+def test_beams_cache_and_a_second_turn(case, method):
+    model, inputs = case.build(torch.float32), case.inputs(ROWS["mixed"])
+    greedy = {"max_new_tokens": 5, "do_sample": False}
+    with torch.no_grad(), vlmprune.pruned(model, method, keep=0.3):
+        beams = model.generate(**inputs, **greedy, num_beams=3, num_return_sequences=2)
+        images = vlmprune.last_run(model).images
+        for row, items in enumerate(ROWS["mixed"]):
+            alone = model.generate(**case.inputs([items]), **greedy, num_beams=3, num_return_sequences=2)
+            assert beams[2 * row : 2 * row + 2, -5:].tolist() == alone[:, -5:].tolist()
+            shown = [
+                [image.kept.tolist() for image in images if image.batch_index == 3 * row + beam] for beam in range(3)
+            ]
+            assert shown[0] == shown[1] == shown[2]
+        uncached = model.generate(**inputs, **greedy, use_cache=False)
+        assert torch.equal(model.generate(**inputs, **greedy), uncached)
+
+
+@over_cases
+@over_methods
+def test_dtype_and_backends(case, method):
+    for implementation in ("eager", "sdpa"):
+        model, inputs = case.build(torch.bfloat16), case.inputs(ROWS["mixed"], dtype=torch.bfloat16)
+        previous = model.config._attn_implementation
+        model.set_attn_implementation(implementation)
+        try:
+            with torch.no_grad(), vlmprune.pruned(model, method, keep=0.3):
+                assert model(**inputs).logits.isfinite().all()
+        finally:
+            model.set_attn_implementation(previous)
+
+
+@over_cases
+def test_record_says_what_was_kept_of_each_video(case):
+    model, inputs = case.build(torch.float32), case.inputs(ROWS["mixed"])
+    with torch.no_grad(), vlmprune.pruned(model, "uniform", keep=0.25):
+        model(**inputs)
+        run = vlmprune.last_run(model)
+    kinds = [(image.batch_index, image.modality, image.grid, len(image.kept_by_frame)) for image in run.images]
+    assert kinds == [
+        (0, "image", (6, 6), 1),
+        (0, "video", None, 3),
+        (1, "video", None, 2),
+        (1, "image", (4, 4), 1),
+        (1, "video", None, 4),
+        (1, "image", (6, 8), 1),
+        (3, "image", (6, 6), 1),
+    ]
+    assert [video.total for video in run.videos] == [48, 32, 96]
+    assert [[len(frame) for frame in video.kept_by_frame] for video in run.videos] == [[4] * 3, [4] * 2, [6] * 4]
+    assert all(frame.max() < 24 for video in run.videos for frame in video.kept_by_frame)
+    assert run.text_tokens[2] == 6
+
+
+@over_cases
+def test_methods_that_do_not_serve_videos_say_so(case):
+    model = case.build(torch.float32)
+    images, videos = case.inputs([[3, "A", 4]]), case.inputs([[3, "A", 2, "video", 4]])
+    others = [name for name in vlmprune.list_methods(model) if name not in METHODS]
+    assert {"pool", "fastervlm", "pyramiddrop", "fastv", "todre"} <= set(others)
+    layers = {"fastv": {"layer": 1}, "todre": {"layer": 2}}
+    methods = [get_method(name)(keep=0.8, **layers.get(name, {})) for name in others]
+    for method in (*methods, [DivPrune(keep=0.5), FastV(layer=1, keep=0.8)]):
+        with torch.no_grad(), vlmprune.pruned(model, method):
+            model(**images)
+            with pytest.raises(UnsupportedMethodError, match=r"does not serve videos.* random, uniform, divprune"):
+                model(**videos)
+            with pytest.raises(UnsupportedMethodError, match="does not serve videos"):
+                model.generate(**videos, max_new_tokens=2)
+            model(**images)
+
+
+@over_cases
+def test_videos_that_do_not_fit_their_rows_are_refused(case):
+    model, inputs = case.build(torch.float32), case.inputs([[2, "video", 2], [2, "video", 2]])
+    ids = inputs["input_ids"].clone()
+    first = (ids[0] == VIDEO_TOKEN).nonzero().flatten()
+    ids[0, first[-1]] = 5
+    ids[1, -1] = VIDEO_TOKEN
+    with (
+        torch.no_grad(),
+        vlmprune.pruned(model, "uniform", keep=0.3),
+        pytest.raises(LayoutError, match="features of video 0 do not fit the placeholders of row 0"),
+    ):
+        model(**{**inputs, "input_ids": ids})
