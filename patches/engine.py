@@ -216,9 +216,7 @@ class PruningEngine:
             start, seen = 0 if state is None else state.caller_length, frame.attention_mask
             mask = None if bool((mask if seen is None else seen)[:, start:].all()) else mask.bool()
         return LayerRun(
-            positions=self._positions(
-                kwargs.get("position_ids"), tokens.shape[0], tokens.shape[1], past, tokens.device
-            ),
+            positions=self._positions(frame, kwargs, tokens, past, cache),
             mask=mask,
             caller_past=past,
             state=state,
@@ -315,7 +313,7 @@ class PruningEngine:
         caller_past = state.caller_past(cache) if state is not None else past
 
         present = compaction.index >= 0
-        positions = self._positions(kwargs.get("position_ids"), batch, columns, caller_past, embeddings.device)
+        positions = self._positions(frame, kwargs, embeddings, caller_past, cache)
         removed = torch.zeros(batch, 1, dtype=torch.int64, device=embeddings.device)
         if state is not None:
             positions, removed = positions - state.removed, state.removed
@@ -405,8 +403,7 @@ class PruningEngine:
         state.check_batch(batch)
         self._check_mask(kwargs.get("attention_mask"))
         mask = state.valid_columns(cache, kwargs.get("attention_mask"), columns)
-        caller_past = state.caller_past(cache)
-        positions = self._positions(kwargs.get("position_ids"), batch, columns, caller_past, tokens.device)
+        positions = self._positions(frame, kwargs, tokens, state.caller_past(cache), cache)
         if len(state.segments) > 1 and frame.layer_run is None:
             self._check_segments(state)
             frame.layer_run = self._layer_run(frame, state, cache, kwargs)
@@ -421,9 +418,16 @@ class PruningEngine:
             )
 
     @staticmethod
-    def _positions(given: Tensor | None, batch: int, columns: int, past: int, device: torch.device) -> Tensor:
+    def _positions(frame: ModelFrame, kwargs: Mapping[str, Any], tokens: Tensor, past: int, cache: Any) -> Tensor:
+        """Return positions `[..., batch, columns]` of this call's tokens, which follow `past` tokens of the caller's sequence."""
+        given, (batch, columns) = kwargs.get("position_ids"), tokens.shape[:2]
         if given is None:
-            given = torch.arange(past, past + columns, device=device)[None]
+            given = torch.arange(past, past + columns, device=tokens.device)[None]
+        elif frame.inputs.get("position_ids") is None:
+            # Made by the multimodal model (M-RoPE): of the whole mask, or without a mask counted on from the cache's length.
+            given = given[..., -columns:]
+            if frame.inputs.get("attention_mask") is None and cache is not None:
+                given = given + (past - int(cache.get_seq_length()))
         return given.expand(*given.shape[:-2], batch, columns) if given.ndim > 1 else given.expand(batch, columns)
 
     @staticmethod
