@@ -14,7 +14,6 @@ from .call_frames import FrameStack, TowerFrame
 from .encoded_visuals import EncodedVisuals, encoded_visuals, set_encoded_visuals
 from .families.family import Family
 from .hooks import HookSet
-from .tower_reader import TowerReader
 
 
 class EncoderCall:
@@ -28,13 +27,13 @@ class EncoderCall:
         self,
         encode: Callable[..., Any],
         modality: str,
-        reader: TowerReader,
+        family: Family,
         signals: Sequence[VisionSignal],
         frames: FrameStack,
     ) -> None:
         self.encode = encode
         self.modality = modality
-        self.reader = reader
+        self.family = family
         self.signals = tuple(signals)
         self.frames = frames
         self.__signature__ = inspect.signature(encode)
@@ -57,8 +56,10 @@ class EncoderCall:
         visuals = EncodedVisuals(
             modality=self.modality,
             inputs={name: value for name, value in inputs.items() if not name.startswith("pixel_values")},
-            counts=tuple(len(feature) for feature in features),
-            vision=inner.vision if inner else {signal: self.reader.read(signal, frame) for signal in self.signals},
+            counts=self.family.token_counts(self.modality, features),
+            vision=inner.vision
+            if inner
+            else {signal: self.family.tower_reader.read(signal, frame) for signal in self.signals},
         )
         set_encoded_visuals(output, visuals)
         if self.frames.model and not nested:
@@ -68,11 +69,10 @@ class EncoderCall:
 
 def watch_encoders(family: Family, signals: Sequence[VisionSignal], frames: FrameStack, hooks: HookSet) -> None:
     """Watch the encoding of every modality of the family, and the tower layers that `signals` name."""
-    reader = family.tower_reader
     if signals:
-        reader.install(family, signals, frames, hooks)
+        family.tower_reader.install(family, signals, frames, hooks)
     model: nn.Module = family.multimodal_model
     for modality in family.modalities:
         name = f"get_{modality}_features"
-        call = EncoderCall(getattr(model, name), modality, reader, signals, frames)
+        call = EncoderCall(getattr(model, name), modality, family, signals, frames)
         hooks.replace(f"{modality} encoder", model, name, call)

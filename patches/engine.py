@@ -158,7 +158,7 @@ class PruningEngine:
             [
                 find_image_spans(
                     frame.modality_masks[visuals.modality],
-                    [len(features) for features in frame.encoded[visuals.modality].pooler_output],
+                    self.family.token_counts(visuals.modality, frame.encoded[visuals.modality].pooler_output),
                     visuals.counts,
                     visuals.modality,
                 )

@@ -56,6 +56,10 @@ class Family:
         """Return the id of the token that stands for one visual token of an image or a video."""
         return int(getattr(self.config, f"{modality}_token_id"))
 
+    def token_counts(self, modality: str, features: Sequence[Tensor]) -> tuple[int, ...]:
+        """Return the visual tokens of each image or video, given its features as `get_{modality}_features` returns them."""
+        return tuple(len(feature) for feature in features)
+
     @property
     def vision_tower(self) -> nn.Module:
         """The module whose forward encodes the tiles and whose output carries the features."""

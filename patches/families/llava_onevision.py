@@ -32,6 +32,13 @@ class LlavaOnevision(AnyresFamily):
         """Tokens along the side of a pooled video frame."""
         return -(-self.tile_side // 2)
 
+    def token_counts(self, modality: str, features: Sequence[Tensor]) -> tuple[int, ...]:
+        """Count a video's newline also where the host adds it later (transformers 5.17)."""
+        counts = super().token_counts(modality, features)
+        if modality == "video":
+            return tuple(count // self.frame_side**2 * self.frame_side**2 + 1 for count in counts)
+        return counts
+
     def images(self, visuals: EncodedVisuals) -> tuple[AnyresImage, ...]:
         """Follow `image_sizes`, and `batch_num_images`: an image is cut only where its prompt shows no other."""
         inputs, vision, pinpoints = visuals.inputs, self.config.vision_config, self.config.image_grid_pinpoints
