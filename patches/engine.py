@@ -454,11 +454,11 @@ class PruningEngine:
             valid = frame.attention_mask[:, -columns:]
         visual = frame.visual_mask.sum(1).tolist()
         layouts = self._layouts(encoded)
+        modalities = [visuals.modality for visuals in encoded for _ in visuals.counts]
         frame.record = self.record = RunRecord(
             method=self.pipeline.name,
             signal=self._signal_name(),
             text_tokens=(valid & ~frame.visual_mask).sum(1).tolist(),
-        modalities = [visuals.modality for visuals in encoded for _ in visuals.counts]
             visual_tokens_per_layer=[
                 [total - dropped] * self.family.decoder_layers for total, dropped in zip(visual, removed, strict=True)
             ],
