@@ -28,7 +28,12 @@ def test_pruned_forward_equals_the_layers_by_hand(method, family, rows, keep):
         generated = model.generate(**inputs, max_new_tokens=steps, do_sample=False)[:, -steps:]
     given, positions = language_model_inputs(model, inputs), default_positions(model, method)
     if get_method(method).merges:
-        given["inputs_embeds"] = merged_by_hand(given["inputs_embeds"], inputs, run, model.config.image_token_id)
+        token, visual = model.config.image_token_id, inputs["input_ids"] == model.config.image_token_id
+        given["inputs_embeds"] = merged_by_hand(given["inputs_embeds"], inputs, run, token)
+        deep = [torch.zeros_like(given["inputs_embeds"]) for _ in given.get("deepstack_visual_embeds") or ()]
+        for plane, features in zip(deep, given.get("deepstack_visual_embeds") or (), strict=True):
+            plane[visual] = features
+        given["deepstack_visual_embeds"] = [merged_by_hand(plane, inputs, run, token)[visual] for plane in deep]
     for row in range(len(rows)):
         by_hand = row_by_layers(model, inputs, run, row, positions, given=given)
         torch.testing.assert_close(logits[row, by_hand.columns], by_hand.logits, atol=2e-5, rtol=1e-4)
