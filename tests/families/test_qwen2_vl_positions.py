@@ -2,7 +2,6 @@
 
 import copy
 import threading
-from contextlib import contextmanager
 
 import pytest
 import torch
@@ -10,8 +9,8 @@ import torch
 import vlmprune
 from support.families.qwen2_5_vl import QWEN2_5_VL
 from support.families.qwen2_vl import QWEN2_VL
-from support.families.qwen_case import VIDEO_TOKEN, token_types
-from support.tiny_models import IMAGE_TOKEN
+from support.families.qwen_case import token_types
+from support.families.rotary import alive_columns, new_tokens, rotary_positions
 
 ROWS = [[3, "A", 4], [2, "small", 1, "large", 6], [9], ["video small", 1, "B", 2]]
 GREEDY = {"max_new_tokens": 4, "do_sample": False}
@@ -23,21 +22,6 @@ pytestmark = pytest.mark.usefixtures("no_gradients")
 def _no_gradients():
     with torch.no_grad():
         yield
-
-
-@contextmanager
-def rotary_positions(model):
-    """Collect the positions `[3, batch, columns]` that the language model rotates by, one entry a call."""
-    seen = []
-
-    def keep(module, args, kwargs):
-        seen.append((args[1] if len(args) > 1 else kwargs["position_ids"]).expand(3, -1, -1).clone())
-
-    handle = model.model.language_model.rotary_emb.register_forward_pre_hook(keep, with_kwargs=True)
-    try:
-        yield seen
-    finally:
-        handle.remove()
 
 
 def both_ways(model, run, method="divprune", **parameters):
@@ -53,21 +37,10 @@ def both_ways(model, run, method="divprune", **parameters):
     return plain, pruned, record
 
 
-def kept(ids, mask, record, row):
-    """Columns of a row that stay."""
-    visual = (ids[row] == IMAGE_TOKEN) | (ids[row] == VIDEO_TOKEN)
-    alive, start = mask[row].bool() & ~visual, 0
-    places = visual.nonzero().flatten()
-    for image in (image for image in record.images if image.batch_index == row):
-        alive[places[start : start + image.total][image.kept]] = True
-        start += image.total
-    return alive.nonzero().flatten()
-
-
 def check_prefill(plain, pruned, ids, mask, record):
     """Rows are packed to the right."""
     for row in range(len(ids)):
-        columns = kept(ids, mask, record, row)
+        columns = alive_columns(ids, mask, record, row)
         assert pruned[:, row, -len(columns) :].tolist() == plain[:, row, columns].tolist()
 
 
@@ -93,10 +66,6 @@ def test_beams_and_return_sequences(case):
     assert all(torch.equal(one, other) for one, other in zip(plain[1:], pruned[1:], strict=True))
 
 
-def step(count, start=21):
-    return torch.arange(start, start + count)[:, None]
-
-
 @over_cases
 @pytest.mark.parametrize("rows", [ROWS[:1], [["A", 2], [3, "B", 5]][:1] * 2], ids=["single", "equal rows"])
 def test_loop_without_a_mask(case, rows):
@@ -106,8 +75,8 @@ def test_loop_without_a_mask(case, rows):
     def run():
         cache = model(**inputs).past_key_values
         for _ in range(3):
-            cache = model(input_ids=step(len(rows)), past_key_values=cache).past_key_values
-        model(input_ids=step(len(rows)).expand(-1, 4), past_key_values=cache)
+            cache = model(input_ids=new_tokens(len(rows)), past_key_values=cache).past_key_values
+        model(input_ids=new_tokens(len(rows)).expand(-1, 4), past_key_values=cache)
 
     plain, pruned, record = both_ways(model, run)
     check_prefill(plain[0], pruned[0], ids, mask, record)
@@ -131,7 +100,7 @@ def test_loop_with_positions(case, padding, axes):
             if axes:
                 positions = positions.expand(axes, -1, -1)
             output = model(
-                input_ids=step(len(ids)),
+                input_ids=new_tokens(len(ids)),
                 attention_mask=seen,
                 position_ids=positions,
                 past_key_values=output.past_key_values,
@@ -153,7 +122,7 @@ def test_loop_with_a_mask(case, padding):
         output = model(**inputs)
         for _ in range(2):
             mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
-            output = model(input_ids=step(len(ids)), attention_mask=mask, past_key_values=output.past_key_values)
+            output = model(input_ids=new_tokens(len(ids)), attention_mask=mask, past_key_values=output.past_key_values)
     for number, positions in enumerate(pruned[1:]):
         assert positions.tolist() == (following + number + 1)[None, :, None].expand(3, -1, -1).tolist()
 
@@ -176,7 +145,7 @@ def test_second_turn_of_text(case, types, rows):
 
     def run():
         turn = model.generate(**first, **GREEDY, return_dict_in_generate=True)
-        ids = torch.cat([turn.sequences, step(len(rows)).expand(-1, 3)], 1)
+        ids = torch.cat([turn.sequences, new_tokens(len(rows)).expand(-1, 3)], 1)
         mask = torch.cat([first["attention_mask"], torch.ones(len(rows), 7, dtype=torch.int64)], 1)
         given = {"input_ids": ids, "attention_mask": mask, "past_key_values": turn.past_key_values}
         if types:
