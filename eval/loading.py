@@ -11,17 +11,14 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
 
-from vlmprune.errors import VlmpruneError, unknown
+from vlmprune.errors import unknown
 
 from .flops import vision_family
+from .memory import TYPICAL_IMAGE, DeviceError, require_memory, stored_bytes
 from .model_names import ModelLoadError, resolve_model
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SHORT_DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
-
-
-class DeviceError(VlmpruneError, RuntimeError):
-    """The device does not exist here or the model does not fit on it."""
 
 
 @dataclass(frozen=True)
@@ -52,12 +49,18 @@ class LoadedModel:
         }
 
 
-def load_model(name: str, dtype: str = "auto", device: str = "auto") -> LoadedModel:
+def load_model(
+    name: str,
+    dtype: str = "auto",
+    device: str = "auto",
+    batch_size: int = 1,
+    image_size: tuple[int, int] = TYPICAL_IMAGE,
+) -> LoadedModel:
     """Load the model that ``name`` means (see ``resolve_model``) with its processor.
 
-    ``dtype`` "auto" takes what the checkpoint stores; ``device`` "auto" takes a GPU where there is one. Raises
-    ``ModelLoadError`` where anything about the folder or hub name is wrong and ``DeviceError`` where the weights
-    cannot fit.
+    ``dtype`` "auto" takes what the checkpoint stores; ``device`` "auto" takes a GPU where there is one; ``batch_size`` and
+    ``image_size`` (width, height) say what it will be asked. Raises ``ModelLoadError`` where anything about the folder or hub
+    name is wrong and, before the weights are read, ``DeviceError`` where model and requests cannot fit.
     """
     target = pick_device(device)
     wanted = pick_dtype(dtype)
@@ -67,7 +70,10 @@ def load_model(name: str, dtype: str = "auto", device: str = "auto") -> LoadedMo
     except Exception as error:
         raise ModelLoadError(_load_message(source, error)) from error
     vision_family(config)
-    check_memory(source, target)
+    known = wanted if isinstance(wanted, torch.dtype) else None
+    stored = config.dtype or config.get_text_config().dtype or torch.float32
+    weights = None if known else stored_bytes(source)
+    require_memory(source, config, known or stored, target, batch_size, image_size, weights=weights)
     try:
         processor = AutoProcessor.from_pretrained(source)
         model, info = AutoModelForImageTextToText.from_pretrained(source, dtype=wanted, output_loading_info=True)
@@ -116,25 +122,6 @@ def pick_dtype(name: str) -> torch.dtype | str:
     if full not in DTYPES:
         raise unknown("dtype", name, ["auto", *DTYPES, *SHORT_DTYPES])
     return DTYPES[full]
-
-
-def check_memory(source: str, device: torch.device) -> None:
-    """Raise ``DeviceError`` before loading a local folder whose weights alone are larger than the free memory."""
-    needed = sum(os.path.getsize(path) for path in Path(source).glob("*.safetensors")) if os.path.isdir(source) else 0
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_memory()
-    if free is not None and needed > free:
-        raise DeviceError(
-            f"{source!r} needs {needed / 2**30:.1f} GiB for its weights, {free / 2**30:.1f} GiB are free on {device}."
-        )
-
-
-def available_memory() -> int | None:
-    """Bytes of main memory that can be had without swapping; None where the system does not tell."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return None
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
 
 
 def fingerprint(source: str) -> str | None:

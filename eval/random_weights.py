@@ -12,8 +12,9 @@ from transformers.initialization import no_init_weights
 
 from vlmprune.errors import unknown
 
-from .loading import DTYPES, DeviceError, available_memory, pick_device, pick_dtype
+from .loading import pick_device, pick_dtype
 from .made_up_request import default_image_processor
+from .memory import require_memory
 
 FOLDER = Path(__file__).parent / "presets"
 BLOCK = 2**24
@@ -46,25 +47,32 @@ def _read(name: str) -> dict[str, Any]:
     return content
 
 
+def open_preset(
+    name: str, dtype: str, device: str, batch_size: int, image_size: tuple[int, int], text_tokens: int
+) -> tuple[PreTrainedModel, Any]:
+    """A preset with random weights and its image processor.
+
+    Raises ``UnknownNameError`` for a name that is none and ``DeviceError``, before anything large is made, where the model and
+    ``batch_size`` requests of ``image_size`` (width, height) and ``text_tokens`` do not fit.
+    """
+    config = preset_config(name)
+    require_memory(name, config, random_dtype(dtype), pick_device(device), batch_size, image_size, text_tokens)
+    return build_random(config, dtype, device), preset_image_processor(name)
+
+
 def build_random(
     config: PreTrainedConfig, dtype: str = "bfloat16", device: str = "auto", seed: int = 0
 ) -> PreTrainedModel:
-    """A model of that architecture with random weights; raises ``DeviceError`` before building one that cannot fit."""
-    target, chosen = pick_device(device), pick_dtype(dtype)
-    if isinstance(chosen, str):
-        chosen = DTYPES["bfloat16"]
-    with torch.device("meta"):
-        empty = AutoModelForImageTextToText.from_config(config, dtype=chosen)
-    needed = sum(p.numel() for p in empty.parameters()) * chosen.itemsize
-    free = torch.cuda.mem_get_info(target)[0] if target.type == "cuda" else available_memory()
-    if free is not None and needed > free:
-        raise DeviceError(
-            f"This model needs {needed / 2**30:.1f} GiB in {dtype} for its weights, {free / 2**30:.1f} GiB are free on {target}."
-        )
+    """A model of that architecture in evaluation mode, its matrices filled from one block of random numbers.
+
+    The caller makes sure that it fits (see ``require_memory``).
+    """
+    target, chosen = pick_device(device), random_dtype(dtype)
     with no_init_weights(), torch.device(target):
         model = AutoModelForImageTextToText.from_config(config, dtype=chosen)
+    model.tie_weights()
     generator = torch.Generator().manual_seed(seed)
-    block = (0.02 * torch.randn(min(BLOCK, needed // chosen.itemsize), generator=generator)).to(target, chosen)
+    block = (0.02 * torch.randn(BLOCK, generator=generator)).to(target, chosen)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.ndim < 2:
@@ -73,3 +81,9 @@ def build_random(
                 for part in parameter.view(-1).split(len(block)):
                     part.copy_(block[: len(part)])
     return model.eval()
+
+
+def random_dtype(name: str) -> torch.dtype:
+    """The dtype of that name; "auto" is bfloat16, as nearly all checkpoints are."""
+    chosen = pick_dtype(name)
+    return torch.bfloat16 if isinstance(chosen, str) else chosen

@@ -77,7 +77,10 @@ def _accuracy(content: Run, folder: Path) -> str:
     ]
     cost: list[Column] = [
         *_identity(),
-        *((f"GFLOPs {label}", lambda cell, key=key: _giga(cell["cost"]["flops"][key])) for key, label in FLOPS.items()),
+        *(
+            (f"GFLOPs {label}", lambda cell, key=key: _giga(cell["cost"]["flops"].get(key, 0)))
+            for key, label in FLOPS.items()
+        ),
         ("KV MiB", lambda cell: f"{cell['cost']['kv_cache_bytes'] / 2**20:.2f}"),
         ("FastV formula (GMACs)", lambda cell: _giga(cell["cost"]["fastv_formula"])),
         ("PyramidDrop formula (GMACs)", lambda cell: _giga(cell["cost"]["pyramiddrop_formula"])),
@@ -111,6 +114,7 @@ def _accuracy(content: Run, folder: Path) -> str:
 FLOPS = {
     "vision": "tower",
     "projector": "projector",
+    "selection": "selection",
     "prefill": "LLM",
     "head": "head",
     "prefill_total": "sum",
@@ -141,12 +145,15 @@ def _latency(content: Run, folder: Path) -> str:
     columns: list[Column] = [
         ("method", lambda row: row["title"]),
         ("keep", lambda row: "-" if row["keep"] is None else f"{row['keep']:g}"),
+        ("picture", lambda row: "x".join(map(str, row["image_size"]))),
         ("batch", lambda row: row["batch_size"]),
-        ("visual tokens", lambda row: f"{row['visual_tokens_after']:.0f}"),
+        ("tokens before", lambda row: row["visual_tokens_before"]),
+        ("after", lambda row: f"{row['visual_tokens_after']:.0f}"),
         *(
             (label, lambda row, key=key: _spread(row, key))
             for key, label in {
-                "vision": "vision ms", "prefill": "prefill ms", "ideal": "ideal ms", "overhead": "over ideal",
+                "vision": "tower ms", "selection": "selection ms", "prefill": "prefill ms", "ideal": "ideal ms",
+                "overhead": "over ideal",
                 "first_token": "TTFT ms", "decode_per_token": "decode ms/token", "end_to_end": "end to end ms",
             }.items()
         ),
@@ -155,7 +162,8 @@ def _latency(content: Run, folder: Path) -> str:
     ]  # fmt: skip
     facts = {
         "model": f"{content['model']} ({content['dtype']}, {content['device']})",
-        "request": f"{content['text_tokens']} text tokens, {content['new_tokens']} new tokens",
+        "request": f"one picture, {content['text_tokens']} text tokens, {content['new_tokens']} new tokens",
+        "processes": content.get("processes", 1),
         **_machine(content["machine"]),
     }
     return "<h3>Latency</h3>" + _facts(facts) + _table(columns, content["rows"])

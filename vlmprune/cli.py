@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from importlib.util import find_spec
+from math import prod
 from pathlib import Path
 from typing import Annotated
 
@@ -141,15 +142,20 @@ def latency(
     model: Annotated[str | None, typer.Option(help="Shipped model, local folder or hub name.")] = None,
     random_weights: Annotated[
         str | None,
-        typer.Option(help="Instead of --model: llava-1b, llava-1.5-7b or llava-1.5-13b with random weights."),
+        typer.Option(
+            help="Instead of --model: a true architecture with random weights (llava-1.5-7b, qwen2.5-vl-3b, ...)."
+        ),
     ] = None,
     batch_size: Annotated[str, typer.Option(help="Batch sizes by comma.")] = "1",
+    image_size: Annotated[str, typer.Option(help="Sizes of the made-up picture by comma: 336 or 640x480.")] = "672",
     text_tokens: Annotated[int, typer.Option(min=2, help="Text tokens of the made-up prompt.")] = 64,
     new_tokens: Annotated[int, typer.Option(min=2, help="Tokens generated.")] = 17,
     dtype: Annotated[str, typer.Option(help="auto (as stored, bfloat16 for random weights), float32, ...")] = "auto",
     device: Annotated[str, typer.Option(help="auto (a GPU if there is one), cpu, cuda, cuda:1, ...")] = "auto",
     seed: Annotated[int, typer.Option(min=0, help="Seed of random methods.")] = 0,
-    seconds: Annotated[float, typer.Option(min=0, help="Time to spend on each batch size (3 to 30 rounds).")] = 60.0,
+    seconds: Annotated[
+        float, typer.Option(min=0, help="Time to spend on each batch and picture size (3 to 30 rounds).")
+    ] = 60.0,
     out: Annotated[Path | None, typer.Option(help="Folder for latency.json and latency.csv.")] = None,
 ) -> None:
     """Measure where the time of a request goes, and how far pruning is from the ideal speed-up."""
@@ -165,17 +171,21 @@ def latency(
         from vlmprune.eval.cells import check_cells, make_cells, parse_keeps, parse_methods
 
         cells = make_cells(parse_methods(methods), parse_keeps(keep), seed)
-        from vlmprune.eval.latency import LatencyOptions, run_latency
+        from vlmprune.eval.latency_run import LatencyOptions, run_latency
         from vlmprune.eval.loading import load_model
-        from vlmprune.eval.random_weights import build_random, preset_config
+        from vlmprune.eval.made_up_request import parse_sizes
+        from vlmprune.eval.random_weights import open_preset
 
+        images = parse_sizes(image_size)
+        largest = max(images, key=prod)
         if random_weights is not None:
-            loaded = build_random(preset_config(random_weights), dtype, device)
+            loaded, processor = open_preset(random_weights, dtype, device, sizes[-1], largest, text_tokens + new_tokens)
         else:
-            loaded = load_model(str(model), dtype, device).model
+            opened = load_model(str(model), dtype, device, sizes[-1], largest)
+            loaded, processor = opened.model, opened.processor.image_processor
         check_cells(loaded, cells)
-        name = str(model or random_weights)
-        run_latency(loaded, name, LatencyOptions(cells, sizes, text_tokens, new_tokens, seconds, out))
+        options = LatencyOptions(cells, sizes, images, text_tokens, new_tokens, seconds, out)
+        run_latency(loaded, str(model or random_weights), options, processor)
 
 
 @app.command()

@@ -16,8 +16,9 @@ LATENCY = {
     "machine": MACHINE, "model": "m", "dtype": "float32", "device": "cpu", "text_tokens": 1, "new_tokens": 2,
     "rows": [
         {
-            "title": "pool", "keep": 0.5, "batch_size": 1, "visual_tokens_after": 32, "kv_cache_bytes": 2**20,
-            "peak_bytes": None, "ideal": None, "overhead": None,
+            "title": "pool", "keep": 0.5, "batch_size": 1, "image_size": [9, 8],
+            "visual_tokens_before": 64, "visual_tokens_after": 32, "kv_cache_bytes": 2**20,
+            "peak_bytes": None, "ideal": None, "overhead": None, "selection": None,
             **dict.fromkeys(("vision", "prefill", "first_token", "decode_per_token", "end_to_end"), SPREAD),
         }
     ],
@@ -40,6 +41,7 @@ def test_runs_of_all_kinds_come_on_one_page(tmp_path):
         (tmp_path / name / f"{name}.json").write_text(json.dumps(content))
     page = write_report([tmp_path / "latency", tmp_path / "fidelity"], tmp_path / "deep" / "page.html").read_text()
     assert "1.50 (1.00 to 2.00)" in page
+    assert "<td>9x8</td>" in page
     assert "<td>50.0</td>" in page
     assert "&lt;fast&gt;" in page
     assert "<fast>" not in page

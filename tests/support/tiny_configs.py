@@ -111,7 +111,7 @@ def _qwen3_vl(**text: int | list[int]) -> PreTrainedConfig:
 
 
 def _qwen3_vl_moe() -> PreTrainedConfig:
-    return _qwen3_vl(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=12, mlp_only_layers=[1])
+    return _qwen3_vl(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, mlp_only_layers=[1])
 
 
 def _rope(*sections: int) -> dict[str, object]:
