@@ -126,7 +126,7 @@ def load_with_cells(options: BenchOptions) -> tuple[LoadedModel, list[Cell]]:
     """The model and the cells asked for; raises where a method cannot serve the model."""
     logging.disable_progress_bar()
     datasets.disable_progress_bars()
-    loaded = load_model(options.model, options.dtype, options.device)
+    loaded = load_model(options.model, options.dtype, options.device, options.batch_size)
     served = vlmprune.list_methods(loaded.model)
     baselines = [name for name in BASELINES if options.baselines and name in served]
     cells = make_cells(options.methods, options.keeps, options.seed, baselines)
