@@ -4,14 +4,16 @@ import pytest
 import torch
 
 import vlmprune
-from support.families import qwen2_5_vl, qwen2_vl, qwen3_vl
+from support.deeper import deeper
+from support.families import llava_onevision, qwen2_5_vl, qwen2_vl, qwen3_vl
 from support.families.by_hand import check_pruned, language_model_inputs
 from support.families.qwen_case import VIDEO_TOKEN
 from vlmprune.errors import LayoutError, UnsupportedMethodError
 from vlmprune.methods import DivPrune, FastV
 from vlmprune.methods.registry import get_method
 
-CASES = (*qwen2_vl.CASES, *qwen2_5_vl.CASES, *qwen3_vl.CASES)
+QWEN_CASES = (*qwen2_vl.CASES, *qwen2_5_vl.CASES, *qwen3_vl.CASES)
+CASES = (*QWEN_CASES, *llava_onevision.CASES)
 METHODS = ("random", "uniform", "divprune")
 ROWS = {
     "one": [[3, "video", 4]],
@@ -28,10 +30,21 @@ over_methods = pytest.mark.parametrize("method", METHODS)
 over_rows = pytest.mark.parametrize("rows", ROWS.values(), ids=ROWS)
 
 
+def as_served(case, rows):
+    """The rows with videos of one length where the host stacks them."""
+    if case in QWEN_CASES:
+        return rows
+    return [
+        [item.replace("large", "B").replace("small", "C") if "video" in str(item) else item for item in row]
+        for row in rows
+    ]
+
+
 @over_cases
 @over_methods
 @over_rows
 def test_pruned_call_equals_the_unpatched_language_model_by_hand(case, method, rows):
+    rows = as_served(case, rows)
     model, inputs = case.build(torch.float32), case.inputs(rows)
     given = language_model_inputs(model, inputs)
     with torch.no_grad(), vlmprune.pruned(model, method, keep=0.3):
@@ -47,7 +60,7 @@ def test_pruned_call_equals_the_unpatched_language_model_by_hand(case, method, r
 @over_cases
 @over_methods
 def test_keep_everything_is_bit_identical(case, method):
-    model, inputs = case.build(torch.float32), case.inputs(ROWS["mixed"])
+    model, inputs = case.build(torch.float32), case.inputs(as_served(case, ROWS["mixed"]))
     with torch.no_grad():
         logits, tokens = model(**inputs).logits, model.generate(**inputs, max_new_tokens=4, do_sample=False)
         with vlmprune.pruned(model, method, keep=1.0):
@@ -59,11 +72,11 @@ def test_keep_everything_is_bit_identical(case, method):
 @over_methods
 @pytest.mark.parametrize("padding", ["left", "right"])
 def test_row_in_a_batch_equals_row_alone(case, method, padding):
-    model, batch = case.build(torch.float32), case.inputs(ROWS["mixed"], padding)
+    model, batch = case.build(torch.float32), case.inputs(as_served(case, ROWS["mixed"]), padding)
     with torch.no_grad(), vlmprune.pruned(model, method, keep=0.3):
         together = model(**batch).logits
         run = vlmprune.last_run(model)
-        for row, items in enumerate(ROWS["mixed"]):
+        for row, items in enumerate(as_served(case, ROWS["mixed"])):
             alone = model(**case.inputs([items])).logits[0]
             expected = [image.kept.tolist() for image in vlmprune.last_run(model).images]
             assert [image.kept.tolist() for image in run.images if image.batch_index == row] == expected
@@ -74,12 +87,12 @@ def test_row_in_a_batch_equals_row_alone(case, method, padding):
 @over_cases
 @over_methods
 def test_beams_cache_and_a_second_turn(case, method):
-    model, inputs = case.build(torch.float32), case.inputs(ROWS["mixed"])
+    model, inputs = case.build(torch.float32), case.inputs(as_served(case, ROWS["mixed"]))
     greedy = {"max_new_tokens": 5, "do_sample": False}
     with torch.no_grad(), vlmprune.pruned(model, method, keep=0.3):
         beams = model.generate(**inputs, **greedy, num_beams=3, num_return_sequences=2)
         images = vlmprune.last_run(model).images
-        for row, items in enumerate(ROWS["mixed"]):
+        for row, items in enumerate(as_served(case, ROWS["mixed"])):
             alone = model.generate(**case.inputs([items]), **greedy, num_beams=3, num_return_sequences=2)
             assert beams[2 * row : 2 * row + 2, -5:].tolist() == alone[:, -5:].tolist()
             shown = [
@@ -94,7 +107,7 @@ def test_beams_cache_and_a_second_turn(case, method):
 @over_methods
 def test_dtype_and_backends(case, method):
     for implementation in ("eager", "sdpa"):
-        model, inputs = case.build(torch.bfloat16), case.inputs(ROWS["mixed"], dtype=torch.bfloat16)
+        model, inputs = case.build(torch.bfloat16), case.inputs(as_served(case, ROWS["mixed"]), dtype=torch.bfloat16)
         previous = model.config._attn_implementation
         model.set_attn_implementation(implementation)
         try:
@@ -104,7 +117,7 @@ def test_dtype_and_backends(case, method):
             model.set_attn_implementation(previous)
 
 
-@over_cases
+@pytest.mark.parametrize("case", QWEN_CASES, ids=str)
 def test_record_says_what_was_kept_of_each_video(case):
     model, inputs = case.build(torch.float32), case.inputs(ROWS["mixed"])
     with torch.no_grad(), vlmprune.pruned(model, "uniform", keep=0.25):
@@ -126,13 +139,28 @@ def test_record_says_what_was_kept_of_each_video(case):
     assert run.text_tokens[2] == 6
 
 
+def test_record_of_videos_with_a_newline():
+    (case,) = llava_onevision.CASES
+    model, inputs = case.build(torch.float32), case.inputs([[2, "A", 3, "video", 4]])
+    with torch.no_grad(), vlmprune.pruned(model, "uniform", keep=27):
+        model(**inputs)
+        (video,) = vlmprune.last_run(model).videos
+        assert (video.total, video.batch_index) == (28, 0)
+        assert [len(frame) for frame in video.kept_by_frame] == [9] * 3
+    with torch.no_grad(), vlmprune.pruned(model, "uniform", keep=5):
+        model(**inputs)
+        (video,) = vlmprune.last_run(model).videos
+        assert [frame.tolist() for frame in video.kept_by_frame] == [[3, 5], [4], [3, 5]]
+
+
 @over_cases
 def test_methods_that_do_not_serve_videos_say_so(case):
+    case = deeper(case)
     model = case.build(torch.float32)
     images, videos = case.inputs([[3, "A", 4]]), case.inputs([[3, "A", 2, "video", 4]])
     others = [name for name in vlmprune.list_methods(model) if name not in METHODS]
-    assert {"pool", "fastervlm", "pyramiddrop", "fastv", "todre"} <= set(others)
-    layers = {"fastv": {"layer": 1}, "todre": {"layer": 2}}
+    assert {"fastervlm", "pyramiddrop", "fastv", "todre"} <= set(others)
+    layers = {"fastv": {"layer": 1}, "todre": {"layer": 3}}
     methods = [get_method(name)(keep=0.8, **layers.get(name, {})) for name in others]
     for method in (*methods, [DivPrune(keep=0.5), FastV(layer=1, keep=0.8)]):
         with torch.no_grad(), vlmprune.pruned(model, method):

@@ -40,7 +40,7 @@ def _build(dtype: torch.dtype) -> Any:
         vision_aspect_ratio="anyres_max_2",
         tie_word_embeddings=True,
     )
-    return finish(LlavaOnevisionForConditionalGeneration(config), dtype)
+    return finish(LlavaOnevisionForConditionalGeneration(config), dtype, unused=[VIDEO_TOKEN])
 
 
 def is_video(name: str) -> bool:
