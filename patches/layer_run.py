@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .compaction import Compaction, gather_columns, plan_compaction, restore_columns
+from .position_gaps import dropped_positions
 from .pruned_cache import CacheSegment, PrunedCacheState
 
 
@@ -226,20 +227,41 @@ class LayerRun:
             positions, removed = positions - before.removed, before.removed
         if self.compaction is None:
             return positions, removed
+        dropped, gone = self._gaps(positions)
+        index = self.compaction.index.clamp(min=0)
+        positions = (positions - dropped).take_along_dim(index.expand(*positions.shape[:-1], -1), -1)
+        positions = positions * (self.compaction.index >= 0)
+        return positions, removed + gone
+
+    def _gaps(self, positions: Tensor) -> tuple[Tensor | int, Tensor | int]:
+        """Return how far positions go down to close gaps, and how far those after this call do."""
+        assert self.compaction is not None
+        at_entry = self.entry is not None and self.compact_entry
+        inside = self.compact_layers and self.compaction is not self.entry
+        if not at_entry and not inside:
+            return 0, 0
+        if positions.ndim == 3:
+            assert self.images is not None
+            whole = self.images.text | self.images.visual
+            entered = whole if self.entry is None else _kept(self.entry)
+            return dropped_positions(
+                positions, whole if at_entry else entered, _kept(self.compaction) if inside else entered
+            )
         dropped: Tensor | int = 0
         counts = [0] * self.batch
         entry_removed = self.entry.removed if self.entry is not None else (0,) * self.batch
-        if self.entry is not None and self.compact_entry:
-            dropped = self.entry.dropped_before
-            counts = list(entry_removed)
-        if self.compact_layers and self.compaction is not self.entry:
+        if at_entry:
+            assert self.entry is not None
+            dropped, counts = self.entry.dropped_before, list(entry_removed)
+        if inside:
             inner = self.compaction.dropped_before - (self.entry.dropped_before if self.entry is not None else 0)
             dropped = dropped + inner
             counts = [
                 count + total - entry
                 for count, total, entry in zip(counts, self.compaction.removed, entry_removed, strict=True)
             ]
-        index = self.compaction.index.clamp(min=0)
-        positions = (positions - dropped).take_along_dim(index.expand(*positions.shape[:-1], -1), -1)
-        positions = positions * (self.compaction.index >= 0)
-        return positions, removed + torch.tensor(counts).to(removed.device, non_blocking=True)[:, None]
+        return dropped, torch.tensor(counts).to(positions.device, non_blocking=True)[:, None]
+
+
+def _kept(compaction: Compaction) -> Tensor:
+    return compaction.destination < compaction.width

@@ -27,7 +27,9 @@ def deeper(case: FamilyCase, layers: int = LAYERS) -> FamilyCase:
         kinds = getattr(text, "layer_types", None)
         if kinds:
             text.layer_types = [kinds[0]] * layers
-        model = spread_weights(type(shallow)(config)).to(dtype).eval()
+        model = spread_weights(type(shallow)(config))
+        model.load_state_dict(shallow.state_dict(), strict=False)
+        model = model.to(dtype).eval()
         model.generation_config = copy.deepcopy(shallow.generation_config)
         return model
 

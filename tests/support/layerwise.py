@@ -49,17 +49,22 @@ def language_model_inputs(model: Any, inputs: dict[str, Tensor]) -> dict[str, An
     return caught[0]
 
 
+def placeholders(model: Any, ids: Tensor) -> Tensor:
+    """Return where the placeholders of images and videos are."""
+    tokens = (getattr(model.config, f"{modality}_token_id", None) for modality in find_family(model).modalities)
+    return torch.isin(ids, torch.tensor([token for token in tokens if token is not None]))
+
+
 def alive_columns(model: Any, inputs: dict[str, Tensor], record: Any, row: int, layer: int) -> Tensor:
     """Return the columns of a row that reach `layer`, ascending."""
     ids, mask = inputs["input_ids"][row], inputs["attention_mask"][row].bool()
-    visual = ids == model.config.image_token_id
-    placeholders = visual.nonzero().flatten()
-    columns, start = [(mask & ~visual).nonzero().flatten()], 0
+    visual = placeholders(model, ids)
+    columns, mine = [(mask & ~visual).nonzero().flatten()], visual.nonzero().flatten()
     for image in record.images:
         if image.batch_index == row:
             kept = [stage for first, stage in image.stages if first <= layer][-1]
-            columns.append(placeholders[start : start + image.total][kept])
-            start += image.total
+            columns.append(mine[: image.total][kept])
+            mine = mine[image.total :]
     return torch.cat(columns).sort().values
 
 
@@ -96,7 +101,7 @@ def row_by_layers(
     later = torch.zeros(0, dtype=torch.int64) if later is None else later
     total = inputs["input_ids"].shape[1]
     after = total + torch.arange(len(later))
-    visual = inputs["input_ids"] == model.config.image_token_id
+    visual = placeholders(model, inputs["input_ids"])
     valid = inputs["attention_mask"][row].bool().nonzero().flatten()
 
     ids = given.get("position_ids")
