@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+from layer_site.by_hand import cache_lengths
 
 import vlmprune
-from layer_site.by_hand import cache_lengths
 from support.deeper import deeper
 from support.families.qwen2_5_vl import QWEN2_5_VL
 from support.families.qwen3_vl import QWEN3_VL
