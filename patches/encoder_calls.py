@@ -40,6 +40,8 @@ class EncoderCall:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Encode as the host does, and attach `EncodedVisuals` to the output."""
+        inputs = self.__signature__.bind_partial(*args, **kwargs).arguments
+        self.family.check_encoding(self.modality, inputs)
         frame = TowerFrame()
         # Some hosts encode videos by the call for images.
         nested = bool(self.frames.tower)
@@ -52,7 +54,6 @@ class EncoderCall:
         if features is None:
             return output
         inner = encoded_visuals(output)
-        inputs = self.__signature__.bind_partial(*args, **kwargs).arguments
         visuals = EncodedVisuals(
             modality=self.modality,
             inputs={name: value for name, value in inputs.items() if not name.startswith("pixel_values")},

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any, ClassVar
 
@@ -55,6 +55,9 @@ class Family:
     def placeholder_id(self, modality: str) -> int:
         """Return the id of the token that stands for one visual token of an image or a video."""
         return int(getattr(self.config, f"{modality}_token_id"))
+
+    def check_encoding(self, modality: str, inputs: Mapping[str, Any]) -> None:
+        """Raise LayoutError for arguments of `get_{modality}_features`, by name, that the host would not refuse clearly."""
 
     def token_counts(self, modality: str, features: Sequence[Tensor]) -> tuple[int, ...]:
         """Return the visual tokens of each image or video, given its features as `get_{modality}_features` returns them."""

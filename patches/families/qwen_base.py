@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import cached_property, lru_cache
+from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, nn
 
 from vlmprune.errors import LayoutError
@@ -17,6 +16,8 @@ from ..encoded_visuals import EncodedVisuals
 from ..packed_tower import PackedTowerReader
 from ..tower_reader import TowerReader
 from .family import Family
+
+_PIXELS = {"image": "pixel_values", "video": "pixel_values_videos"}
 
 
 class QwenVL(Family):
@@ -37,7 +38,7 @@ class QwenVL(Family):
 
     def vision_attention(self, layer: int) -> nn.Module:
         """Return `attn` of a block."""
-        return self.vision_tower.blocks[layer].attn  # type: ignore[index, union-attr, return-value]
+        return self.vision_tower.blocks[layer].attn  # type: ignore[index, union-attr]
 
     @property
     def vision_heads(self) -> int:
@@ -55,6 +56,34 @@ class QwenVL(Family):
         """Every image is one plain raster."""
         return True
 
+    def check_encoding(self, modality: str, inputs: Mapping[str, Any]) -> None:
+        """Check the grids against the pixels, which the host does not do, or only by chance.
+
+        Raises:
+            LayoutError: no grid, a grid of which no whole tokens can be made, or grids of other pixels.
+        """
+        name, pixels = f"{modality}_grid_thw", inputs.get(_PIXELS[modality])
+        grid = inputs.get(name)
+        if not isinstance(grid, Tensor) or grid.ndim != 2 or grid.shape[1] != 3:
+            shape = list(grid.shape) if isinstance(grid, Tensor) else grid
+            raise LayoutError(
+                f"{_PIXELS[modality]} came with {name}={shape}; needed: the processor's tensor of shape [{modality}s, 3]."
+            )
+        merge = int(self.config.vision_config.spatial_merge_size)
+        grids = grid.tolist()
+        for number, (frames, rows, columns) in enumerate(grids):
+            if frames < 1 or rows < merge or columns < merge or rows % merge or columns % merge:
+                raise LayoutError(
+                    f"{modality.capitalize()} {number} has {frames} x {rows} x {columns} patches in {name}; allowed: "
+                    f"frames >= 1, rows and columns in multiples of {merge}, {merge} at least. The image is "
+                    "too small, or the processor's `merge_size` is not the model's."
+                )
+        patches = sum(frames * rows * columns for frames, rows, columns in grids)
+        if isinstance(pixels, Tensor) and len(pixels) != patches:
+            raise LayoutError(
+                f"{_PIXELS[modality]} holds {len(pixels)} patches, {name} {grids} stands for {patches}; allowed: the same."
+            )
+
     def layouts(self, visuals: EncodedVisuals) -> tuple[VisualLayout, ...]:
         """Return a raster per image; for a video the rasters of all its frames.
 
@@ -63,9 +92,7 @@ class QwenVL(Family):
         """
         grids: Any = visuals.inputs[f"{visuals.modality}_grid_thw"].tolist()
         merge = int(self.config.vision_config.spatial_merge_size)
-        layouts = tuple(
-            frames_layout(int(frames), int(rows) // merge, int(columns) // merge) for frames, rows, columns in grids
-        )
+        layouts = tuple(raster_layout(rows // merge, columns // merge, frames) for frames, rows, columns in grids)
         if tuple(layout.total for layout in layouts) != visuals.counts:
             raise LayoutError(
                 f"{visuals.modality}_grid_thw {grids} stands for {[layout.total for layout in layouts]} visual tokens, "
@@ -80,23 +107,3 @@ class QwenVL(Family):
                 f"The vision tower scored {len(signal)} tokens, the features have {list(visuals.counts)} visual tokens."
             )
         return signal
-
-
-@lru_cache(maxsize=256)
-def frames_layout(frames: int, rows: int, columns: int) -> VisualLayout:
-    """Return the layout of `frames` rasters of `rows` x `columns` one after the other; one frame is an image."""
-    image = raster_layout(rows, columns)
-    if frames == 1:
-        return image
-    frame = torch.arange(frames).repeat_interleave(rows * columns)
-    row, column = image.row.repeat(frames), image.column.repeat(frames)
-    return VisualLayout(
-        tile=torch.zeros_like(frame),
-        row=row,
-        column=column,
-        stitched_row=row,
-        stitched_column=column,
-        newline=torch.zeros_like(frame, dtype=torch.bool),
-        frame=frame,
-        tile_grid=(rows, columns),
-    )
