@@ -1,0 +1,92 @@
+"""The hosts' own processors with a small tokenizer, photographs and clips for them; no downloads."""
+
+from __future__ import annotations
+
+import copy
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from support.families.anyres_case import PATCH, TILE
+from support.families.llava_onevision import PINPOINTS
+from support.families.llava_onevision import VIDEO_TOKEN as ONEVISION_VIDEO
+from support.families.qwen_case import VIDEO_TOKEN, VISION_END, VISION_START
+from support.tiny_models import IMAGE_TOKEN, PAD, FamilyCase, spread_weights
+
+_WORDS = (
+    "what", "is", "shown", "here", "?", "describe", "the", "picture", "and", "clip", ".", "yes", "no", "a",
+    "seconds", "<", ">", "0", "1", "2", "3", "4", "5", "6", "7", "8", "9",
+)  # fmt: skip
+QWEN_PATCH = {"Qwen2VLProcessor": 14, "Qwen2_5_VLProcessor": 14, "Qwen3VLProcessor": 16}
+_QWEN_VIDEO = {"Qwen3VLProcessor": "Qwen3VLVideoProcessor"}
+
+
+def _tokenizer(special: dict[str, int]) -> PreTrainedTokenizerFast:
+    words = {"<pad>": PAD, "<unk>": 1, **{word: 2 + index for index, word in enumerate(_WORDS)}, **special}
+    core = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Whitespace(), pre_tokenizers.Digits(True)])
+    core.add_special_tokens([AddedToken(token, normalized=False) for token in special])
+    return PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", unk_token="<unk>", padding_side="left")
+
+
+def qwen_processor(name: str) -> Any:
+    """Return a Qwen-VL processor for pictures and frames of at most about 160 x 160 pixels."""
+    tokens = {"<|image_pad|>": IMAGE_TOKEN, "<|video_pad|>": VIDEO_TOKEN}
+    tokens |= {"<|vision_start|>": VISION_START, "<|vision_end|>": VISION_END}
+    sizes = {"patch_size": QWEN_PATCH[name], "merge_size": 2, "temporal_patch_size": 2}
+    image_processor = transformers.Qwen2VLImageProcessor(
+        **sizes, size={"shortest_edge": 56 * 56, "longest_edge": 160 * 160}
+    )
+    # The video processor of Qwen3-VL counts the pixels of all frames, those of Qwen2-VL of one.
+    longest = 8 * 112 * 112 if name == "Qwen3VLProcessor" else 112 * 112
+    video_processor = getattr(transformers, _QWEN_VIDEO.get(name, "Qwen2VLVideoProcessor"))(
+        **sizes, size={"shortest_edge": 56 * 56, "longest_edge": longest}, do_sample_frames=False
+    )
+    return getattr(transformers, name)(image_processor, _tokenizer(tokens), video_processor)
+
+
+def onevision_processor() -> Any:
+    """Return the OneVision processor for the tiles of the tiny model."""
+    square = {"height": TILE, "width": TILE}
+    return transformers.LlavaOnevisionProcessor(
+        transformers.LlavaOnevisionImageProcessor(size=square, image_grid_pinpoints=PINPOINTS),
+        _tokenizer({"<image>": IMAGE_TOKEN, "<video>": ONEVISION_VIDEO}),
+        transformers.LlavaOnevisionVideoProcessor(size=square),
+        num_image_tokens=(TILE // PATCH) ** 2,
+        vision_feature_select_strategy="full",
+        vision_aspect_ratio="anyres_max_2",
+    )
+
+
+def photograph(name: str) -> np.ndarray:
+    """Return a photograph of scikit-image, uint8 `[height, width, 3]`."""
+    from skimage import data
+
+    return np.asarray(getattr(data, name)())
+
+
+def clip(name: str, frames: int, height: int = 120, width: int = 160) -> np.ndarray:
+    """Return a pan over a photograph, uint8 `[frames, height, width, 3]`."""
+    picture = photograph(name)
+    return np.stack([picture[12 * frame :, 20 * frame :][:height, :width] for frame in range(frames)])
+
+
+@lru_cache(maxsize=8)
+def with_patches(case: FamilyCase, patch_size: int) -> Any:
+    """Return the tiny model of a case with the patch size of the published models."""
+    shallow = case.build(torch.float32)
+    config = copy.deepcopy(shallow.config)
+    vision = config.vision_config
+    if hasattr(vision, "window_size"):
+        vision.window_size = vision.window_size * patch_size // vision.patch_size
+    vision.patch_size = patch_size
+    model = spread_weights(type(shallow)(config)).eval()
+    with torch.no_grad():
+        model.lm_head.weight[VIDEO_TOKEN] = 0
+    model.generation_config = copy.deepcopy(shallow.generation_config)
+    return model
