@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 import vlmprune
 from support import method_batches as build
-from support.tiny_models import FAMILY_CASES
+from support.tiny_models import LLAVA_CLIP_GQA
 from vlmprune.errors import ParameterError, UnknownNameError, UnsupportedMethodError
 from vlmprune.methods import HiRED
 
@@ -113,7 +113,7 @@ def test_faithful_without_whole_tiles_says_so():
 
 @pytest.mark.parametrize("name", ["hired", "globalcom2"])
 def test_a_family_without_tiles_is_refused_and_the_others_are_named(name):
-    llava = next(family for family in FAMILY_CASES if family.name.startswith("llava-clip"))
+    llava = LLAVA_CLIP_GQA
     model = llava.build(torch.float32)
     with pytest.raises(UnsupportedMethodError, match=r"crops.*Families that have them: "):
         vlmprune.apply(model, name)

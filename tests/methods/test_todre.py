@@ -5,7 +5,7 @@ import torch
 
 import vlmprune
 from support import method_batches as build
-from support.tiny_models import FAMILY_CASES
+from support.tiny_models import LLAVA_CLIP_GQA
 from vlmprune.errors import ParameterError, UnknownNameError
 from vlmprune.methods import ToDRE
 
@@ -68,7 +68,7 @@ def test_bad_parameters_are_refused():
 
 @pytest.fixture(scope="module")
 def llava():
-    family = next(family for family in FAMILY_CASES if family.name == "llava-clip-gqa")
+    family = LLAVA_CLIP_GQA
     return family.build(torch.float32), family.inputs([[3, "A", 4], [2, "B", 5]], dtype=torch.float32)
 
 

@@ -167,4 +167,3 @@ def llava_case(name: str, text: Any = LLAMA_GQA, vision: Any = CLIP) -> FamilyCa
 
 LLAVA_CLIP_GQA = llava_case("llava-clip-gqa")
 LLAVA_SIGLIP_TIED = llava_case("llava-siglip-tied", QWEN_TIED, SIGLIP)
-FAMILY_CASES = (LLAVA_CLIP_GQA, LLAVA_SIGLIP_TIED)
