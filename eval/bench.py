@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,9 +16,10 @@ from transformers.utils import logging
 
 import vlmprune
 from vlmprune.budget import Keep
+from vlmprune.errors import BudgetError
 
 from .accuracy import TaskScore, evaluate_tasks, quiet_lmms_eval
-from .cells import BASELINES, Cell, check_cells, make_cells
+from .cells import BASELINES, Cell, LeftOut, make_cells, not_reachable, usable_cells
 from .fidelity import Fidelity, FidelityOptions, run_fidelity
 from .lmms_model import LiveModel
 from .loading import LoadedModel, load_model
@@ -69,10 +70,11 @@ def run_bench(options: BenchOptions, console: Console | None = None) -> list[Row
 
     Raises ``ResultFolderError`` where the folder holds another configuration; a cell is stored as soon as it is
     finished, so an interrupted run loses at most one. Of several processes only the first writes, prints and returns rows.
+    Cells that the model cannot give have no row, but a note beside the tables and under "left_out" in results.json.
     """
     started = time.perf_counter()
     ranks = Ranks()
-    loaded, cells = load_with_cells(options)
+    loaded, cells, left_out = load_with_cells(options)
     with quiet_lmms_eval():
         tasks = ranks.main_first(
             lambda: find_tasks(options.tasks, loaded.model.config.model_type, options.task_folders)
@@ -82,7 +84,14 @@ def run_bench(options: BenchOptions, console: Console | None = None) -> list[Row
     ranks.require_same("the cells", [cell.label for cell in cells])
     folder = ranks.on_main(lambda: ResultFolder(options.out, described))
     bench = _Bench(
-        options, loaded, cells, tasks, folder, console or Console(stderr=True, quiet=not ranks.is_main), ranks
+        options,
+        loaded,
+        cells,
+        tasks,
+        folder,
+        console or Console(stderr=True, quiet=not ranks.is_main),
+        ranks,
+        left_out,
     )
     model_seconds = bench.answer()
     rows: list[Row] = []
@@ -90,48 +99,53 @@ def run_bench(options: BenchOptions, console: Console | None = None) -> list[Row
         answered = time.perf_counter()
         timing = bench.time()
         timing_seconds = time.perf_counter() - answered
-        rows = make_rows([{**folder.read(cell), "timing": timing.get(cell.label)} for cell in cells], timing)
+        stored = [{**folder.read(cell), "timing": timing.get(cell.label)} for cell in bench.answered]
+        rows = make_rows(stored, timing)
         write_results(
             options,
             folder,
             rows,
+            left_out,
             {
                 "all": time.perf_counter() - started,
                 "answering_inside_the_model": model_seconds,
                 "measuring_times": timing_seconds,
             },
         )
-        print_tables(rows, folder.path)
+        print_tables(rows, folder.path, left_out)
     ranks.close()
     return rows
 
 
-def print_tables(rows: Sequence[Row], folder: Path) -> None:
-    """Accuracy and cost, at most 100 columns wide."""
+def print_tables(rows: Sequence[Row], folder: Path, left_out: Sequence[LeftOut] = ()) -> None:
+    """Accuracy and cost, at most 100 columns wide, and what is left out of them."""
     output = Console(width=100)
     for table in (*accuracy_tables(rows), cost_table(rows)):
         output.print(table)
         output.print()
+    for item in left_out:
+        output.print(item.note, soft_wrap=True, markup=False, highlight=False)
     output.print(f"Results, plots, every answer, and a page with all of it (report.html): {folder}", soft_wrap=True)
 
 
 def run_on_data(options: BenchOptions, data: Path, new_tokens: int = 32) -> list[Fidelity]:
     """Compare every cell with the unpruned model on prompts without labels (see ``run_fidelity``) instead of scoring tasks."""
-    loaded, cells = load_with_cells(options)
+    loaded, cells, left_out = load_with_cells(options)
+    for item in left_out:
+        Console(stderr=True).print(item.note, soft_wrap=True, markup=False, highlight=False)
     wanted = FidelityOptions(data, cells, options.out, options.limit, options.batch_size, new_tokens)
     return run_fidelity(loaded, wanted)
 
 
-def load_with_cells(options: BenchOptions) -> tuple[LoadedModel, list[Cell]]:
-    """The model and the cells asked for; raises where a method cannot serve the model."""
+def load_with_cells(options: BenchOptions) -> tuple[LoadedModel, list[Cell], list[LeftOut]]:
+    """The model, the cells asked for, and those of them that it cannot give; raises as ``usable_cells``."""
     logging.disable_progress_bar()
     datasets.disable_progress_bars()
     loaded = load_model(options.model, options.dtype, options.device, options.batch_size)
     served = vlmprune.list_methods(loaded.model)
     baselines = [name for name in BASELINES if options.baselines and name in served]
     cells = make_cells(options.methods, options.keeps, options.seed, baselines)
-    check_cells(loaded.model, cells)
-    return loaded, cells
+    return loaded, *usable_cells(loaded.model, cells, options.methods)
 
 
 def configuration(options: BenchOptions, loaded: LoadedModel, tasks: dict[str, Any]) -> dict[str, Any]:
@@ -156,6 +170,13 @@ class _Bench:
     folder: ResultFolder
     console: Console
     ranks: Ranks
+    left_out: list[LeftOut]
+
+    @property
+    def answered(self) -> list[Cell]:
+        """The cells without those that turned out to be out of reach for some picture."""
+        missing = {(item.title, repr(item.keep)) for item in self.left_out}
+        return [cell for cell in self.cells if (cell.title, repr(cell.keep)) not in missing]
 
     def answer(self) -> float:
         """Answer all items in every cell that is not stored yet; returns the seconds spent inside the model."""
@@ -176,7 +197,16 @@ class _Bench:
                 start = time.perf_counter()
                 with cell.applied_to(model):
                     live.reset(pruned=not cell.is_full)
-                    scores = evaluate_tasks(live, self.tasks, options.limit, options.seed)
+                    try:
+                        scores = evaluate_tasks(live, self.tasks, options.limit, options.seed)
+                    except BudgetError as error:
+                        # Whether a number of tokens can be reached depends on the picture. Of several processes the others
+                        # may be past it, and wait.
+                        if self.ranks.count > 1:
+                            raise
+                        self.left_out.append(not_reachable(cell, error))
+                        progress.update(bar, completed=number * items)
+                        continue
                 records = self.ranks.gathered(live.records)
                 model_seconds += live.model_seconds
                 progress.update(bar, completed=number * items)
@@ -198,7 +228,8 @@ class _Bench:
             return {}
         file = self.folder.path / "timing.json"
         stored: dict[str, Any] = read_json(file) if file.exists() else {}
-        if all(cell.label in stored for cell in self.cells):
+        cells = self.answered
+        if all(cell.label in stored for cell in cells):
             return stored
         task = next(iter(self.tasks.values()))
         document = (task.test_docs() if task.has_test_docs() else task.validation_docs())[0]
@@ -209,7 +240,7 @@ class _Bench:
             timing = time_cells(
                 self.loaded.model,
                 inputs,
-                self.cells,
+                cells,
                 self.options.timing_seconds,
                 lambda done, rounds: progress.update(bar, completed=done, total=rounds),
             )
@@ -222,7 +253,13 @@ def _items(task: Any, limit: int | None) -> int:
     return documents if limit is None else min(limit, documents)
 
 
-def write_results(options: BenchOptions, folder: ResultFolder, rows: Sequence[Row], seconds: dict[str, float]) -> None:
+def write_results(
+    options: BenchOptions,
+    folder: ResultFolder,
+    rows: Sequence[Row],
+    left_out: Sequence[LeftOut],
+    seconds: dict[str, float],
+) -> None:
     """Write results.json, results.csv, tables.md, the plots and report.html."""
     content = {
         "command": list(options.command),
@@ -250,6 +287,7 @@ def write_results(options: BenchOptions, folder: ResultFolder, rows: Sequence[Ro
             }
             for row in rows
         ],
+        "left_out": [{**asdict(item), "note": item.note} for item in left_out],
     }
     write_json(folder.path / "results.json", content)
     (folder.path / "results.csv").write_text(results_csv(rows), encoding="utf-8")
@@ -257,5 +295,6 @@ def write_results(options: BenchOptions, folder: ResultFolder, rows: Sequence[Ro
     for file, (cost, label) in PLOTS.items():
         plot_pareto(rows, folder.path / file, cost, label, f"{name}: accuracy against {label.split(' (')[0]}")
     markdown = "\n".join(map(as_markdown, [*accuracy_tables(rows), cost_table(rows)]))
-    (folder.path / "tables.md").write_text(markdown, encoding="utf-8")
+    notes = "".join(f"\n- {item.note}" for item in left_out)
+    (folder.path / "tables.md").write_text(markdown + (f"\nLeft out:\n{notes}\n" if notes else ""), encoding="utf-8")
     write_report([folder.path], folder.path / "report.html")

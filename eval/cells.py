@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, Literal
 
 from transformers import PreTrainedModel
 
 import vlmprune
 from vlmprune.budget import Keep, check_keep
-from vlmprune.errors import BudgetError, ParameterError, unknown
+from vlmprune.errors import BudgetError, ParameterError, UnsupportedMethodError, VlmpruneError, unknown
 from vlmprune.methods.base import Method
-from vlmprune.methods.registry import get_method, make_method
+from vlmprune.methods.registry import get_method, make_method, method_names
 
 FULL = "full"
+ALL = "all"
 BASELINES = ("random", "uniform", "pool")
 """Honest cheap baselines that every table shows."""
 
@@ -67,18 +68,41 @@ class Cell:
         return vlmprune.pruned(model, self.method, keep=self.keep, **dict(self.parameters))
 
 
+@dataclass(frozen=True)
+class LeftOut:
+    """A row that was asked for and that this model cannot give.
+
+    ``kind`` is "not reachable" (the method cannot keep so few tokens) or "not served" (the method needs what the model does
+    not have); ``reason`` names what is allowed.
+    """
+
+    title: str
+    keep: Keep | None
+    kind: Literal["not reachable", "not served"]
+    reason: str
+
+    @property
+    def note(self) -> str:
+        """One line for people."""
+        keep = "" if self.keep is None or self.kind == "not served" else f" keep={self.keep}"
+        return f"{self.title}{keep}: {self.kind}. {self.reason}"
+
+
 def _text(value: Any) -> str:
     return "+".join(map(str, value)) + "+" * (len(value) == 1) if isinstance(value, tuple) else str(value)
 
 
 def parse_methods(text: str) -> list[tuple[str, dict[str, Any]]]:
-    """Names with parameters from ``"pool,fastervlm:layer=-2"``: methods by comma, parameters by colon.
+    """Names with parameters from ``"pool,fastervlm:layer=-2"``: methods by comma, parameters by colon; "all" is every method.
 
     Raises ``UnknownNameError`` for a method or parameter that does not exist, ``ParameterError`` for a value that
     does not fit.
     """
     methods: list[tuple[str, dict[str, Any]]] = []
     for item in filter(None, (part.strip() for part in text.split(","))):
+        if item == ALL:
+            methods.extend((name, {}) for name in method_names())
+            continue
         name, *pairs = item.split(":")
         cls = get_method(name)
         parameters: dict[str, Any] = {}
@@ -147,8 +171,41 @@ def make_cells(
     return list({cell.label: cell for cell in cells}.values())
 
 
-def check_cells(model: PreTrainedModel, cells: Iterable[Cell]) -> None:
-    """Put every cell's method on and off once, so that one which cannot serve the model is refused at once."""
+def names_all(methods: Iterable[tuple[str, dict[str, Any]]]) -> bool:
+    """Whether every method there is was asked for, so that one which cannot serve the model is no mistake."""
+    return {name for name, _ in methods} >= set(method_names())
+
+
+def usable_cells(
+    model: PreTrainedModel, cells: Iterable[Cell], methods: Sequence[tuple[str, dict[str, Any]]]
+) -> tuple[list[Cell], list[LeftOut]]:
+    """Put every cell's method on and off once; returns the cells that the model can give, and those that it cannot.
+
+    Budgets out of reach are left out, and so are methods that cannot serve the model where all methods were asked for.
+    Raises ``UnsupportedMethodError`` for a method asked for by name that cannot serve the model, and the first error where
+    nothing of ``methods`` is left.
+    """
+    usable: list[Cell] = []
+    left_out: dict[tuple[str, str], LeftOut] = {}
+    errors: list[VlmpruneError] = []
     for cell in cells:
-        with cell.applied_to(model):
-            pass
+        try:
+            with cell.applied_to(model):
+                usable.append(cell)
+        except BudgetError as error:
+            errors.append(error)
+            left_out[cell.label, ""] = not_reachable(cell, error)
+        except UnsupportedMethodError as error:
+            if not names_all(methods):
+                raise
+            errors.append(error)
+            left_out[cell.title, "not served"] = LeftOut(cell.title, None, "not served", str(error))
+    asked = {name for name, _ in methods}
+    if errors and not any(cell.method in asked for cell in usable):
+        raise errors[0]
+    return usable, list(left_out.values())
+
+
+def not_reachable(cell: Cell, error: BudgetError) -> LeftOut:
+    """What to note of a cell whose budget the method cannot reach."""
+    return LeftOut(cell.title, cell.keep, "not reachable", str(error))

@@ -107,8 +107,14 @@ def _accuracy(content: Run, folder: Path) -> str:
         + plots
         + "<h3>Cost of one request</h3>"
         + _table(cost, cells)
+        + _left_out(content)
         + f"<p><small>{escape(notes)}.</small></p>\n<h3>Run it again</h3>\n<pre>{escape(shlex.join(content['command']))}</pre>\n"
     )
+
+
+def _left_out(content: Run) -> str:
+    items = "".join(f"<li>{escape(item['note'])}</li>\n" for item in content.get("left_out", []))
+    return f"<h3>Left out</h3>\n<ul>{items}</ul>\n" if items else ""
 
 
 FLOPS = {

@@ -20,7 +20,7 @@ from .errors import VlmpruneError, missing_extra
 USER_ERROR = 2
 INTERRUPTED = 130
 DEFAULT_METHODS = "random,uniform,pool,fastervlm,divprune"
-METHODS_HELP = "Methods by comma; parameters as name:parameter=value."
+METHODS_HELP = "Methods by comma, parameters as name:parameter=value; all: every method."
 KEEP_HELP = "Budgets by comma: shares (0.25) or counts (64)."
 
 app = typer.Typer(
@@ -168,9 +168,10 @@ def latency(
             sizes = []
         if not sizes or sizes[0] < 1:
             raise typer.BadParameter(f"--batch-size {batch_size!r}; allowed: whole numbers from 1, by comma.")
-        from vlmprune.eval.cells import check_cells, make_cells, parse_keeps, parse_methods
+        from vlmprune.eval.cells import make_cells, parse_keeps, parse_methods, usable_cells
 
-        cells = make_cells(parse_methods(methods), parse_keeps(keep), seed)
+        wanted = parse_methods(methods)
+        cells = make_cells(wanted, parse_keeps(keep), seed)
         from vlmprune.eval.latency_run import LatencyOptions, run_latency
         from vlmprune.eval.loading import load_model
         from vlmprune.eval.made_up_request import parse_sizes
@@ -183,7 +184,9 @@ def latency(
         else:
             opened = load_model(str(model), dtype, device, sizes[-1], largest)
             loaded, processor = opened.model, opened.processor.image_processor
-        check_cells(loaded, cells)
+        cells, left_out = usable_cells(loaded, cells, wanted)
+        for item in left_out:
+            typer.echo(item.note, err=True)
         options = LatencyOptions(cells, sizes, images, text_tokens, new_tokens, seconds, out)
         run_latency(loaded, str(model or random_weights), options, processor)
 

@@ -183,6 +183,32 @@ def test_methods_that_do_not_serve_the_model_are_refused_at_once(options, toy, t
     assert not options().out.exists()
 
 
+def test_budgets_out_of_reach_are_noted_and_the_rest_is_measured(options, capsys):
+    methods = [("pool", {}), ("pyramiddrop", {}), ("fastv", {})]
+    rows = run_bench(options(methods=methods, timing_seconds=0.1), quiet())
+    out = options().out
+    assert [(row.title, row.keep) for row in rows] == [
+        *(("full", None), ("pool", 0.5), ("pool", 8), ("pyramiddrop", 0.5)),
+    ]
+    wanted = [
+        ("fastv", 0.5, "not reachable", "nearest: keep=0.67"),
+        ("pyramiddrop", 8, "not reachable", "nearest: keep=22"),
+        ("fastv", 8, "not reachable", "nearest: keep=43"),
+    ]
+    left_out = json.loads((out / "results.json").read_text())["left_out"]
+    assert [(item["title"], item["keep"], item["kind"]) for item in left_out] == [item[:3] for item in wanted]
+    printed, markdown, page = (
+        capsys.readouterr().out,
+        (out / "tables.md").read_text(),
+        (out / "report.html").read_text(),
+    )
+    for title, keep, _, nearest in wanted:
+        for text in (printed, markdown, page):
+            (line,) = [line for line in text.splitlines() if f"{title} keep={keep}: not reachable" in line]
+            assert nearest in line
+    assert len(run_bench(options(methods=methods, timing_seconds=0.1), quiet())) == 4
+
+
 def test_relative_scores():
     full = {"a": {"score": 0.5, "higher_is_better": True}, "b": {"score": 2.0, "higher_is_better": False}}
     half = {"a": {"score": 0.25, "higher_is_better": True}, "b": {"score": 4.0, "higher_is_better": False}}

@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import pytest
 
-from vlmprune.errors import BudgetError, ParameterError, UnknownNameError
-from vlmprune.eval.cells import BASELINES, Cell, make_cells, parse_keeps, parse_methods, parse_value
+from vlmprune.errors import BudgetError, ParameterError, UnknownNameError, UnsupportedMethodError
+from vlmprune.eval.cells import BASELINES, Cell, make_cells, parse_keeps, parse_methods, parse_value, usable_cells
 from vlmprune.methods.registry import method_names
 
 
@@ -58,6 +58,39 @@ def test_cells_begin_with_the_full_model_and_hold_the_baselines():
 def test_every_method_can_be_named():
     for name in method_names():
         assert parse_methods(name) == [(name, {})]
+
+
+def test_all_methods():
+    assert [name for name, _ in parse_methods("all")] == method_names()
+    labels = [cell.label for cell in make_cells(parse_methods("all,fastv:layer=1"), [0.5], 0)]
+    assert labels == ["full", *(f"{name} keep=0.5" for name in method_names()), "fastv:layer=1 keep=0.5"]
+
+
+def test_what_the_model_cannot_give_is_left_out_with_the_reason(toy):
+    model, methods = toy.model(), parse_methods("all")
+    usable, left_out = usable_cells(model, make_cells(methods, [0.9, 0.5, 0.2], 0), methods)
+    labels = [cell.label for cell in usable]
+    assert {"full", "divprune keep=0.2", "fastv keep=0.9", "pyramiddrop keep=0.5"} <= set(labels)
+    notes = {(item.title, item.keep): item for item in left_out}
+    assert set(notes) == {
+        *(("hired", None), ("globalcom2", None), ("fastv", 0.5), ("fastv", 0.2), ("pyramiddrop", 0.2)),
+    }
+    assert notes["fastv", 0.5].kind == "not reachable"
+    assert "fastv keep=0.5: not reachable. " in notes["fastv", 0.5].note
+    assert "nearest: keep=0.67" in notes["fastv", 0.5].reason
+    assert "nearest: keep=0.34" in notes["pyramiddrop", 0.2].reason
+    assert notes["hired", None].note.startswith("hired: not served. 'hired' needs images cut in a thumbnail and crops")
+
+
+def test_what_was_asked_for_by_name_and_cannot_be_had_is_an_error(toy):
+    model = toy.model()
+    for text, keeps, error, message in (
+        ("hired,pool", [0.5], UnsupportedMethodError, "thumbnail"),
+        ("fastv", [0.5, 0.2], BudgetError, r"keep=0.5.*nearest: keep=0.67"),
+    ):
+        methods = parse_methods(text)
+        with pytest.raises(error, match=message):
+            usable_cells(model, make_cells(methods, keeps, 0, BASELINES), methods)
 
 
 def test_parameters_that_fix_the_budget_make_one_cell():
