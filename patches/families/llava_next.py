@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+import torch
+
 from ..encoded_visuals import EncodedVisuals
 from .anyres import AnyresImage, anyres_image
 from .anyres_family import AnyresFamily
@@ -20,5 +22,5 @@ class LlavaNext(AnyresFamily):
         vision, pinpoints = self.config.vision_config, self.config.image_grid_pinpoints
         return tuple(
             anyres_image(size, pinpoints, vision.image_size, vision.patch_size)
-            for size in visuals.inputs["image_sizes"].tolist()
+            for size in torch.as_tensor(visuals.inputs["image_sizes"]).tolist()
         )

@@ -7,6 +7,7 @@ from dataclasses import replace
 from functools import lru_cache
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 from torch.nn.functional import interpolate, pad
 
@@ -42,10 +43,10 @@ class LlavaOnevision(AnyresFamily):
     def images(self, visuals: EncodedVisuals) -> tuple[AnyresImage, ...]:
         """Follow `image_sizes`, and `batch_num_images`: an image is cut only where its prompt shows no other."""
         inputs, vision, pinpoints = visuals.inputs, self.config.vision_config, self.config.image_grid_pinpoints
-        sizes, per_prompt = inputs["image_sizes"].tolist(), inputs.get("batch_num_images")
+        sizes, per_prompt = torch.as_tensor(inputs["image_sizes"]).tolist(), inputs.get("batch_num_images")
         cut = [True] * len(sizes)
         if per_prompt is not None:
-            cut = [int(number) == 1 for number in per_prompt for _ in range(int(number))]
+            cut = [number == 1 for number in torch.as_tensor(per_prompt).tolist() for _ in range(number)]
         aspect = inputs.get("vision_aspect_ratio") or self.config.vision_aspect_ratio
         max_crops = int(aspect.removeprefix("anyres_max_"))
         return tuple(
