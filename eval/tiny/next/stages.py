@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from transformers import CLIPVisionModel, LlamaForCausalLM
+from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaForCausalLM
 
 from ..grounding import Grounding
 from ..language import Prompts, answer, language_config
@@ -17,12 +17,14 @@ from ..stages import BALANCE, by_task
 from ..symbolic import SymbolicTokens, blur_labels
 from ..tokenizer import build_tokenizer
 from ..tower import FEATURE_LAYER, GRID, TowerHeads, normalise, tower_config
-from .batches import ALL_GRIDS, COARSE_GRIDS, SMALL_GRIDS, SQUARE, TileBatch, TilePlan, stream
+from .answers import answer_in_two
+from .batches import ALL_GRIDS, COARSE_GRIDS, SMALL_GRIDS, SQUARE, TEST_GRIDS, TileBatch, TilePlan, stream
 from .insight import Insight
 from .tiles import CELLS, FIRST, TILE, Stitcher, TileSymbols
 
 TURNS = (("attribute", 2), ("existence", 2), ("counting", 2), ("relation", 3), ("reading", 1))
 MANY_TURNS = (("attribute", 3), ("existence", 3), ("counting", 4), ("relation", 5), ("reading", 1))
+READING_TURNS = (("attribute", 2), ("existence", 2), ("counting", 4), ("relation", 5), ("reading", 3))
 
 TOWER = Stage(
     "tower",
@@ -59,13 +61,21 @@ LANGUAGE_MORE = Stage(
 BRIDGE = Stage("bridge", (Phase(60, TilePlan(6, SQUARE)),), rates=(1.5e-3, 3e-4), seed=13_000_000, warmup=10)
 JOINT = Stage(
     "joint",
-    (Phase(150, TilePlan(6, SMALL_GRIDS, turns=MANY_TURNS)), Phase(450, TilePlan(6, ALL_GRIDS, turns=MANY_TURNS))),
-    rates=(5e-4, 5e-4),
+    (Phase(150, TilePlan(6, SMALL_GRIDS, turns=MANY_TURNS)), Phase(150, TilePlan(6, ALL_GRIDS, turns=MANY_TURNS))),
+    rates=(5e-4, 6e-4),
     seed=14_000_000,
-    warmup=20,
-    floor=0.03,
+    warmup=15,
+    floor=0.1,
 )
-STAGES = ("tower", "tower_more", "language", "language_more", "bridge", "joint")
+JOINT_MORE = Stage(
+    "joint_more",
+    (Phase(200, TilePlan(6, TEST_GRIDS, turns=READING_TURNS)),),
+    rates=(4e-4, 5e-4),
+    seed=15_000_000,
+    warmup=5,
+    floor=0.02,
+)
+STAGES = ("tower", "tower_more", "language", "language_more", "bridge", "joint", "joint_more")
 
 
 class Workshop:
@@ -189,12 +199,19 @@ class Workshop:
         """Everything together on real pictures and the answers; the tower's own losses stay on beside them."""
         self.load("bridge")
         self.load("language_more", "language", "insight")
+        self._train_together(stage)
 
+    def train_joint_more(self, stage: Stage = JOINT_MORE) -> None:
+        """The rest of it, mostly on pictures of the test sets' sizes and with more weight on reading."""
+        self.load("joint")
+        self._train_together(stage)
+
+    def _train_together(self, stage: Stage) -> None:
         def step(batch: TileBatch, wanted: bool) -> tuple[Tensor, Metrics]:
             hidden, losses = self.look(batch)
             tiles = self.projector(hidden[:, 1:]).unflatten(0, batch.tile_labels.shape[:2])
             visual = self.stitcher(tiles, batch.grid)
-            answers = answer(self.language, self.prompts.prefix, visual, batch.ids, batch.targets, early=True)
+            answers = answer_in_two(self.language, self.prompts.prefix, visual, batch.ids, batch.targets)
             inner, figures = self.insight(answers, batch.labels, batch.places)
             told: dict[str, float | Tensor] = {}
             if wanted:
@@ -210,7 +227,7 @@ class Workshop:
         run_stage(stage, self.parts, learn, step, self.out, self.resume, source=stream)
 
 
-def tile_tower_config() -> object:
+def tile_tower_config() -> CLIPVisionConfig:
     """tiny-llava's tower for pictures of one tile."""
     config = tower_config()
     config.image_size = TILE
