@@ -59,6 +59,14 @@ LANGUAGE_PLACES = Stage(
     warmup=10,
     floor=0.2,
 )
+LANGUAGE_MORE = Stage(
+    "language_more",
+    (Phase(180, SizedPlan(1700, SIZES, draw=False, turns=RELATION_TURNS)),),
+    rates=(1.5e-3,),
+    seed=2_400_000,
+    warmup=10,
+    floor=0.1,
+)
 TURNS = (("attribute", 1), ("existence", 2), ("counting", 2), ("relation", 2), ("reading", 1))
 JOINT = Stage(
     "joint",
@@ -69,7 +77,7 @@ JOINT = Stage(
     floor=0.03,
 )
 CHAINS: tuple[tuple[tuple[str, ...], ...], ...] = (
-    (("tower", "tower_full"), ("language", "language_places")),
+    (("tower", "tower_full"), ("language", "language_places", "language_more")),
     (("joint",),),
 )
 """The order of the stages: what stands in one inner group can run at the same time, chain by chain."""
@@ -160,7 +168,7 @@ class Workshop:
 
     def train_joint(self, stage: Stage = JOINT) -> None:
         """Everything together on pictures and the answers; labels and probes stay on beside them."""
-        self.load("language_places", "language", "guides", "codes")
+        self.load("language_more", "language", "guides", "codes")
         self.load("tower_full", "tower", "heads")
 
         def step(batch: SizedBatch, wanted: bool) -> tuple[Tensor, Metrics]:
@@ -174,6 +182,11 @@ class Workshop:
 
         learn = [[self.tower, self.heads], [self.language, self.guides]]
         self._run(stage, ("tower", "heads", "language", "guides", "codes"), learn, step)
+
+    def train_language_more(self, stage: Stage = LANGUAGE_MORE) -> None:
+        """More of the same."""
+        self.load("language_places", "language", "guides", "codes")
+        self.train_language(stage, guide=1.5, vectors=5.0)
 
     def match(self, labels: Tensor, tokens: Tensor) -> Tensor:
         """How far merged tokens are from their codes, as a share of the codes' variance; glyphs weigh four times more."""
