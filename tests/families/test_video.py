@@ -7,7 +7,7 @@ import vlmprune
 from support.deeper import deeper
 from support.families import llava_onevision, qwen2_5_vl, qwen2_vl, qwen3_vl
 from support.families.by_hand import check_pruned, language_model_inputs
-from support.families.qwen_case import VIDEO_TOKEN
+from support.families.qwen_case import VIDEO_TOKEN, token_types
 from vlmprune.errors import LayoutError, UnsupportedMethodError
 from vlmprune.methods import DivPrune, FastV
 from vlmprune.methods.registry import get_method
@@ -86,13 +86,17 @@ def test_row_in_a_batch_equals_row_alone(case, method, padding):
 
 @over_cases
 @over_methods
-def test_beams_cache_and_a_second_turn(case, method):
-    model, inputs = case.build(torch.float32), case.inputs(as_served(case, ROWS["mixed"]))
+def test_beams_and_cache(case, method):
+    rows = ROWS["mixed"]
+    if case not in QWEN_CASES:
+        # The host of OneVision repeats image by image for beams in transformers 5.17, not row by row.
+        rows = [[2, "A", 3, "video", 4], [1, "video B", 2, "small", 1], [6], [2, "B", 2]]
+    model, inputs = case.build(torch.float32), case.inputs(rows)
     greedy = {"max_new_tokens": 5, "do_sample": False}
     with torch.no_grad(), vlmprune.pruned(model, method, keep=0.3):
         beams = model.generate(**inputs, **greedy, num_beams=3, num_return_sequences=2)
         images = vlmprune.last_run(model).images
-        for row, items in enumerate(as_served(case, ROWS["mixed"])):
+        for row, items in enumerate(rows):
             alone = model.generate(**case.inputs([items]), **greedy, num_beams=3, num_return_sequences=2)
             assert beams[2 * row : 2 * row + 2, -5:].tolist() == alone[:, -5:].tolist()
             shown = [
@@ -101,6 +105,51 @@ def test_beams_cache_and_a_second_turn(case, method):
             assert shown[0] == shown[1] == shown[2]
         uncached = model.generate(**inputs, **greedy, use_cache=False)
         assert torch.equal(model.generate(**inputs, **greedy), uncached)
+
+
+@over_cases
+@over_methods
+def test_second_turn_continues_the_returned_cache(case, method):
+    model, first = case.build(torch.float32), case.inputs([[2, "A", 3, "video", 4], [1, "video B", 2], [6]])
+    greedy = {"max_new_tokens": 4, "do_sample": False}
+    with torch.no_grad(), vlmprune.pruned(model, method, keep=0.3):
+        turn = model.generate(**first, **greedy, return_dict_in_generate=True)
+        ids = torch.cat([turn.sequences, torch.tensor([[21, 22, 23]] * 3)], 1)
+        longer = {"input_ids": ids, "attention_mask": torch.cat([first["attention_mask"], torch.ones(3, 7).long()], 1)}
+        if "mm_token_type_ids" in first:
+            longer["mm_token_type_ids"] = token_types(ids)
+        from_scratch = model.generate(**{**first, **longer}, **greedy)
+        continued = model.generate(**longer, past_key_values=turn.past_key_values, **greedy)
+    assert torch.equal(continued, from_scratch)
+
+
+@pytest.mark.parametrize("case", QWEN_CASES, ids=str)
+def test_video_in_the_second_turn(case):
+    model, greedy = case.build(torch.float32), {"max_new_tokens": 4, "do_sample": False}
+    first, second = case.inputs([[3, "A", 4]]), case.inputs([[2, "video", 5]])
+    with torch.no_grad(), vlmprune.pruned(model, "divprune", keep=0.3):
+        turn = model.generate(**first, **greedy, return_dict_in_generate=True)
+        ids = torch.cat([turn.sequences, second["input_ids"]], 1)
+        text = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "mm_token_type_ids": token_types(ids)}
+        # The host makes positions from the grids of the whole prompt, but encodes only what it has grids and pixels of.
+        positions = case.positions(model, {**first, **second, **text})
+        continued = model.generate(
+            **{**second, **text}, position_ids=positions, past_key_values=turn.past_key_values, **greedy
+        )
+        assert [image.modality for image in vlmprune.last_run(model).images] == ["video"]
+        assert torch.equal(continued, model.generate(**{**first, **second, **text}, **greedy))
+
+
+@pytest.mark.parametrize("case", QWEN_CASES, ids=str)
+@over_rows
+def test_compact_positions_close_the_gaps_of_frames(case, rows):
+    model, inputs = case.build(torch.float32), case.inputs(rows)
+    given = language_model_inputs(model, inputs)
+    with torch.no_grad(), vlmprune.pruned(model, "uniform", keep=5, positions="compact"):
+        logits = model(**inputs).logits
+        run = vlmprune.last_run(model)
+        new = model.generate(**inputs, max_new_tokens=5, do_sample=False)[:, -5:]
+    check_pruned(model, inputs, run, logits, new, given, compact=True)
 
 
 @over_cases

@@ -7,21 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from support.layerwise import close_gaps, language_model_inputs
 from support.oracle import suppressed
 
-
-@torch.no_grad()
-def language_model_inputs(model: Any, inputs: dict[str, Tensor]) -> dict[str, Any]:
-    """Return what an unpatched model hands to its language model."""
-    caught: list[dict[str, Any]] = []
-    handle = model.model.language_model.register_forward_pre_hook(
-        lambda module, args, kwargs: caught.append(kwargs), with_kwargs=True
-    )
-    try:
-        model(**inputs, use_cache=False)
-    finally:
-        handle.remove()
-    return caught[0]
+__all__ = ["check_pruned", "kept_by_row", "language_model_inputs", "placeholders", "row_by_hand"]
 
 
 def placeholders(model: Any, ids: Tensor) -> Tensor:
@@ -51,6 +40,7 @@ def row_by_hand(
     given: dict[str, Any],
     later: Tensor | None = None,
     changed: dict[str, Any] | None = None,
+    compact: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Run the unpatched language model on what is kept of a row.
 
@@ -62,6 +52,7 @@ def row_by_hand(
         given: `language_model_inputs(model, inputs)`, with original position ids.
         later: ids of text that follows the prompt.
         changed: what replaces `inputs_embeds [kept, dim]` or `deepstack_visual_embeds` (per layer `[kept visual, dim]`).
+        compact: whether 3-D positions close the gaps that no kept token uses; 1-D positions always do here.
 
     Returns:
         The kept columns, and the logits `[kept + later, vocabulary]`.
@@ -77,7 +68,9 @@ def row_by_hand(
         ids = torch.arange(len(columns) + count)[None]
     else:
         ids = ids[-3:, row]
-        ids = torch.cat([ids[:, columns], ids[:, valid].max() + 1 + torch.arange(count).expand(3, -1)], 1)[:, None]
+        after = ids[:, valid].max() + 1 + torch.arange(count).expand(3, -1)
+        full, ids = torch.cat([ids[:, valid], after], 1), torch.cat([ids[:, columns], after], 1)
+        ids = (close_gaps(ids, full, ids) if compact else ids)[:, None]
     embeddings = changed.get("inputs_embeds", given["inputs_embeds"][row, columns])
     embeddings = torch.cat([embeddings, model.get_input_embeddings()(later)])
     arguments: dict[str, Any] = {}
@@ -99,10 +92,16 @@ def row_by_hand(
 
 
 def check_pruned(
-    model: Any, inputs: dict[str, Tensor], record: Any, logits: Tensor, generated: Tensor, given: dict[str, Any]
+    model: Any,
+    inputs: dict[str, Tensor],
+    record: Any,
+    logits: Tensor,
+    generated: Tensor,
+    given: dict[str, Any],
+    compact: bool = False,
 ) -> None:
     """Assert that pruned `logits [batch, columns, vocabulary]` and greedy tokens `[batch, new]` are those made by hand."""
     for row in range(len(logits)):
-        columns, expected = row_by_hand(model, inputs, record, row, given, later=generated[row, :-1])
+        columns, expected = row_by_hand(model, inputs, record, row, given, later=generated[row, :-1], compact=compact)
         torch.testing.assert_close(logits[row, columns], expected[: len(columns)], atol=2e-5, rtol=1e-4)
         assert suppressed(expected[len(columns) - 1 :]).argmax(-1).tolist() == generated[row].tolist()
