@@ -64,13 +64,20 @@ class AnyresImage:
         return torch.cat([thumbnail, stitched.flatten(0, 1)])
 
     @property
-    def layout(self) -> VisualLayout:
+    def layout(self) -> AnyresLayout:
         """The layout of the visual tokens.
 
         The stitched coordinates of an interpolated map are those of the interpolated map; tile, row and column are
         then those of the patch nearest to the token. A newline belongs to the tile at its left.
         """
         return _layout(self)
+
+
+@dataclass(frozen=True, eq=False)
+class AnyresLayout(VisualLayout):
+    """The layout of an image, and how it was packed."""
+
+    image: AnyresImage = AnyresImage(1)
 
 
 def anyres_image(
@@ -127,7 +134,7 @@ def cropped_image(
 
 
 @lru_cache(maxsize=256)
-def _layout(image: AnyresImage) -> VisualLayout:
+def _layout(image: AnyresImage) -> AnyresLayout:
     side = image.side
     place = torch.arange(side * side)
     absent = torch.full_like(place, -1)
@@ -139,7 +146,7 @@ def _layout(image: AnyresImage) -> VisualLayout:
     else:
         coordinates = torch.cat([thumbnail, _crop_coordinates(image, image.crops[1])], dim=1)
     tile, row, column, stitched_row, stitched_column = coordinates
-    return VisualLayout(
+    return AnyresLayout(
         tile=tile,
         row=row,
         column=column,
@@ -149,6 +156,7 @@ def _layout(image: AnyresImage) -> VisualLayout:
         frame=torch.zeros_like(tile),
         tile_grid=(side, side),
         crops=image.crops,
+        image=image,
     )
 
 

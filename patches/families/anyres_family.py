@@ -12,7 +12,7 @@ from vlmprune.errors import LayoutError
 from vlmprune.layout import VisualLayout
 
 from ..encoded_visuals import EncodedVisuals
-from .anyres import AnyresImage
+from .anyres import AnyresImage, AnyresLayout
 from .llava import Llava
 
 
@@ -48,22 +48,23 @@ class AnyresFamily(Llava):
 
     def token_vision(self, signal: Tensor, visuals: EncodedVisuals, layouts: Sequence[VisualLayout]) -> Tensor:
         """Bring `signal [tiles, tokens, heads]` in the order of the visual tokens, interpolated where the features are."""
-        images = self.images(visuals)
-        maps = self._maps_per_image(signal, images)
-        return torch.cat([image.pack(tiles) for image, tiles in zip(images, maps, strict=True)])
+        maps = self.tile_vision(signal, visuals, layouts)
+        return torch.cat([image.pack(tiles) for image, tiles in zip(packed_images(layouts), maps, strict=True)])
 
     def tile_vision(
         self, signal: Tensor, visuals: EncodedVisuals, layouts: Sequence[VisualLayout]
     ) -> tuple[Tensor, ...]:
         """Return the whole maps of every image's tiles, without the CLS column."""
-        return self._maps_per_image(signal, self.images(visuals))
-
-    def _maps_per_image(self, signal: Tensor, images: Sequence[AnyresImage]) -> tuple[Tensor, ...]:
-        return self.patch_maps(signal).split([image.tiles for image in images])
+        return self.patch_maps(signal).split([image.tiles for image in packed_images(layouts)])
 
     def patch_maps(self, signal: Tensor) -> Tensor:
         """Drop what precedes the patches of every tile: `[tiles, tokens, heads]` to `[tiles, side * side, heads]`."""
         return signal[:, signal.shape[1] - self.tile_side**2 :]
+
+
+def packed_images(layouts: Sequence[VisualLayout]) -> tuple[AnyresImage, ...]:
+    """Return how the images of these layouts were packed."""
+    return tuple(layout.image for layout in layouts if isinstance(layout, AnyresLayout))
 
 
 def check_counts(visuals: EncodedVisuals, layouts: Sequence[VisualLayout]) -> None:

@@ -49,7 +49,7 @@ class Llava(Family):
     @property
     def feature_layers(self) -> int | list[int]:
         """Indices of the hidden states that make the features, as in the configuration."""
-        return self.config.vision_feature_layer  # type: ignore[no-any-return]
+        return self.config.vision_feature_layer
 
     @cached_property
     def tower_facts(self) -> TowerFacts:

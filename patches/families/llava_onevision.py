@@ -83,14 +83,13 @@ class LlavaOnevision(AnyresFamily):
 def video_layout(frames: int, side: int) -> VisualLayout:
     """Return the layout of a video: `frames` rasters of `side` x `side` tokens, and a newline that belongs to the last frame."""
     raster = raster_layout(side, side, frames)
-    absent = {
-        name: pad(getattr(raster, name), (0, 1), value=-1)
-        for name in ("row", "column", "stitched_row", "stitched_column")
-    }
     return replace(
         raster,
-        **absent,
         tile=pad(raster.tile, (0, 1)),
+        row=pad(raster.row, (0, 1), value=-1),
+        column=pad(raster.column, (0, 1), value=-1),
+        stitched_row=pad(raster.stitched_row, (0, 1), value=-1),
+        stitched_column=pad(raster.stitched_column, (0, 1), value=-1),
         newline=pad(raster.newline, (0, 1), value=True),
         frame=pad(raster.frame, (0, 1), value=frames - 1),
         grid=None,

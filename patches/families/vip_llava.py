@@ -16,7 +16,7 @@ class VipLlava(Llava):
     @property
     def feature_layers(self) -> int | list[int]:
         """The older of the two names of the setting, which all versions know."""
-        return self.config.vision_feature_layers  # type: ignore[no-any-return]
+        return self.config.vision_feature_layers
 
     @property
     def has_grid(self) -> bool:
