@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -265,7 +266,13 @@ class Workshop:
         run_stage(stage, self.parts, learn, step, self.out, self.resume)
 
 
-def by_task(batch: Batch, right: Tensor) -> dict[str, float]:
+class Asked(Protocol):
+    """A batch that knows the task of each question of each picture."""
+
+    tasks: list[list[str]]
+
+
+def by_task(batch: Asked, right: Tensor) -> dict[str, float]:
     """Share of right answers of each task in a batch."""
     found: dict[str, list[bool]] = {}
     for tasks, row in zip(batch.tasks, right.tolist(), strict=True):

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from ..scenes import GLYPH_SIZE, LABEL_SIZES, PATCH_SIZE, Scene, patch_labels
+from ..glyphs import GLYPH_SIZE
+from ..scenes import LABEL_SIZES, PATCH_SIZE, Scene, patch_labels
 from .model import MERGE
 
 PATCH_LABELS: dict[str, int] = {**LABEL_SIZES, "quarter": 5}

@@ -67,10 +67,10 @@ LANGUAGE_MORE = Stage(
     warmup=10,
     floor=0.1,
 )
-TURNS = (("attribute", 1), ("existence", 2), ("counting", 2), ("relation", 2), ("reading", 1))
+TURNS = (("attribute", 1), ("existence", 2), ("counting", 2), ("relation", 3), ("reading", 1))
 JOINT = Stage(
     "joint",
-    (Phase(500, SizedPlan(1440, SIZES, turns=TURNS)),),
+    (Phase(400, SizedPlan(1200, SIZES, turns=TURNS)),),
     rates=(7e-4, 5e-4),
     seed=4_000_000,
     warmup=20,
