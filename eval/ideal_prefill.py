@@ -45,7 +45,10 @@ class IdealPrefill:
 
     def run(self) -> Tensor:
         """Tower, projector, language model, and the logits of the last token [batch, 1, vocabulary]."""
-        encoded = encode_images(self.model, self.inputs)
+        return self.after_tower(encode_images(self.model, self.inputs))
+
+    def after_tower(self, encoded: Any) -> Tensor:
+        """The same without tower and projector, whose output is given."""
         language = self.model.model.language_model
         deep = self._deep_features(encoded)
         if len(set(self.lengths)) == 1:

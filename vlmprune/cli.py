@@ -191,6 +191,31 @@ def latency(
         run_latency(loaded, str(model or random_weights), options, processor)
 
 
+@app.command(name="selection-cost")
+def selection_cost(
+    random_weights: Annotated[str, typer.Option(help="A true architecture with random weights.")] = "llava-1b",
+    methods: Annotated[str, typer.Option(help=METHODS_HELP)] = "all",
+    keep: Annotated[str, typer.Option(help=KEEP_HELP)] = "0.25",
+    image_size: Annotated[str, typer.Option(help="Sizes of the made-up picture by comma: 336 or 640x480.")] = "336",
+    text_tokens: Annotated[int, typer.Option(min=2, help="Text tokens of the made-up prompt.")] = 64,
+    dtype: Annotated[str, typer.Option(help="auto (bfloat16), float32, ...")] = "auto",
+    device: Annotated[str, typer.Option(help="auto (a GPU if there is one), cpu, cuda, cuda:1, ...")] = "auto",
+    rounds: Annotated[int, typer.Option(min=2, help="Rounds over all methods, after one that warms up.")] = 5,
+    out: Annotated[Path | None, typer.Option(help="CSV file to which the lines are added.")] = None,
+) -> None:
+    """Measure what selecting costs, as a share of the prefill time that dropping saves."""
+    with _clear_errors():
+        from vlmprune.eval.cells import make_cells, parse_keeps, parse_methods, usable_cells
+        from vlmprune.eval.selection_cost import open_request, run_selection_cost
+
+        wanted, budgets = parse_methods(methods), parse_keeps(keep)
+        model, requests = open_request(random_weights, dtype, device, image_size, text_tokens)
+        cells, left_out = usable_cells(model, make_cells(wanted, budgets, 0), wanted)
+        for item in left_out:
+            typer.echo(item.note, err=True)
+        run_selection_cost(model, requests, cells, rounds, out, {"model": random_weights})
+
+
 @app.command()
 def report(
     folders: Annotated[list[Path], typer.Argument(help="Result folders of bench and latency.")],

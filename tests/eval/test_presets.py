@@ -40,7 +40,7 @@ TOKENS = {
 
 
 def test_all_families_have_presets():
-    assert set(preset_names()) == {"llava-1b", *PUBLISHED}
+    assert set(preset_names()) == {"llava-1b", "llava-next-1b", *PUBLISHED}
     with pytest.raises(UnknownNameError, match=r"Did you mean 'llava-1\.5-7b'"):
         preset_config("llava-1.5-8b")
 

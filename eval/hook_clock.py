@@ -1,0 +1,83 @@
+"""The time that an applied method spends in its own hooks."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import wraps
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from vlmprune.patches.encoder_calls import EncoderCall
+
+_TABLES = ("_forward_pre_hooks", "_forward_hooks")
+
+
+class HookClock:
+    """Sums the seconds in all hooks of a model, and apart from them those of encoding the pictures.
+
+    Everything that an applied method adds to a call happens in its hooks: reading the tower's attention, scores, picking,
+    compaction, and handing the result back in the caller's shape.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.reset()
+
+    def reset(self) -> None:
+        """Start again at 0."""
+        self.in_hooks = self.in_tower = 0.0
+        self._running: list[str] = []
+        self._since = 0.0
+
+    @contextmanager
+    def watching(self, model: PreTrainedModel) -> Iterator[HookClock]:
+        """Time the hooks that `model` carries now; they are as before afterwards."""
+        tables = [getattr(module, name) for module in model.modules() for name in _TABLES]
+        before = [dict(table) for table in tables]
+        calls = [(name, value) for name, value in vars(model.model).items() if isinstance(value, EncoderCall)]
+        encodes = [encoder.encode for _, encoder in calls]
+        for table in tables:
+            for key, hook in table.items():
+                table[key] = self._timed(hook, "hooks")
+        for (name, encoder), encode in zip(calls, encodes, strict=True):
+            encoder.encode = self._timed(encode, "tower")
+            vars(model.model)[name] = self._timed(encoder, "hooks")
+        try:
+            yield self
+        finally:
+            for (name, encoder), encode in zip(calls, encodes, strict=True):
+                vars(model.model)[name] = encoder
+                encoder.encode = encode
+            for table, hooks in zip(tables, before, strict=True):
+                for key, hook in hooks.items():
+                    table[key] = hook
+
+    def _timed(self, call: Callable[..., Any], what: str) -> Callable[..., Any]:
+        @wraps(call)
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            self._switch()
+            self._running.append(what)
+            try:
+                return call(*args, **kwargs)
+            finally:
+                self._switch()
+                self._running.pop()
+
+        return timed
+
+    def _switch(self) -> None:
+        """Book the time since the last switch on what ran until now."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        now = time.perf_counter()
+        if self._running:
+            # A hook inside the tower is the method's, a hook inside a hook is counted once.
+            if self._running[-1] == "hooks":
+                self.in_hooks += now - self._since
+            else:
+                self.in_tower += now - self._since
+        self._since = now

@@ -1,0 +1,133 @@
+"""What selecting costs: what is counted, that the model is left as it was, and the command."""
+
+from __future__ import annotations
+
+import csv
+import io
+import time
+
+import pytest
+import torch
+from rich.console import Console
+
+import vlmprune
+from support.tiny_configs import tiny_config
+from vlmprune.eval import selection_cost
+from vlmprune.eval.cells import Cell, make_cells, parse_methods, usable_cells
+from vlmprune.eval.hook_clock import HookClock
+from vlmprune.eval.made_up_request import made_up_request
+from vlmprune.eval.random_weights import build_random
+from vlmprune.eval.selection_cost import measure_selection, run_selection_cost, with_short_tower, without_layers
+from vlmprune.methods import DivPrune, PyramidDrop
+
+STAGED = Cell("pyramiddrop", None, (("layers", (1, 2)), ("ratios", (0.5, 0.25))))
+
+
+def hooks_of(model):
+    return [(dict(m._forward_hooks), dict(m._forward_pre_hooks), set(vars(m))) for m in model.modules()]
+
+
+@pytest.fixture
+def request_(toy):
+    model = toy.model()
+    return model, made_up_request(model.config, (32, 32), 10)
+
+
+def test_every_method_has_its_line(request_, tmp_path):
+    model, inputs = request_
+    methods = parse_methods("all")
+    cells = [*usable_cells(model, make_cells(methods, [0.9], 0), methods)[0], STAGED]
+    model(**inputs)
+    before = hooks_of(model)
+    file, printed = tmp_path / "cost.csv", io.StringIO()
+    rows = run_selection_cost(
+        model, [inputs, inputs], cells, 2, file, {"model": "toy"}, Console(file=printed, width=100)
+    )
+    assert hooks_of(model) == before
+    titles = [cell.title for cell in cells if not cell.is_full]
+    assert [row.title for row in rows] == titles * 2
+    assert {"divprune", "fastv", "pyramiddrop", "todre"} <= set(titles)
+    for row in rows:
+        assert row.visual_tokens_before == 64
+        assert 0 < row.selection["median"] < row.pruned["median"]
+        assert row.rounds == 2
+    assert {row.title: row.visual_tokens_after for row in rows}[STAGED.title] == pytest.approx((64 + 32 + 16) / 3)
+    lines = list(csv.DictReader(file.open()))
+    assert [line["title"] for line in lines] == titles * 2
+    assert {line["model"] for line in lines} == {"toy"}
+    assert float(lines[0]["selection_ms_q25"]) <= float(lines[0]["selection_ms_median"])
+    assert "share %" in printed.getvalue()
+
+
+def test_slow_picking_shows_and_slow_layers_do_not(request_, monkeypatch):
+    model, inputs = request_
+    for cls, entry, cell in ((DivPrune, "select", Cell("divprune", 0.5)), (PyramidDrop, "select_at_layer", STAGED)):
+        picked = getattr(cls, entry)
+        with monkeypatch.context() as patch:
+            patch.setattr(cls, entry, lambda self, batch, picked=picked: time.sleep(0.05) or picked(self, batch))
+            (slow,) = measure_selection(model, inputs, [cell], 2)
+        assert 50 <= slow.selection["median"] < 200
+        handle = model.model.language_model.layers[1].mlp.register_forward_hook(lambda *_: time.sleep(0.05))
+        (plain,) = measure_selection(model, inputs, [cell], 2)
+        handle.remove()
+        if cell is not STAGED:
+            assert plain.selection["median"] < 40
+        assert plain.full["median"] > 50
+
+
+def test_tower_and_hooks_inside_it_are_told_apart(request_):
+    model, inputs = request_
+    clock = HookClock(model.device)
+    projection = model.model.vision_tower.encoder.layers[1].self_attn.q_proj
+    forward = projection.forward
+    with torch.no_grad(), vlmprune.pruned(model, "fastervlm", keep=0.5):
+        hook = next(iter(projection._forward_hooks))
+        slow = projection._forward_hooks[hook]
+        projection._forward_hooks[hook] = lambda *args: time.sleep(0.03) or slow(*args)
+        projection.forward = lambda *args: time.sleep(0.1) or forward(*args)
+        with clock.watching(model):
+            model(**inputs)
+        del projection.forward
+    assert 0.1 <= clock.in_tower < 0.2
+    assert 0.03 <= clock.in_hooks < 0.1
+    assert not projection._forward_hooks
+
+
+def test_layers_come_back(request_):
+    language = request_[0].model.language_model
+    layers = language.layers
+    with pytest.raises(IndexError), without_layers(request_[0]):
+        language.layers[0]
+    assert language.layers is layers
+
+
+@pytest.mark.parametrize("model_type", ["llava_next", "qwen2_5_vl", "qwen3_vl"])
+def test_other_families(model_type):
+    model = build_random(tiny_config(model_type), "float32", "cpu")
+    inputs = made_up_request(model.config, (64, 64), 10)
+    cells = [Cell("divprune", 0.5), Cell("pyramiddrop", None, (("layers", (1,)), ("ratios", (0.5,))))]
+    rows = measure_selection(model, inputs, cells, 2)
+    assert [row.visual_tokens_after < row.visual_tokens_before for row in rows] == [True, True]
+
+
+def test_short_tower():
+    config = with_short_tower(tiny_config("llava_next"), 1)
+    assert config.vision_config.num_hidden_layers == 1
+
+
+def test_command(monkeypatch, tmp_path, toy):
+    from typer.testing import CliRunner
+
+    from vlmprune.cli import app
+
+    monkeypatch.setattr(selection_cost, "preset_config", lambda name: toy.config())
+    monkeypatch.setattr(selection_cost, "preset_image_processor", lambda name: None)
+    file = tmp_path / "cost.csv"
+    given = ["selection-cost", "--methods", "all", "--keep", "0.5", "--image-size", "32", "--rounds", "2"]
+    result = CliRunner().invoke(app, [*given, "--device", "cpu", "--out", str(file)])
+    assert result.exit_code == 0, result.output
+    assert "fastv keep=0.5: not reachable" in result.output
+    assert "hired: not served" in result.output
+    assert "divprune" in file.read_text()
+    bad = CliRunner().invoke(app, ["selection-cost", "--image-size", "wide"])
+    assert bad.exit_code == 2
