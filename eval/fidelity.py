@@ -12,7 +12,6 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -21,10 +20,11 @@ from vlmprune.errors import VlmpruneError
 
 from .cells import Cell
 from .flops import equivalent_tokens
-from .lmms_model import LiveModel, user_turn
+from .lmms_model import LiveModel, RequestRecord, user_turn
 from .loading import LoadedModel
 from .machine import describe_machine
 from .progress import progress_bar
+from .ranks import Ranks
 from .result_folder import ResultFolder, write_json
 from .tables import cost_style
 
@@ -42,6 +42,26 @@ class Prompt:
 
     text: str
     images: tuple[str, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Reply:
+    """Greedy answer to a prompt and log-probabilities [vocabulary] of its first token."""
+
+    prompt: int
+    tokens: tuple[int, ...]
+    first: Tensor
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """One prompt under a pruned model, compared with the unpruned one."""
+
+    prompt: int
+    visual_tokens: float
+    same_answer: bool
+    same_first_token: bool
+    kl: float
 
 
 @dataclass(frozen=True)
@@ -122,9 +142,11 @@ class FidelityOptions:
 def run_fidelity(loaded: LoadedModel, options: FidelityOptions, console: Console | None = None) -> list[Fidelity]:
     """Compare every cell with the unpruned model, print a table, write fidelity.json and fidelity.csv.
 
-    Finished cells of an interrupted run are kept; the unpruned replies are made again where some cell is missing.
+    Finished cells of an interrupted run are kept; the unpruned replies are made again where some cell is missing. Several
+    processes share the batches, which are those of one process, and only the first writes, prints and returns rows.
     """
-    console = console or Console(stderr=True)
+    ranks = Ranks()
+    console = console or Console(stderr=True, quiet=not ranks.is_main)
     prompts = read_prompts(options.data, options.limit)
     configuration = {
         "kind": "fidelity",
@@ -133,22 +155,37 @@ def run_fidelity(loaded: LoadedModel, options: FidelityOptions, console: Console
         "batch_size": options.batch_size,
         "new_tokens": options.new_tokens,
     }
-    folder = ResultFolder(options.out, configuration)
     cells = [cell for cell in options.cells if not cell.is_full]
-    todo = [cell for cell in cells if not folder.has(cell)]
+    ranks.require_same("the configuration", configuration)
+    ranks.require_same("the cells", [cell.label for cell in cells])
+    folder = ranks.on_main(lambda: ResultFolder(options.out, configuration))
+    todo = ranks.on_main(lambda: [cell for cell in cells if not folder.has(cell)])
+    batches = [
+        (start, prompts[start : start + options.batch_size]) for start in range(0, len(prompts), options.batch_size)
+    ][ranks.rank :: ranks.count]
+    own = sum(len(batch) for _, batch in batches)
     live = LiveModel(loaded.model, loaded.processor, batch_size=options.batch_size)
     with progress_bar(console) as progress:
-        bar = progress.add_task("full", total=len(prompts) * (len(todo) + 1 if todo else 0))
+        bar = progress.add_task("full", total=own * (len(todo) + 1 if todo else 0))
         advance = partial(progress.advance, bar)
-        unpruned = replies(live, prompts, options.new_tokens, advance) if todo else []
+        unpruned = replies(live, batches, options.new_tokens, advance) if todo else []
         for number, cell in enumerate(todo, start=1):
             progress.update(bar, description=f"[{number}/{len(todo)}] {cell.label:<24.24}")
             with cell.applied_to(loaded.model):
                 live.reset(pruned=True)
-                found = replies(live, prompts, options.new_tokens, advance)
-            visual = fmean(equivalent_tokens(record.visual_per_layer) for record in live.records)
-            folder.write(cell, asdict(compare_replies(cell, unpruned, found, visual)))
-    rows = [_stored(folder.read(cell)) for cell in cells]
+                found = replies(live, batches, options.new_tokens, advance)
+            agreements = ranks.gathered(agreement(unpruned, found, live.records))
+            if ranks.is_main:
+                folder.write(cell, asdict(summarise_agreement(cell, agreements)))
+    rows: list[Fidelity] = []
+    if ranks.is_main:
+        rows = [_stored(folder.read(cell)) for cell in cells]
+        _write(folder, rows)
+    ranks.close()
+    return rows
+
+
+def _write(folder: ResultFolder, rows: Sequence[Fidelity]) -> None:
     write_json(
         folder.path / "fidelity.json",
         {"machine": describe_machine(), "configuration": folder.configuration, "rows": [asdict(row) for row in rows]},
@@ -160,7 +197,6 @@ def run_fidelity(loaded: LoadedModel, options: FidelityOptions, console: Console
     output = Console(width=100)
     output.print(fidelity_table(rows))
     output.print(f"Written to {folder.path}", soft_wrap=True)
-    return rows
 
 
 def data_checksum(prompts: Sequence[Prompt]) -> dict[str, Any]:
@@ -174,36 +210,47 @@ def data_checksum(prompts: Sequence[Prompt]) -> dict[str, Any]:
 
 
 def replies(
-    live: LiveModel, prompts: Sequence[Prompt], new_tokens: int, on_progress: Callable[[int], Any]
-) -> list[tuple[tuple[int, ...], Tensor]]:
-    """Greedy token ids and first-token log-probabilities [vocabulary] (on the CPU) of every prompt, as the model stands."""
-    found: list[tuple[tuple[int, ...], Tensor]] = []
-    for start in range(0, len(prompts), live.batch_size):
-        batch = prompts[start : start + live.batch_size]
+    live: LiveModel, batches: Sequence[tuple[int, Sequence[Prompt]]], new_tokens: int, on_progress: Callable[[int], Any]
+) -> list[Reply]:
+    """Greedy token ids and first-token log-probabilities (on the CPU) of every prompt, as the model stands.
+
+    ``batches`` come with the number of their first prompt.
+    """
+    found: list[Reply] = []
+    for start, batch in batches:
         tokens, first = live.reply([user_turn(prompt.text, prompt.images) for prompt in batch], new_tokens)
-        found.extend(zip(tokens, first.cpu(), strict=True))
+        numbered = enumerate(zip(tokens, first.cpu(), strict=True), start=start)
+        found.extend(Reply(number, answer, row) for number, (answer, row) in numbered)
         on_progress(len(batch))
     return found
 
 
-def compare_replies(
-    cell: Cell,
-    full: Sequence[tuple[tuple[int, ...], Tensor]],
-    pruned: Sequence[tuple[tuple[int, ...], Tensor]],
-    visual_tokens: float,
-) -> Fidelity:
-    """Agreement of two runs over the same prompts."""
-    before, after = (torch.stack([first for _, first in run]) for run in (full, pruned))
-    divergence = (before.exp() * (before - after)).sum(-1)
+def agreement(full: Sequence[Reply], pruned: Sequence[Reply], records: Sequence[RequestRecord]) -> list[Agreement]:
+    """Prompt by prompt, two runs over the same prompts; ``records`` are those of the pruned one."""
+    return [
+        Agreement(
+            prompt=after.prompt,
+            visual_tokens=equivalent_tokens(record.visual_per_layer),
+            same_answer=before.tokens == after.tokens,
+            same_first_token=bool(before.first.argmax() == after.first.argmax()),
+            kl=(before.first.exp() * (before.first - after.first)).sum().item(),
+        )
+        for before, after, record in zip(full, pruned, records, strict=True)
+    ]
+
+
+def summarise_agreement(cell: Cell, agreements: Sequence[Agreement]) -> Fidelity:
+    """Means over prompts, in their order."""
+    ordered = sorted(agreements, key=lambda one: one.prompt)
     return Fidelity(
         title=cell.title,
         keep=cell.keep,
-        items=len(full),
-        visual_tokens=visual_tokens,
-        same_answer=fmean(ours == theirs for (ours, _), (theirs, _) in zip(pruned, full, strict=True)),
-        same_first_token=(before.argmax(-1) == after.argmax(-1)).float().mean().item(),
-        kl=divergence.mean().item(),
-        kl_worst=divergence.max().item(),
+        items=len(ordered),
+        visual_tokens=fmean(one.visual_tokens for one in ordered),
+        same_answer=fmean(one.same_answer for one in ordered),
+        same_first_token=fmean(one.same_first_token for one in ordered),
+        kl=fmean(one.kl for one in ordered),
+        kl_worst=max(one.kl for one in ordered),
     )
 
 

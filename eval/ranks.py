@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
+import torch
 import torch.distributed as dist
 
 from vlmprune.errors import VlmpruneError
@@ -29,7 +30,12 @@ class Ranks:
         if self.count > 1:
             from accelerate import PartialState
 
-            PartialState()
+            state = PartialState(cpu=not torch.cuda.is_available())
+            if state.num_processes != self.count or not dist.is_initialized():
+                raise RankError(
+                    f"{self.count} processes were started, but accelerate sees {state.num_processes}; start them with "
+                    "accelerate launch --multi_gpu (on CPUs too) or torchrun."
+                )
 
     @property
     def is_main(self) -> bool:

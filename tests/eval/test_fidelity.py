@@ -19,10 +19,14 @@ from vlmprune.eval.fidelity import (
     DEFAULT_PROMPT,
     FidelityOptions,
     PromptDataError,
-    compare_replies,
+    Reply,
+    agreement,
     read_prompts,
     run_fidelity,
+    summarise_agreement,
 )
+from vlmprune.eval.flops import VisionWork
+from vlmprune.eval.lmms_model import RequestRecord
 from vlmprune.eval.loading import LoadedModel
 from vlmprune.eval.result_folder import ResultFolderError
 
@@ -89,11 +93,12 @@ def test_a_run_goes_on_and_does_not_mix(toy, prompts, tmp_path, monkeypatch):
 
 
 def test_divergence_is_that_of_the_definition():
-    full = torch.tensor([[0.5, 0.25, 0.25]]).log()
-    pruned = torch.tensor([[0.25, 0.5, 0.25]]).log()
-    result = compare_replies(Cell("pool", 2), [((1,), full[0])], [((1,), pruned[0])], 2.0)
-    assert result.kl == pytest.approx(0.5 * math.log(2) - 0.25 * math.log(2))
-    assert (result.same_answer, result.same_first_token) == (1, 0)
+    full = Reply(0, (1,), torch.tensor([0.5, 0.25, 0.25]).log())
+    pruned = Reply(0, (1,), torch.tensor([0.25, 0.5, 0.25]).log())
+    record = RequestRecord("", 0, 8, (2, 2), 5, 1, VisionWork(crops=1))
+    result = summarise_agreement(Cell("pool", 2), agreement([full], [pruned], [record]))
+    assert result.kl == result.kl_worst == pytest.approx(0.5 * math.log(2) - 0.25 * math.log(2))
+    assert (result.same_answer, result.same_first_token, result.visual_tokens) == (1, 0, 2)
 
 
 def test_folders_of_pictures(toy, tmp_path):
