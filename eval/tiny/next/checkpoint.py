@@ -83,3 +83,4 @@ def export(model: LlavaNextForConditionalGeneration, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     build_processor(build_tokenizer()).save_pretrained(folder)
     model.to(torch.bfloat16).save_pretrained(folder)
+    (folder / "model.safetensors").chmod(0o644)
