@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
 from ..batches import TEST_SEED
+from ..glyphs import GLYPH_SIZE
 from ..language import SLOT, Prompts
 from ..questions import TASKS, ask_existence, ask_reading
 from ..scenes import COLOUR_NAMES, PATCH_SIZE, SHAPES, Scene, decode_jpeg, encode_jpeg, make_scene, patch_labels, render
@@ -37,6 +38,8 @@ class TilePlan:
     radius: tuple[float, float] = (13.0, 18.0)
     draw: bool = True
     turns: tuple[tuple[str, int], ...] = ()
+    broken: float = 0.0
+    """Share of pictures whose string must run over the edge between two crops (of the others some do by chance)."""
 
 
 @dataclass
@@ -68,7 +71,14 @@ def make_batch(plan: TilePlan, prompts: Prompts, rng: np.random.Generator) -> Ti
     crops = grid[0] * grid[1]
     most = plan.things[1] if crops >= 4 else max(plan.things[0], plan.things[1] * crops // 4)
     least = min(plan.things[0], 3) if crops < 4 else plan.things[0]
-    scenes = [make_scene(rng, width, (least, most), plan.radius, tall=height) for _ in range(plan.size)]
+    scenes = []
+    for _ in range(plan.size):
+        must_break = grid[1] > 1 and plan.broken > 0 and rng.random() < plan.broken
+        while True:
+            scene = make_scene(rng, width, (least, most), plan.radius, tall=height)
+            if not must_break or is_broken(scene, PATCH_SIZE * plan.cells):
+                break
+        scenes.append(scene)
     pixels = torch.empty(0)
     if plan.draw:
         pixels = torch.stack([cut(decode_jpeg(encode_jpeg(render(scene)))) for scene in scenes])
@@ -103,6 +113,11 @@ def make_batch(plan: TilePlan, prompts: Prompts, rng: np.random.Generator) -> Ti
         places=torch.tensor(places),
         tasks=tasks,
     )
+
+
+def is_broken(scene: Scene, tile: int) -> bool:
+    """Whether the string runs over the edge between two crops side by side."""
+    return scene.text_x // tile != (scene.text_x + GLYPH_SIZE * len(scene.text) - 1) // tile
 
 
 def tile_window(cells: int, rng: np.random.Generator) -> Tensor:

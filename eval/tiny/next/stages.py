@@ -69,13 +69,22 @@ JOINT = Stage(
 )
 JOINT_MORE = Stage(
     "joint_more",
-    (Phase(200, TilePlan(6, TEST_GRIDS, turns=READING_TURNS)),),
+    (Phase(141, TilePlan(6, TEST_GRIDS, turns=READING_TURNS)),),
     rates=(4e-4, 5e-4),
     seed=15_000_000,
     warmup=5,
     floor=0.02,
+    horizon=200,
 )
-STAGES = ("tower", "tower_more", "language", "language_more", "bridge", "joint", "joint_more")
+JOINT_LAST = Stage(
+    "joint_last",
+    (Phase(120, TilePlan(6, TEST_GRIDS, turns=READING_TURNS, broken=0.5)),),
+    rates=(3e-4, 4.5e-4),
+    seed=16_000_000,
+    warmup=5,
+    floor=0.02,
+)
+STAGES = ("tower", "tower_more", "language", "language_more", "bridge", "joint", "joint_more", "joint_last")
 
 
 class Workshop:
@@ -204,6 +213,11 @@ class Workshop:
     def train_joint_more(self, stage: Stage = JOINT_MORE) -> None:
         """The rest of it, mostly on pictures of the test sets' sizes and with more weight on reading."""
         self.load("joint")
+        self._train_together(stage)
+
+    def train_joint_last(self, stage: Stage = JOINT_LAST) -> None:
+        """The same with more strings that run over the edge between two crops."""
+        self.load("joint_more")
         self._train_together(stage)
 
     def _train_together(self, stage: Stage) -> None:
