@@ -4,15 +4,16 @@ import pytest
 import torch
 
 import vlmprune
+from support.families.by_hand import language_model_inputs, placeholders
 from support.families.qwen2_5_vl import QWEN2_5_VL
 from support.families.qwen2_vl import QWEN2_VL
+from support.families.qwen3_vl import QWEN3_VL
 from support.families.rotary import alive_columns, new_tokens, rotary_positions
-from support.layerwise import language_model_inputs
 from support.oracle import suppressed
 
 GREEDY = {"max_new_tokens": 4, "do_sample": False}
 ROWS = [[3, "A", 4], [2, "small", 1, "large", 6], [9], [1, "video large", 1, "B", 2]]
-over_cases = pytest.mark.parametrize("case", [QWEN2_VL, QWEN2_5_VL], ids=repr)
+over_cases = pytest.mark.parametrize("case", [QWEN2_VL, QWEN2_5_VL, QWEN3_VL], ids=repr)
 pytestmark = pytest.mark.usefixtures("no_gradients")
 
 
@@ -43,8 +44,19 @@ def following(full, compact, count):
     return (first + torch.arange(count)).expand(3, -1)
 
 
-def lm_logits(model, embeddings, ids):
-    output = model.model.language_model(inputs_embeds=embeddings[None], position_ids=ids[:, None], use_cache=False)
+def lm_logits(model, inputs, given, row, columns, ids, later):
+    """Logits of the unpruned language model on columns of a row and the tokens `later`."""
+    visual = placeholders(model, inputs["input_ids"])
+    table = torch.cat([given["inputs_embeds"][row, columns], model.get_input_embeddings()(later)])
+    deep = {}
+    if given.get("deepstack_visual_embeds") is not None:
+        rank = (visual.flatten().cumsum(0).view_as(visual)[row] - 1)[columns[visual[row, columns]]]
+        mask = torch.cat([visual[row, columns], torch.zeros(len(later), dtype=torch.bool)])
+        deep = {
+            "visual_pos_masks": mask[None],
+            "deepstack_visual_embeds": [layer[rank] for layer in given["deepstack_visual_embeds"]],
+        }
+    output = model.model.language_model(inputs_embeds=table[None], position_ids=ids[:, None], use_cache=False, **deep)
     return model.lm_head(output.last_hidden_state)[0]
 
 
@@ -53,7 +65,7 @@ def lm_logits(model, embeddings, ids):
 @pytest.mark.parametrize("padding", ["left", "right"])
 def test_prefill_and_decode(case, keep, padding):
     model, inputs = case.build(torch.float32), case.inputs(ROWS, padding)
-    embeddings = language_model_inputs(model, inputs)["inputs_embeds"]
+    given = language_model_inputs(model, inputs)
     with vlmprune.pruned(model, "divprune", keep, positions="compact"), rotary_positions(model) as seen:
         logits = model(**inputs).logits
         record = vlmprune.last_run(model)
@@ -64,15 +76,14 @@ def test_prefill_and_decode(case, keep, padding):
         original = case.positions(model, inputs)[:, row, columns]
         closed_gaps += int((original - ids).max())
         assert seen[0][:, row, -len(columns) :].tolist() == ids.tolist()
-        expected = lm_logits(model, embeddings[row, columns], ids)
+        expected = lm_logits(model, inputs, given, row, columns, ids, new_tokens(0)[:, 0])
         torch.testing.assert_close(logits[row, columns], expected, atol=1e-4, rtol=1e-4)
         if new is None:
             continue
         later = following(full, original, 3)
         assert later[0, 0] == ids.max() + 1, "no gap between the prompt and the answer"
         assert torch.cat([call[:, row] for call in seen[2:]], 1).tolist() == later.tolist()
-        table = torch.cat([embeddings[row, columns], model.get_input_embeddings()(new[row, :3])])
-        answer = lm_logits(model, table, torch.cat([ids, later], 1))[-4:]
+        answer = lm_logits(model, inputs, given, row, columns, torch.cat([ids, later], 1), new[row, :3])[-4:]
         assert suppressed(answer).argmax(-1).tolist() == new[row].tolist()
     assert closed_gaps > 0, "the case must have gaps"
 

@@ -7,14 +7,18 @@ import pytest
 import torch
 
 import vlmprune
+from support.deeper import deeper
 from support.families.qwen2_5_vl import QWEN2_5_VL
 from support.families.qwen2_vl import QWEN2_VL
+from support.families.qwen3_vl import QWEN3_VL
 from support.families.qwen_case import token_types
 from support.families.rotary import alive_columns, new_tokens, rotary_positions
+from support.matrix import METHOD_PARAMETERS
+from support.oracle import suppressed
 
 ROWS = [[3, "A", 4], [2, "small", 1, "large", 6], [9], ["video small", 1, "B", 2]]
 GREEDY = {"max_new_tokens": 4, "do_sample": False}
-over_cases = pytest.mark.parametrize("case", [QWEN2_VL, QWEN2_5_VL], ids=repr)
+over_cases = pytest.mark.parametrize("case", [QWEN2_VL, QWEN2_5_VL, QWEN3_VL], ids=repr)
 pytestmark = pytest.mark.usefixtures("no_gradients")
 
 
@@ -228,3 +232,49 @@ def test_threads_with_equal_prompts(case):
         for thread in threads:
             thread.join()
     assert all(torch.equal(result, expected) for result in results)
+
+
+@over_cases
+def test_an_image_by_hand_in_the_second_turn(case):
+    """Without a mask the host counts on from the cache, for new images too; so does the pruned model."""
+    model = case.build(torch.float32)
+    first, second = (prompt(case, [row]) for row in ([3, "A", 4], [2, "small", 5]))
+    mask = second["attention_mask"]
+    del first["attention_mask"], second["attention_mask"]
+
+    def run():
+        cache = model(**first).past_key_values
+        cache = model(**second, past_key_values=cache).past_key_values
+        model(input_ids=new_tokens(1), past_key_values=cache)
+
+    plain, pruned, record = both_ways(model, run)
+    check_prefill(plain[1], pruned[1], second["input_ids"], mask, record)
+    assert torch.equal(plain[2], pruned[2])
+
+
+@over_cases
+@pytest.mark.parametrize("method", ["divprune", "fastv", "pyramiddrop", "todre"])
+@pytest.mark.parametrize("positions", [None, "compact"])
+def test_loops_agree_with_generate(case, method, positions):
+    """The three ways to write a loop, for methods that drop before and inside the language model."""
+    case = deeper(case)
+    model, inputs = case.build(torch.float32), prompt(case, ROWS[:1])
+    following = case.positions(model, inputs).max() + 1
+    with vlmprune.pruned(model, method, keep=0.5, positions=positions, **METHOD_PARAMETERS[method]):
+        expected = model.generate(**inputs, max_new_tokens=5, do_sample=False)[0, -5:].tolist()
+        for way in ("nothing", "mask", "positions"):
+            mask = inputs["attention_mask"]
+            output, tokens = model(**inputs), []
+            for number in range(5):
+                tokens.append(int(suppressed(output.logits[0, -1]).argmax()))
+                mask = torch.cat([mask, mask.new_ones(1, 1)], 1)
+                given = {
+                    "mask": {"attention_mask": mask},
+                    "positions": {"position_ids": (following + number).view(1, 1)},
+                }
+                output = model(
+                    input_ids=torch.tensor([tokens[-1:]]),
+                    past_key_values=output.past_key_values,
+                    **given.get(way, {}),
+                )
+            assert tokens == expected, way
