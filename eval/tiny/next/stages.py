@@ -149,7 +149,7 @@ class Workshop:
         self.load("tower", "tower", "heads")
         self.train_tower(stage)
 
-    def sight(self, batch: TileBatch, hidden: Tensor) -> dict[str, float | Tensor]:
+    def sight(self, batch: TileBatch, hidden: Tensor) -> dict[str, float]:
         """Accuracy of the patch labels in thumbnails and in crops."""
         features = hidden.unflatten(0, batch.tile_labels.shape[:2])
         small = self.heads.accuracy(features[:, 0], batch.tile_labels[:, 0])
