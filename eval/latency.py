@@ -14,8 +14,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import vlmprune
+from vlmprune.errors import BudgetError
 
-from .cells import Cell
+from .cells import Cell, LeftOut, not_reachable
 from .ideal_prefill import IdealPrefill, encode_images
 from .memory import PeakMemory
 from .timing import spread, time_generation
@@ -60,13 +61,15 @@ def measure(
     new_tokens: int,
     seconds: float,
     on_progress: Callable[[int, int], None] | None = None,
+    on_left_out: Callable[[LeftOut], None] | None = None,
 ) -> list[Measurement]:
     """Measure every cell on the same inputs, in rounds over all cells so that a drifting machine drifts for all of them.
 
     ``ideal`` is the unpatched model given as many tokens as the pruned one kept: vision tower and projector, then the language
     model on that many embeddings. It is timed next to the prefill of its cell, and ``overhead`` is the median of the ratios
     within rounds. For methods that drop inside the language model its sequence is cut short before the same layers. The first
-    round warms up and sets how many follow within about ``seconds`` (3 to 30).
+    round warms up and sets how many follow within about ``seconds`` (3 to 30). A cell whose budget a picture of that size does
+    not allow is left out, and ``on_left_out`` told.
     """
     probes = [_Probe(model, inputs, image_size, cell, new_tokens) for cell in cells]
     turns, order = list(probes), random.Random(0)
@@ -75,8 +78,14 @@ def measure(
     with torch.inference_mode():
         while done < rounds:
             order.shuffle(turns)
-            for probe in turns:
-                probe.run(keep_times=done > 0)
+            for probe in list(turns):
+                try:
+                    probe.run(keep_times=done > 0)
+                except BudgetError as error:
+                    turns.remove(probe)
+                    probes.remove(probe)
+                    if on_left_out is not None:
+                        on_left_out(not_reachable(probe.cell, error))
             if not done:
                 rounds = 1 + max(LEAST_ROUNDS, min(MOST_ROUNDS, int(seconds / (time.perf_counter() - start)) - 1))
             done += 1

@@ -75,8 +75,9 @@ def run_latency(
             if ranks.is_main and file is not None:
                 write_json(file, {"machine": describe_machine(), "rows": [asdict(row) for row in part]})
         found.extend(part)
-        output.print(latency_table(part))
-        output.print()
+        if part:
+            output.print(latency_table(part))
+            output.print()
     if ranks.is_main and folder is not None:
         write_json(
             folder.path / "latency.json",
@@ -105,7 +106,14 @@ def _measure_part(
         title = f"{image_size[0]} x {image_size[1]}, batch size {batch_size}, rounds over {len(options.cells)} cells"
         bar = progress.add_task(title, total=None)
         return measure(
-            model, inputs, image_size, options.cells, options.new_tokens, options.seconds, partial(_show, progress, bar)
+            model,
+            inputs,
+            image_size,
+            options.cells,
+            options.new_tokens,
+            options.seconds,
+            partial(_show, progress, bar),
+            lambda cell: console.print(cell.note, markup=False, soft_wrap=True),
         )
 
 

@@ -100,6 +100,14 @@ def test_methods_inside_the_language_model_are_measured(toy):
     assert row.overhead["median"] > 0
 
 
+def test_budgets_that_a_picture_does_not_allow_are_left_out(toy):
+    model, notes = toy.model(), []
+    cells = [Cell(), Cell("pyramiddrop", 2), Cell("uniform", 2)]
+    rows = measure(model, request_for(model), SIZE, cells, 3, 0.01, on_left_out=notes.append)
+    assert [row.title for row in rows] == ["full", "uniform"]
+    assert "pyramiddrop keep=2: not reachable" in notes[0].note
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("model_type", MAKERS)
 def test_every_family_is_measured(model_type, dtype):
