@@ -73,7 +73,7 @@ class LeftOut:
     """A row that was asked for and that this model cannot give.
 
     ``kind`` is "not reachable" (the method cannot keep so few tokens) or "not served" (the method needs what the model does
-    not have); ``reason`` names what is allowed.
+    not have, layers included); ``reason`` names what is allowed.
     """
 
     title: str
@@ -182,8 +182,8 @@ def usable_cells(
     """Put every cell's method on and off once; returns the cells that the model can give, and those that it cannot.
 
     Budgets out of reach are left out, and so are methods that cannot serve the model where all methods were asked for.
-    Raises ``UnsupportedMethodError`` for a method asked for by name that cannot serve the model, and the first error where
-    nothing of ``methods`` is left.
+    Raises ``UnsupportedMethodError`` or ``ParameterError`` for a method asked for by name that cannot serve the model, and the
+    first error where nothing of ``methods`` is left.
     """
     usable: list[Cell] = []
     left_out: dict[tuple[str, str], LeftOut] = {}
@@ -195,7 +195,7 @@ def usable_cells(
         except BudgetError as error:
             errors.append(error)
             left_out[cell.label, ""] = not_reachable(cell, error)
-        except UnsupportedMethodError as error:
+        except (UnsupportedMethodError, ParameterError) as error:
             if not names_all(methods):
                 raise
             errors.append(error)

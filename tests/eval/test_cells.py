@@ -82,6 +82,15 @@ def test_what_the_model_cannot_give_is_left_out_with_the_reason(toy):
     assert notes["hired", None].note.startswith("hired: not served. 'hired' needs images cut in a thumbnail and crops")
 
 
+def test_methods_whose_default_layer_the_model_does_not_have_are_left_out(toy):
+    model, methods = toy.model(), parse_methods("all")
+    model.config.text_config.num_hidden_layers = 2
+    _, left_out = usable_cells(model, make_cells(methods, [0.9], 0), methods)
+    (item,) = [item for item in left_out if item.title == "fastv"]
+    assert item.kind == "not served"
+    assert "has 2 layers" in item.reason
+
+
 def test_what_was_asked_for_by_name_and_cannot_be_had_is_an_error(toy):
     model = toy.model()
     for text, keeps, error, message in (

@@ -160,6 +160,72 @@ def test_a_budget_that_rounds_to_zero_is_an_error_and_the_model_goes_on():
         assert model.generate(**inputs, max_new_tokens=3).shape[1] == 46
 
 
+@pytest.mark.parametrize("total", [3, 7, 36, 576, 577, 2880, 3001, 7777])
+def test_what_the_errors_name_instead_of_zero_tokens_is_enough(total):
+    for rounding in ("round", "floor"):
+        with pytest.raises(BudgetError, match="keeps none of") as caught:
+            FastV(ratio=1 - 0.1 / total, rounding=rounding).schedule(total, 8)
+        ratio = float(str(caught.value).rsplit("ratio=", 1)[1].rstrip("."))
+        assert 1 <= FastV(ratio=ratio, rounding=rounding).schedule(total, 8)[0].tokens <= 2
+    with pytest.raises(BudgetError, match="at least") as caught:
+        PyramidDrop(layers=(2,), ratios=(0.5 / total,)).schedule(total, 8)
+    ratio = float(str(caught.value).split("at least ")[1].split(" ")[0])
+    assert PyramidDrop(layers=(2,), ratios=(ratio,)).schedule(total, 8)[0].tokens >= 1
+
+
+def test_one_image_of_a_batch_or_of_a_pipeline_without_tokens_is_named():
+    from support.deeper import deeper
+    from support.families.qwen2_vl import QWEN2_VL
+
+    case = deeper(QWEN2_VL)
+    model, inputs = case.build(torch.float32), case.inputs([[3, "large", 4], [2, "small", 1]])
+    for method, message in (
+        (
+            PyramidDrop(layers=(2, 4), ratios=(0.5, 0.04)),
+            r"ratio 0.04 at layer 4 keeps int\(16 \* 0.04\) = 0 of an image's 16",
+        ),
+        (
+            FastV(ratio=0.98, rounding="floor"),
+            r"ratio=0.98 keeps none of an image's 48 visual tokens; nearest: ratio=0.9791",
+        ),
+        (
+            [DivPrune(keep=4), PyramidDrop(layers=(3,), ratios=(0.2,))],
+            r"ratio 0.2 at layer 3 keeps int\(4 \* 0.2\) = 0",
+        ),
+    ):
+        with torch.no_grad(), vlmprune.pruned(model, method):
+            with pytest.raises(BudgetError, match=message):
+                model(**inputs)
+            assert model(**case.inputs([[5], [3]])).logits.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"layer_types": ["full_attention"] * 4 + ["sliding_attention"] * 4, "sliding_window": 8},
+            "layer 4.*sliding_attention",
+        ),
+        ({"layer_types": None, "sliding_window": 8}, "with a window; allowed: full attention"),
+    ],
+    ids=["some-layers", "all-layers"],
+)
+def test_windows_of_attention_are_refused(monkeypatch, changes, message):
+    model = DEEP_LLAVA.build(torch.float32)
+    for name, value in changes.items():
+        monkeypatch.setattr(model.model.language_model.config, name, value, raising=False)
+    with pytest.raises(UnsupportedMethodError, match=message):
+        vlmprune.apply(model, PyramidDrop(keep=0.5))
+
+
+def test_soft_capped_logits_are_refused(monkeypatch):
+    model = DEEP_LLAVA.build(torch.float32)
+    attention = model.model.language_model.layers[5].self_attn
+    monkeypatch.setattr(attention, "attn_logit_softcapping", 30.0, raising=False)
+    with pytest.raises(UnsupportedMethodError, match=r"layer 5.*soft-capped"):
+        vlmprune.apply(model, PyramidDrop(keep=0.5))
+
+
 def test_names_and_repr():
     model = DEEP_LLAVA.build(torch.float32)
     assert {"pyramiddrop", "fastv", "todre"} <= set(vlmprune.list_methods(model))

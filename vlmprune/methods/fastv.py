@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import floor
 from typing import ClassVar, Literal
 
 from torch import Tensor
@@ -70,8 +71,9 @@ class FastV(LayerMethod):
         if self.ratio is not None:
             count = fastv_count(total, self.ratio, self.rounding)
             if count == 0:
+                nearest = floor((1 - 1 / total) * 1e4) / 1e4
                 raise BudgetError(
-                    f"ratio={self.ratio} keeps none of an image's {total} visual tokens; nearest: ratio={1 - 1 / total:.4g}."
+                    f"ratio={self.ratio} keeps none of an image's {total} visual tokens; nearest: ratio={nearest:g}."
                 )
             return (LayerCut(self.layer, count),)
         assert self.keep is not None

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
+from math import ceil
 from typing import ClassVar
 
 from torch import Tensor
@@ -95,7 +96,7 @@ class PyramidDrop(LayerMethod):
                 if count == 0 and not self.allow_empty:
                     raise BudgetError(
                         f"ratio {ratio} at layer {cut} keeps int({total} * {ratio}) = 0 of an image's {total} visual tokens; "
-                        f"allowed: at least {1 / total:.4g} here, or allow_empty=True to drop all of them."
+                        f"allowed: at least {ceil(1e5 / total) / 1e5:g} here, or allow_empty=True to drop all of them."
                     )
             return tuple(LayerCut(cut, count) for cut, count in zip(cuts, counts, strict=True))
         assert self.keep is not None
