@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -131,9 +131,7 @@ def print_tables(rows: Sequence[Row], folder: Path, left_out: Sequence[LeftOut] 
 def run_on_data(options: BenchOptions, data: Path, new_tokens: int = 32) -> list[Fidelity]:
     """Compare every cell with the unpruned model on prompts without labels (see ``run_fidelity``) instead of scoring tasks."""
     loaded, cells, left_out = load_with_cells(options)
-    for item in left_out:
-        Console(stderr=True).print(item.note, soft_wrap=True, markup=False, highlight=False)
-    wanted = FidelityOptions(data, cells, options.out, options.limit, options.batch_size, new_tokens)
+    wanted = FidelityOptions(data, cells, options.out, options.limit, options.batch_size, new_tokens, left_out)
     return run_fidelity(loaded, wanted)
 
 
@@ -287,7 +285,7 @@ def write_results(
             }
             for row in rows
         ],
-        "left_out": [{**asdict(item), "note": item.note} for item in left_out],
+        "left_out": [item.described() for item in left_out],
     }
     write_json(folder.path / "results.json", content)
     (folder.path / "results.csv").write_text(results_csv(rows), encoding="utf-8")

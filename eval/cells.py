@@ -6,7 +6,7 @@ import hashlib
 import re
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
 from transformers import PreTrainedModel
@@ -86,6 +86,10 @@ class LeftOut:
         """One line for people."""
         keep = "" if self.keep is None or self.kind == "not served" else f" keep={self.keep}"
         return f"{self.title}{keep}: {self.kind}. {self.reason}"
+
+    def described(self) -> dict[str, Any]:
+        """All of it for a result file."""
+        return {**asdict(self), "note": self.note}
 
 
 def _text(value: Any) -> str:

@@ -16,9 +16,9 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from vlmprune.errors import VlmpruneError
+from vlmprune.errors import BudgetError, VlmpruneError
 
-from .cells import Cell
+from .cells import Cell, LeftOut, not_reachable
 from .flops import equivalent_tokens
 from .lmms_model import LiveModel, RequestRecord, user_turn
 from .loading import LoadedModel
@@ -129,7 +129,7 @@ def _line_prompt(line: str, file: Path, number: int) -> Prompt:
 
 @dataclass(frozen=True)
 class FidelityOptions:
-    """What ``run_fidelity`` compares."""
+    """What ``run_fidelity`` compares; ``left_out`` is what was asked for and is known to be impossible."""
 
     data: Path
     cells: Sequence[Cell]
@@ -137,6 +137,7 @@ class FidelityOptions:
     limit: int | None = None
     batch_size: int = 1
     new_tokens: int = 32
+    left_out: Sequence[LeftOut] = ()
 
 
 def run_fidelity(loaded: LoadedModel, options: FidelityOptions, console: Console | None = None) -> list[Fidelity]:
@@ -144,6 +145,7 @@ def run_fidelity(loaded: LoadedModel, options: FidelityOptions, console: Console
 
     Finished cells of an interrupted run are kept; the unpruned replies are made again where some cell is missing. Several
     processes share the batches, which are those of one process, and only the first writes, prints and returns rows.
+    Budgets that some picture does not allow are left out with a note; raises ``BudgetError`` where nothing else was asked for.
     """
     ranks = Ranks()
     console = console or Console(stderr=True, quiet=not ranks.is_main)
@@ -165,6 +167,7 @@ def run_fidelity(loaded: LoadedModel, options: FidelityOptions, console: Console
     ][ranks.rank :: ranks.count]
     own = sum(len(batch) for _, batch in batches)
     live = LiveModel(loaded.model, loaded.processor, batch_size=options.batch_size)
+    left_out = list(options.left_out)
     with progress_bar(console) as progress:
         bar = progress.add_task("full", total=own * (len(todo) + 1 if todo else 0))
         advance = partial(progress.advance, bar)
@@ -173,22 +176,37 @@ def run_fidelity(loaded: LoadedModel, options: FidelityOptions, console: Console
             progress.update(bar, description=f"[{number}/{len(todo)}] {cell.label:<24.24}")
             with cell.applied_to(loaded.model):
                 live.reset(pruned=True)
-                found = replies(live, batches, options.new_tokens, advance)
+                error: BudgetError | None = None
+                try:
+                    found = replies(live, batches, options.new_tokens, advance)
+                except BudgetError as raised:
+                    error = raised
+            errors = [reason for reason in ranks.gathered([error]) if reason is not None]
+            if errors:
+                left_out.append(not_reachable(cell, errors[0]))
+                if len(left_out) - len(options.left_out) == len(cells):
+                    raise errors[0]
+                continue
             agreements = ranks.gathered(agreement(unpruned, found, live.records))
             if ranks.is_main:
                 folder.write(cell, asdict(summarise_agreement(cell, agreements)))
     rows: list[Fidelity] = []
     if ranks.is_main:
-        rows = [_stored(folder.read(cell)) for cell in cells]
-        _write(folder, rows)
+        rows = [_stored(folder.read(cell)) for cell in cells if folder.has(cell)]
+        _write(folder, rows, left_out)
     ranks.close()
     return rows
 
 
-def _write(folder: ResultFolder, rows: Sequence[Fidelity]) -> None:
+def _write(folder: ResultFolder, rows: Sequence[Fidelity], left_out: Sequence[LeftOut]) -> None:
     write_json(
         folder.path / "fidelity.json",
-        {"machine": describe_machine(), "configuration": folder.configuration, "rows": [asdict(row) for row in rows]},
+        {
+            "machine": describe_machine(),
+            "configuration": folder.configuration,
+            "rows": [asdict(row) for row in rows],
+            "left_out": [item.described() for item in left_out],
+        },
     )
     with (folder.path / "fidelity.csv").open("w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, [field.name for field in fields(Fidelity)], lineterminator="\n")
@@ -196,6 +214,8 @@ def _write(folder: ResultFolder, rows: Sequence[Fidelity]) -> None:
         writer.writerows(asdict(row) for row in rows)
     output = Console(width=100)
     output.print(fidelity_table(rows))
+    for item in left_out:
+        output.print(item.note, soft_wrap=True, markup=False, highlight=False)
     output.print(f"Written to {folder.path}", soft_wrap=True)
 
 

@@ -144,7 +144,12 @@ def _fidelity(content: Run, folder: Path) -> str:
         "prompts": configuration["data"]["prompts"],
         **_machine(content["machine"]),
     }
-    return "<h3>Agreement with the unpruned model</h3>" + _facts(facts) + _table(columns, content["rows"])
+    return (
+        "<h3>Agreement with the unpruned model</h3>"
+        + _facts(facts)
+        + _table(columns, content["rows"])
+        + _left_out(content)
+    )
 
 
 def _latency(content: Run, folder: Path) -> str:

@@ -20,9 +20,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 import vlmprune
+from vlmprune.errors import BudgetError
 from vlmprune.methods.registry import make_method
 
-from .cells import Cell
+from .cells import Cell, LeftOut, not_reachable
 from .hook_clock import HookClock
 from .ideal_prefill import IdealPrefill, encode_images
 from .loading import pick_device
@@ -63,22 +64,24 @@ def measure_selection(
     inputs: dict[str, Tensor],
     cells: Sequence[Cell],
     rounds: int,
-    on_progress: Callable[[], None] | None = None,
+    on_left_out: Callable[[LeftOut], None] | None = None,
 ) -> list[SelectionCost]:
     """Measure every cell on one request, in rounds over all cells after one that warms up.
 
     A method that acts before the language model is measured with its layers taken out, which do the same whoever chose the
     tokens; its prefill is that of the layers on as many tokens, timed once a round for all methods that keep as many, and its
-    selection. A method that drops inside is measured in the whole call.
+    selection. A method that drops inside is measured in the whole call. A cell whose budget the request does not allow is left
+    out, and ``on_left_out`` told.
     """
     bench = _SelectionBench(model, inputs, cells)
-    turns, order = list(bench.cells), random.Random(0)
+    order = random.Random(0)
     with torch.inference_mode():
         for number in range(rounds + 1):
-            order.shuffle(turns)
+            turns = order.sample(bench.cells, len(bench.cells))
             bench.round(turns, keep_times=number > 0)
-            if on_progress is not None:
-                on_progress()
+    for item in bench.left_out:
+        if on_left_out is not None:
+            on_left_out(item)
     return bench.results()
 
 
@@ -93,6 +96,7 @@ class _SelectionBench:
         self.full: list[float] = []
         self.times: dict[str, list[tuple[float, float]]] = {cell.label: [] for cell in self.cells}
         self.layers: dict[str, list[int]] = {}
+        self.left_out: list[LeftOut] = []
 
     def round(self, cells: Sequence[Cell], keep_times: bool) -> None:
         if self.encoded is None:
@@ -101,15 +105,12 @@ class _SelectionBench:
         alone: dict[tuple[int, ...], float] = {}
         for cell in cells:
             inside = _drops_inside(cell)
-            with cell.applied_to(self.model), self.clock.watching(self.model):
-                if inside:
-                    selection, pruned = self._call()
-                else:
-                    with without_layers(self.model):
-                        self._call()
-                        selection = statistics.median(self._call()[0] for _ in range(REPEATS))
-                    pruned = 0.0
-                self.layers[cell.label] = vlmprune.last_run(self.model).visual_tokens_per_layer[0]
+            try:
+                selection, pruned = self._pruned(cell, inside)
+            except BudgetError as error:
+                self.cells.remove(cell)
+                self.left_out.append(not_reachable(cell, error))
+                continue
             if not inside:
                 kept = tuple(self.layers[cell.label])
                 if kept not in alone:
@@ -119,6 +120,17 @@ class _SelectionBench:
                 self.times[cell.label].append((selection, pruned))
         if keep_times:
             self.full.append(full)
+
+    def _pruned(self, cell: Cell, inside: bool) -> tuple[float, float]:
+        with cell.applied_to(self.model), self.clock.watching(self.model):
+            if inside:
+                times = self._call()
+            else:
+                with without_layers(self.model):
+                    self._call()
+                    times = statistics.median(self._call()[0] for _ in range(REPEATS)), 0.0
+            self.layers[cell.label] = vlmprune.last_run(self.model).visual_tokens_per_layer[0]
+        return times
 
     def _call(self) -> tuple[float, float]:
         """Seconds in hooks, and of the whole call without the tower."""
@@ -271,8 +283,12 @@ def run_selection_cost(
     output = console or Console(width=100)
     found: list[SelectionCost] = []
     for inputs in requests:
-        part = measure_selection(model, inputs, cells, rounds)
+        part = measure_selection(
+            model, inputs, cells, rounds, lambda item: output.print(item.note, soft_wrap=True, markup=False)
+        )
         found.extend(part)
+        if not part:
+            continue
         output.print(selection_table(part))
         output.print()
         if out is not None:

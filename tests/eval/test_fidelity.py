@@ -13,6 +13,7 @@ pytest.importorskip("lmms_eval")
 
 from rich.console import Console
 
+from vlmprune.errors import BudgetError
 from vlmprune.eval import fidelity
 from vlmprune.eval.cells import Cell
 from vlmprune.eval.fidelity import (
@@ -28,6 +29,7 @@ from vlmprune.eval.fidelity import (
 from vlmprune.eval.flops import VisionWork
 from vlmprune.eval.lmms_model import RequestRecord
 from vlmprune.eval.loading import LoadedModel
+from vlmprune.eval.report import write_report
 from vlmprune.eval.result_folder import ResultFolderError
 
 CELLS = [Cell(), Cell("uniform", 1.0), Cell("uniform", 2)]
@@ -65,6 +67,19 @@ def test_keeping_all_agrees_and_dropping_does_not(toy, prompts, tmp_path, capsys
     assert max(len(line) for line in printed if "Written to" not in line) <= 100
     assert len(json.loads((tmp_path / "out" / "fidelity.json").read_text())["rows"]) == 2
     assert (tmp_path / "out" / "fidelity.csv").read_text().count("\n") == 3
+
+
+def test_budgets_that_a_picture_does_not_allow_are_noted(toy, prompts, tmp_path, capsys):
+    fastv = Cell("fastv", 8)
+    rows = run(toy, prompts, tmp_path / "out", cells=[*CELLS, fastv])
+    assert [row.title for row in rows] == ["uniform", "uniform"]
+    (item,) = json.loads((tmp_path / "out" / "fidelity.json").read_text())["left_out"]
+    assert item["kind"] == "not reachable"
+    assert item["reason"].endswith("nearest: keep=43, or a smaller layer=2.")
+    assert "fastv keep=8: not reachable" in capsys.readouterr().out
+    assert "fastv keep=8: not reachable" in write_report([tmp_path / "out"], tmp_path / "page.html").read_text()
+    with pytest.raises(BudgetError, match="nearest: keep=43"):
+        run(toy, prompts, tmp_path / "alone", cells=[Cell(), fastv])
 
 
 def test_batch_sizes_agree(toy, prompts, tmp_path):

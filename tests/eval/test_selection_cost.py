@@ -93,6 +93,14 @@ def test_tower_and_hooks_inside_it_are_told_apart(request_):
     assert not projection._forward_hooks
 
 
+def test_budgets_that_the_request_does_not_allow_are_left_out(request_):
+    model, inputs = request_
+    left_out = []
+    rows = measure_selection(model, inputs, [Cell("fastv", 8), Cell("uniform", 8)], 2, left_out.append)
+    assert [row.title for row in rows] == ["uniform"]
+    assert "nearest: keep=43" in left_out[0].note
+
+
 def test_layers_come_back(request_):
     language = request_[0].model.language_model
     layers = language.layers
