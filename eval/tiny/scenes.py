@@ -202,7 +202,9 @@ def _background(rng: np.random.Generator, width: int, height: int) -> np.ndarray
     image += rng.integers(-10, 11, (height, width, 1), dtype=np.int8)
     palette = np.array([*COLOURS.values(), (240, 240, 240), (15, 15, 15)], np.float32)
     dots = width * height // 1200
-    for x, y, w, c in zip(*rng.integers(0, (width - 3, height - 3, 2, len(palette)), (dots, 4)).T.tolist(), strict=True):
+    for x, y, w, c in zip(
+        *rng.integers(0, (width - 3, height - 3, 2, len(palette)), (dots, 4)).T.tolist(), strict=True
+    ):
         image[y : y + 2 + w, x : x + 3 - w] = palette[c]
     return image
 
