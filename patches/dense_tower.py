@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,16 +26,17 @@ class DenseTowerReader(TowerReader):
 
     def __init__(self) -> None:
         self.heads = 1
+        self.frames = FrameStack()
 
     def install(self, family: Family, signals: Sequence[VisionSignal], frames: FrameStack, hooks: HookSet) -> None:
         """Register hooks on both projections of every layer."""
-        self.heads = family.vision_heads
+        self.heads, self.frames = family.vision_heads, frames
         whole_queries = {signal.layer for signal in signals if signal.kind == "received_attention"}
         for layer in sorted({signal.layer for signal in signals}):
             attention = family.vision_attention(layer)
             for kind in ("q_proj", "k_proj"):
                 whole = kind == "k_proj" or layer in whole_queries
-                hook = _keep_projection(frames, kind, layer, whole)
+                hook = partial(self._keep_projection, kind, layer, whole)
                 hooks.after(f"vision layer {layer} {kind}", getattr(attention, kind), hook)
 
     def read(self, signal: VisionSignal, frame: TowerFrame) -> Tensor:
@@ -50,10 +52,8 @@ class DenseTowerReader(TowerReader):
         rows = row_attention(query[:, :1], key, logits=signal.kind == "cls_logits")
         return rows[:, 0].transpose(1, 2)
 
-
-def _keep_projection(frames: FrameStack, kind: str, layer: int, whole: bool) -> Any:
-    def keep(module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
-        if frames.tower:
-            frames.tower[-1].captured[kind, layer] = output if whole else output[:, :1]
-
-    return keep
+    def _keep_projection(
+        self, kind: str, layer: int, whole: bool, module: nn.Module, args: Any, kwargs: Any, output: Tensor
+    ) -> None:
+        if self.frames.tower:
+            self.frames.tower[-1].captured[kind, layer] = output if whole else output[:, :1]

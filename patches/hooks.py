@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from torch import nn
-
-_ABSENT = object()
 
 
 class HookSet:
     """The hooks and replaced attributes of one applied method; `remove` leaves every module as it was.
 
     Only instances are touched, never classes. A `forward` that accelerate has replaced on the instance stays in place.
+    A deep copy of the model takes its own hooks along, provided that hooks are bound methods (or partials of such) and no
+    closures, which a copy would share with the original.
     """
 
     def __init__(self) -> None:
@@ -29,16 +30,9 @@ class HookSet:
 
     def replace(self, name: str, module: nn.Module, attribute: str, value: object) -> None:
         """Set an instance attribute that is not a parameter or submodule."""
-        previous = module.__dict__.get(attribute, _ABSENT)
+        had, previous = attribute in module.__dict__, module.__dict__.get(attribute)
         module.__dict__[attribute] = value
-
-        def restore() -> None:
-            if previous is _ABSENT:
-                del module.__dict__[attribute]
-            else:
-                module.__dict__[attribute] = previous
-
-        self._add(name, restore)
+        self._add(name, partial(_restore, module, attribute, had, previous))
 
     def remove(self) -> None:
         """Undo everything, last added first."""
@@ -53,3 +47,10 @@ class HookSet:
 
     def __repr__(self) -> str:
         return f"HookSet({', '.join(self._undo)})"
+
+
+def _restore(module: nn.Module, attribute: str, had: bool, previous: object) -> None:
+    if had:
+        module.__dict__[attribute] = previous
+    else:
+        del module.__dict__[attribute]

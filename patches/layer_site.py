@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -60,18 +61,20 @@ class LayerSite:
         check_decoder(model, range(first, self.family.decoder_layers), self.method.name)
         for layer in range(first, self.family.decoder_layers):
             hooks.before(
-                f"decoder layer {layer}", model.layers[layer], self._layer_hook(layer, before and layer in probed)
+                f"decoder layer {layer}",
+                model.layers[layer],
+                partial(self._enter_layer, layer, before and layer in probed),
             )
         for layer in probed:
             attention = model.layers[layer].self_attn
             if before:
                 for kind in ("q_proj", "k_proj"):
                     hooks.after(
-                        f"decoder layer {layer} {kind}", getattr(attention, kind), self._capture_hook(kind, layer)
+                        f"decoder layer {layer} {kind}", getattr(attention, kind), partial(self._capture, kind, layer)
                     )
             elif type(attention.k_proj) is nn.Linear:
-                hooks.before(f"decoder layer {layer} k_proj skipped", attention.k_proj, self._skip_hook(layer))
-                hooks.after(f"decoder layer {layer} k_proj reused", attention.k_proj, self._reuse_hook(layer))
+                hooks.before(f"decoder layer {layer} k_proj skipped", attention.k_proj, partial(self._skip, layer))
+                hooks.after(f"decoder layer {layer} k_proj reused", attention.k_proj, partial(self._reuse, layer))
 
     def begin_prefill(
         self,
@@ -156,26 +159,25 @@ class LayerSite:
             kept_by_stage=((0, record.kept_per_image), *run.kept),
         )
 
-    def _layer_hook(self, layer: int, probed: bool) -> Any:
-        def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            run = self._run()
-            if run is None:
-                return None
-            hidden = args[0] if args else kwargs["hidden_states"]
-            entering = hidden
-            if run.inputs is not None:
-                kwargs = {**kwargs, **run.inputs}
-            if layer - 1 in run.deepstack:
-                hidden = self._add_deepstack(run, hidden, run.deepstack[layer - 1])
-            if layer in run.boundaries:
-                hidden, kwargs = self._change(run, layer, hidden, kwargs)
-            if probed:
-                run.captured["position_embeddings"] = kwargs["position_embeddings"]
-            if run.inputs is None and hidden is entering:
-                return None
-            return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
-
-        return enter
+    def _enter_layer(
+        self, layer: int, probed: bool, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        run = self._run()
+        if run is None:
+            return None
+        hidden = args[0] if args else kwargs["hidden_states"]
+        entering = hidden
+        if run.inputs is not None:
+            kwargs = {**kwargs, **run.inputs}
+        if layer - 1 in run.deepstack:
+            hidden = self._add_deepstack(run, hidden, run.deepstack[layer - 1])
+        if layer in run.boundaries:
+            hidden, kwargs = self._change(run, layer, hidden, kwargs)
+        if probed:
+            run.captured["position_embeddings"] = kwargs["position_embeddings"]
+        if run.inputs is None and hidden is entering:
+            return None
+        return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
 
     def _change(
         self, run: LayerRun, layer: int, hidden: Tensor, kwargs: dict[str, Any]
@@ -291,36 +293,26 @@ class LayerSite:
         added = hidden.flatten(0, 1).index_add(0, run.current(columns), features[source].to(hidden))
         return added.view_as(hidden)
 
-    def _capture_hook(self, kind: str, layer: int) -> Any:
+    def _capture(self, kind: str, layer: int, module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
         whole = kind == "k_proj" or self.method.reads == "all tokens"
+        run = self._run()
+        if run is None or run.images is None or not run.images.images_at(layer + 1):
+            return
+        rows = torch.arange(run.batch, device=output.device)
+        run.captured[kind] = output.detach() if whole else output.detach()[rows, run.last_tokens()]
 
-        def keep(module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
-            run = self._run()
-            if run is None or run.images is None or not run.images.images_at(layer + 1):
-                return
-            rows = torch.arange(run.batch, device=output.device)
-            run.captured[kind] = output.detach() if whole else output.detach()[rows, run.last_tokens()]
+    def _skip(self, layer: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        run = self._run()
+        if run is None or run.projected_keys is None or run.projected_keys[0] != layer:
+            return None
+        return (args[0][:, :0], *args[1:]), kwargs
 
-        return keep
-
-    def _skip_hook(self, layer: int) -> Any:
-        def skip(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            run = self._run()
-            if run is None or run.projected_keys is None or run.projected_keys[0] != layer:
-                return None
-            return (args[0][:, :0], *args[1:]), kwargs
-
-        return skip
-
-    def _reuse_hook(self, layer: int) -> Any:
-        def reuse(module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> Tensor | None:
-            run = self._run()
-            if run is None or run.projected_keys is None or run.projected_keys[0] != layer:
-                return None
-            keys, run.projected_keys = run.projected_keys[1], None
-            return keys
-
-        return reuse
+    def _reuse(self, layer: int, module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> Tensor | None:
+        run = self._run()
+        if run is None or run.projected_keys is None or run.projected_keys[0] != layer:
+            return None
+        keys, run.projected_keys = run.projected_keys[1], None
+        return keys
 
     def _run(self) -> LayerRun | None:
         return self.frames.model[-1].layer_run if self.frames.model else None

@@ -86,6 +86,25 @@ def test_two_models_are_independent(method, family):
 
 
 @over_matrix
+def test_a_copy_of_a_patched_model_is_patched_by_itself(method, family):
+    model = copy.deepcopy(family.build(torch.float32))
+    inputs = family.inputs([[3, "A", 4]])
+    with torch.no_grad():
+        logits, before = model(**inputs).logits, fingerprint(model)
+        with vlmprune.pruned(model, method, keep=0.3, **METHOD_PARAMETERS[method]):
+            expected = model(**inputs).logits
+            copied = copy.deepcopy(model)
+            assert torch.equal(copied(**inputs).logits, expected)
+            vlmprune.remove(copied)
+            assert torch.equal(copied(**inputs).logits, logits)
+            assert torch.equal(model(**inputs).logits, expected)
+            copied = copy.deepcopy(model)
+        assert fingerprint(model) == before
+        assert torch.equal(copied(**inputs).logits, expected)
+        assert torch.equal(copied.generate(**inputs, max_new_tokens=3), copied.generate(**inputs, max_new_tokens=3))
+
+
+@over_matrix
 def test_replaced_forward_of_accelerate_survives(method, family):
     from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
 
