@@ -100,6 +100,7 @@ def _layer_macs(config: PreTrainedConfig, method: LayerMethod, tokens: Sequence[
     """Attention of the queries that a method reads with all keys of the layer.
 
     A method that probes the layer it cuts projects the keys of the tokens it drops too; those of the others are that layer's own.
+    Of a method that reads all tokens the rows of all text count, though text before the first picture is not read.
     """
     shape = LanguageShape.from_config(config)
     width = shape.heads * shape.head_dim

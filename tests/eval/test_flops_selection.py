@@ -5,12 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import LlavaForConditionalGeneration
+from transformers import AutoModelForImageTextToText, LlavaForConditionalGeneration
 
 import vlmprune
-from vlmprune.eval.flops import VisionWork, request_cost, selection_macs
+from support.tiny_configs import MAKERS, tiny_config
+from vlmprune.eval.flops import VisionWork, request_cost, selection_macs, vision_family
 from vlmprune.eval.flops.selection import FEATURE_MACS
 from vlmprune.eval.lmms_model import entering_images
+from vlmprune.eval.made_up_request import made_up_request
 from vlmprune.eval.random_weights import preset_config
 from vlmprune.methods.layer_method import LayerMethod
 from vlmprune.methods.registry import get_method, make_method, method_names
@@ -54,6 +56,32 @@ def test_a_pruned_request_matches_the_counter(toy, method, parameters):
     # Products of a matrix with single rows are left out by torch.
     uncounted = 2 * 64 * config.text_config.hidden_size if method == "todre" and parameters["keep"] == 2 else 0
     assert counter.get_total_flops() == 2 * (cost.total - uncounted)
+
+
+@pytest.mark.parametrize("model_type", MAKERS)
+def test_pruned_requests_of_every_family_match_the_counter(model_type):
+    config = tiny_config(model_type)
+    config._experts_implementation = "eager"
+    model = AutoModelForImageTextToText.from_config(config, attn_implementation="eager").eval()
+    inputs = made_up_request(config, (50, 40), 10, batch_size=2)
+    works = vision_family(config).work(config, inputs, [1, 1])
+    names = {"uniform", "fastervlm", "vtc_cls", "hired", "divprune", "pyramiddrop"} & set(vlmprune.list_methods(model))
+    assert len(names) >= 5
+    for name in names:
+        method = make_method(name, keep=0.5)
+        with vlmprune.pruned(model, method):
+            with FlopCounterMode(display=False) as counter, torch.no_grad():
+                model(**inputs, logits_to_keep=1)
+            run = vlmprune.last_run(model)
+        images = entering_images(run, 2)
+        costs = [
+            request_cost(
+                config, works[row], run.visual_tokens_per_layer[row], run.text_tokens[row], 0, method, images[row]
+            )
+            for row in range(2)
+        ]
+        assert counter.get_total_flops() == 2 * sum(cost.total for cost in costs), name
+        assert (costs[0].selection > 0) == (name != "uniform")
 
 
 def test_costs_by_hand():

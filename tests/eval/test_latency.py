@@ -114,11 +114,12 @@ def test_every_family_is_measured(model_type, dtype):
     model = build_random(tiny_config(model_type), dtype, "cpu")
     inputs = request_for(model, 2, size=(50, 40))
     inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
-    row = measure(model, inputs, (50, 40), [Cell()], 3, 0.05)[0]
+    row, pruned = measure(model, inputs, (50, 40), [Cell(), Cell("divprune", 5)], 3, 0.01)
     visual = int((inputs["input_ids"][0] == model.config.image_token_id).sum())
     assert (row.visual_tokens_before, row.visual_tokens_after, row.text_tokens) == (visual, visual, 10)
     shape = LanguageShape.from_config(model.config)
     assert row.kv_cache_bytes == 2 * shape.cache_bytes([visual + 10] * 3, model.dtype.itemsize)
+    assert pruned.kv_cache_bytes == 2 * shape.cache_bytes([5 + 10] * 3, model.dtype.itemsize)
 
 
 @pytest.mark.parametrize("model_type", MAKERS)
