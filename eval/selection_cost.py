@@ -34,8 +34,8 @@ from .random_weights import build_random, preset_config, preset_image_processor,
 from .tables import cost_style, three_figures
 from .timing import spread
 
-TOWER_LAYERS = 3
-REPEATS = 3
+TOWER_LAYERS = 2
+REPEATS = 2
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,8 @@ class SelectionCost:
     """One method. Times are milliseconds (median and quartiles) of the language model's prefill, tower and projector excluded.
 
     ``selection``: all that the method adds to a call (reading the tower, scores, picking, compaction, handing back);
-    ``full`` and ``pruned`` prefill, the latter with the selection; ``saved`` their difference; ``share`` selection over saved.
+    ``full`` and ``pruned`` prefill, the latter with the selection; ``saved`` their difference; ``share`` selection over saved;
+    ``ideal`` the unpatched layers on the tokens that each of them sees; ``overhead`` pruned over ideal.
     """
 
     title: str
@@ -54,8 +55,10 @@ class SelectionCost:
     selection: dict[str, float]
     full: dict[str, float]
     pruned: dict[str, float]
+    ideal: dict[str, float]
     saved: dict[str, float]
     share: dict[str, float]
+    overhead: dict[str, float]
     rounds: int
 
 
@@ -66,7 +69,7 @@ def measure_selection(
     rounds: int,
     on_left_out: Callable[[LeftOut], None] | None = None,
 ) -> list[SelectionCost]:
-    """Measure every cell on one request, in rounds over all cells after one that warms up.
+    """Measure every cell on one request, in rounds over all cells.
 
     A method that acts before the language model is measured with its layers taken out, which do the same whoever chose the
     tokens; its prefill is that of the layers on as many tokens, timed once a round for all methods that keep as many, and its
@@ -76,9 +79,8 @@ def measure_selection(
     bench = _SelectionBench(model, inputs, cells)
     order = random.Random(0)
     with torch.inference_mode():
-        for number in range(rounds + 1):
-            turns = order.sample(bench.cells, len(bench.cells))
-            bench.round(turns, keep_times=number > 0)
+        for _ in range(rounds):
+            bench.round(order.sample(bench.cells, len(bench.cells)))
     for item in bench.left_out:
         if on_left_out is not None:
             on_left_out(item)
@@ -94,14 +96,14 @@ class _SelectionBench:
         self.depth = int(model.config.get_text_config().num_hidden_layers)
         self.encoded: Any = None
         self.full: list[float] = []
-        self.times: dict[str, list[tuple[float, float]]] = {cell.label: [] for cell in self.cells}
+        self.times: dict[str, list[tuple[float, float, float]]] = {cell.label: [] for cell in self.cells}
         self.layers: dict[str, list[int]] = {}
         self.left_out: list[LeftOut] = []
 
-    def round(self, cells: Sequence[Cell], keep_times: bool) -> None:
+    def round(self, cells: Sequence[Cell]) -> None:
         if self.encoded is None:
             self.encoded = encode_images(self.model, self.inputs)
-        full = self._layers_alone([self.visual] * self.depth)
+        self.full.append(self._layers_alone([self.visual] * self.depth))
         alone: dict[tuple[int, ...], float] = {}
         for cell in cells:
             inside = _drops_inside(cell)
@@ -111,15 +113,10 @@ class _SelectionBench:
                 self.cells.remove(cell)
                 self.left_out.append(not_reachable(cell, error))
                 continue
-            if not inside:
-                kept = tuple(self.layers[cell.label])
-                if kept not in alone:
-                    alone[kept] = self._layers_alone(kept)
-                pruned = alone[kept] + selection
-            if keep_times:
-                self.times[cell.label].append((selection, pruned))
-        if keep_times:
-            self.full.append(full)
+            kept = tuple(self.layers[cell.label])
+            if kept not in alone:
+                alone[kept] = self._layers_alone(kept)
+            self.times[cell.label].append((selection, pruned if inside else alone[kept] + selection, alone[kept]))
 
     def _pruned(self, cell: Cell, inside: bool) -> tuple[float, float]:
         with cell.applied_to(self.model), self.clock.watching(self.model):
@@ -127,7 +124,8 @@ class _SelectionBench:
                 times = self._call()
             else:
                 with without_layers(self.model):
-                    self._call()
+                    if not self.times[cell.label]:
+                        self._call()
                     times = statistics.median(self._call()[0] for _ in range(REPEATS)), 0.0
             self.layers[cell.label] = vlmprune.last_run(self.model).visual_tokens_per_layer[0]
         return times
@@ -156,7 +154,7 @@ class _SelectionBench:
     def results(self) -> list[SelectionCost]:
         found = []
         for cell in self.cells:
-            selection, pruned = zip(*self.times[cell.label], strict=True)
+            selection, pruned, ideal = zip(*self.times[cell.label], strict=True)
             saved = [full - after for full, after in zip(self.full, pruned, strict=True)]
             shares = [cost / gain if gain > 0 else float("inf") for cost, gain in zip(selection, saved, strict=True)]
             found.append(
@@ -169,8 +167,15 @@ class _SelectionBench:
                     selection=spread(selection),
                     full=spread(self.full),
                     pruned=spread(pruned),
+                    ideal=spread(ideal),
                     saved=spread(saved),
                     share={key: value / 1e3 for key, value in spread(shares).items()},
+                    overhead={
+                        key: value / 1e3
+                        for key, value in spread(
+                            [after / least for after, least in zip(pruned, ideal, strict=True)]
+                        ).items()
+                    },
                     rounds=len(self.full),
                 )
             )
@@ -210,7 +215,7 @@ def write_selection_csv(path: Path, rows: Sequence[SelectionCost], about: dict[s
     for row in rows:
         line: dict[str, Any] = {}
         for key, value in asdict(row).items():
-            unit = "" if key == "share" else "_ms"
+            unit = "" if key in ("share", "overhead") else "_ms"
             if isinstance(value, dict):
                 line.update({f"{key}{unit}_{part}": f"{number:.4g}" for part, number in value.items()})
             else:
@@ -231,10 +236,10 @@ def selection_table(rows: Sequence[SelectionCost]) -> Table:
     first = rows[0]
     table = cost_style(
         f"{first.visual_tokens_before} visual and {first.text_tokens} text tokens, full prefill "
-        f"{three_figures(first.full['median'])} ms, medians of {first.rounds} rounds"
+        f"{three_figures(first.full['median'])} ms; ms, medians of {first.rounds} rounds"
     )
-    table.add_column("method", no_wrap=True, max_width=24)
-    for name in ("keep", "tokens", "selection ms", "prefill ms", "saved ms", "share %", "quartiles"):
+    table.add_column("method", no_wrap=True, max_width=20)
+    for name in ("keep", "tokens", "select", "prefill", "saved", "share %", "quartiles", "over"):
         table.add_column(name, justify="right", no_wrap=True)
     for row in rows:
         table.add_row(
@@ -244,6 +249,7 @@ def selection_table(rows: Sequence[SelectionCost]) -> Table:
             *(three_figures(part["median"]) for part in (row.selection, row.pruned, row.saved)),
             f"{100 * row.share['median']:.2f}",
             f"{100 * row.share['q25']:.2f} to {100 * row.share['q75']:.2f}",
+            f"{row.overhead['median']:.3f}x",
         )
     return table
 

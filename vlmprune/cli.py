@@ -200,7 +200,7 @@ def selection_cost(
     text_tokens: Annotated[int, typer.Option(min=2, help="Text tokens of the made-up prompt.")] = 64,
     dtype: Annotated[str, typer.Option(help="auto (bfloat16), float32, ...")] = "auto",
     device: Annotated[str, typer.Option(help="auto (a GPU if there is one), cpu, cuda, cuda:1, ...")] = "auto",
-    rounds: Annotated[int, typer.Option(min=2, help="Rounds over all methods, after one that warms up.")] = 5,
+    rounds: Annotated[int, typer.Option(min=2, help="Rounds over all methods.")] = 5,
     out: Annotated[Path | None, typer.Option(help="CSV file to which the lines are added.")] = None,
 ) -> None:
     """Measure what selecting costs, as a share of the prefill time that dropping saves."""
