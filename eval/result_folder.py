@@ -79,8 +79,8 @@ class ResultFolder:
         return self.path / "cells" / f"{cell.slug}.json"
 
     def has(self, cell: Cell) -> bool:
-        """Whether the cell is finished."""
-        return self.cell_file(cell).exists()
+        """Whether the cell is finished; raises ``ResultFolderError`` for a damaged file, before anything else is run."""
+        return self.cell_file(cell).exists() and bool(self.read(cell))
 
     def read(self, cell: Cell) -> dict[str, Any]:
         """The cell's result."""

@@ -43,6 +43,8 @@ def test_damaged_cells_are_named(tmp_path, content):
     folder.cell_file(CELL).write_text(content)
     with pytest.raises(ResultFolderError, match=r"pool-keep=0\.5"):
         folder.read(CELL)
+    with pytest.raises(ResultFolderError, match=r"pool-keep=0\.5"):
+        folder.has(CELL)
 
 
 def test_files_are_old_or_new_and_as_readable_as_any(tmp_path):
