@@ -93,7 +93,9 @@ the language model's ran side by side. Muon for the matrices of the layers, Adam
 
 ## Limits
 A model for tests and for comparing pruning methods cheaply; its figures say nothing about large models. It does not
-understand free questions, only the five forms in the table, and was not trained on several pictures or videos at once.{limits}
+understand free questions, only the five forms in the table, and was not trained on several pictures or videos at once. In
+pictures larger than it was trained on (up to 384 x 384 px, the processor's limit) it still answers, but counts and compares
+places less well.{limits}
 """
 
 LARGE = """
