@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -11,10 +13,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
 from .language import Prompts
-from .questions import TASKS, ask_existence, ask_reading
+from .questions import ask_turns
 from .scenes import PATCH_SIZE, decode_jpeg, encode_jpeg, make_scene, patch_labels, presence, render
 from .tokenizer import build_tokenizer
 from .tower import GRID, window_ids
+
+AnyBatch = TypeVar("AnyBatch")
 
 TEST_SEED = 20_000_000
 """Seeds from here on belong to the test set; training seeds stay far below."""
@@ -80,11 +84,7 @@ def make_batch(plan: BatchPlan, prompts: Prompts, rng: np.random.Generator, test
         pixels = torch.from_numpy(np.stack(pictures))
     if plan.turns:
         for scene in scenes:
-            asked = []
-            for task, times in plan.turns:
-                for _ in range(times):
-                    question = TASKS[task](scene, rng) or ask_existence(scene, rng) or ask_reading(scene, rng)
-                    asked.append(question)
+            asked = ask_turns(scene, plan.turns, rng)
             slots = [prompts.slot(question.text, question.answer) for question in asked]
             ids.append([slot[0] for slot in slots])
             targets.append([slot[1] for slot in slots])
@@ -100,23 +100,26 @@ def make_batch(plan: BatchPlan, prompts: Prompts, rng: np.random.Generator, test
     )
 
 
-class BatchStream(IterableDataset):
-    """Batches number ``start``, ``start + 1``, ... of a seed; batch n is the same however the stream is cut."""
+class BatchStream(IterableDataset[AnyBatch]):
+    """What ``make`` draws as batches ``start``, ``start + 1``, ... of a seed; batch n is the same however the stream is cut."""
 
-    def __init__(self, plan: BatchPlan, seed: int, start: int = 0) -> None:
+    def __init__(self, make: Callable[[np.random.Generator], AnyBatch], seed: int, start: int = 0) -> None:
         if seed >= TEST_SEED:
             raise ValueError(f"training seed {seed} is not below {TEST_SEED}")
-        self.plan, self.seed, self.start = plan, seed, start
+        self.make, self.seed, self.start = make, seed, start
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Iterator[AnyBatch]:
         info = torch.utils.data.get_worker_info()
         number, step = (info.id, info.num_workers) if info else (0, 1)
-        prompts = Prompts(build_tokenizer())
         for index in range(self.start + number, 2**31, step):
-            yield make_batch(self.plan, prompts, np.random.default_rng([self.seed, index]))
+            yield self.make(np.random.default_rng([self.seed, index]))
 
 
-def stream(plan: BatchPlan, seed: int, start: int = 0, workers: int = 1) -> Iterator[Batch]:
-    """Iterate over a ``BatchStream`` in worker processes."""
-    loader = DataLoader(BatchStream(plan, seed, start), batch_size=None, num_workers=workers, prefetch_factor=4)
-    return iter(loader)
+def stream_from(make: Callable[[np.random.Generator], AnyBatch], seed: int, start: int = 0) -> Iterator[AnyBatch]:
+    """Iterate over a ``BatchStream`` in a worker process."""
+    return iter(DataLoader(BatchStream(make, seed, start), batch_size=None, num_workers=1, prefetch_factor=4))
+
+
+def stream(plan: BatchPlan, seed: int, start: int = 0) -> Iterator[Batch]:
+    """The batches of a plan and a seed from number ``start`` on."""
+    return stream_from(partial(make_batch, plan, Prompts(build_tokenizer())), seed, start)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,8 @@ from transformers import AutoProcessor, LlavaForConditionalGeneration
 from .dataset import load_rows
 from .evaluate import MODES, measure
 from .llava import assemble, export
-from .loop import load_parts
 from .questions import TASKS
-from .stages import CHAINS, Workshop
+from .stages import STAGES, Workshop
 
 CHANCE = {"attribute": "1/8", "existence": "1/2", "counting": "about 1/3", "relation": "1/2", "reading": "0"}
 
@@ -95,7 +95,7 @@ def finish(out: Path, folder: Path | None = None, last: str = "joint_more", seed
     """Export the weights of the last stage to ``folder`` (``out/tiny-llava``), measure the exported files, write the card."""
     folder = folder or out / "tiny-llava"
     shop = Workshop(out)
-    load_parts(shop.parts, torch.load(out / f"{last}.pt", weights_only=True)["parts"])
+    shop.load(last)
     export(assemble(shop.tower, shop.projector, shop.language), folder)
     model = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
     processor, rows = AutoProcessor.from_pretrained(folder), load_rows()
@@ -105,16 +105,16 @@ def finish(out: Path, folder: Path | None = None, last: str = "joint_more", seed
         figures["random"] = {task: figures["random"][task] + again[task] for task in TASKS}
     figures["random"] = {task: value / seeds for task, value in figures["random"].items()}
     figures |= {"items": len(rows), "random_seeds": seeds, "parameters": model.num_parameters()}
-    figures["stages"] = stage_times(out)
+    figures["stages"] = stage_times(out, STAGES)
     (out / "figures.json").write_text(json.dumps(figures, indent=2))
     (folder / "README.md").write_text(write_card(figures, folder))
     return figures
 
 
-def stage_times(out: Path) -> dict[str, dict[str, float]]:
+def stage_times(out: Path, stages: Sequence[str]) -> dict[str, dict[str, float]]:
     """Steps and seconds of every stage of a run."""
     times = {}
-    for stage in (stage for step in CHAINS for chain in step for stage in chain):
+    for stage in stages:
         state = torch.load(out / f"{stage}.pt", weights_only=True)
         times[stage] = {"steps": state["step"], "seconds": round(state["seconds"])}
     return times
@@ -122,26 +122,36 @@ def stage_times(out: Path) -> dict[str, dict[str, float]]:
 
 def write_card(figures: dict[str, Any], folder: Path, machine: str | None = None) -> str:
     """The model card with the measured figures."""
-    table = "\n".join(
-        f"| {task} | {QUESTIONS[task]} | "
-        + " | ".join(f"{100 * figures[mode][task]:.1f}" for mode in ("full", "blind", "random"))
-        + f" | {CHANCE[task]} |"
-        for task in TASKS
-    )
-    stages = "\n".join(
-        f"| {name} | {time['steps']} | {time['seconds']:.0f} |" for name, time in figures["stages"].items()
-    )
     return CARD.format(
-        parameters=figures["parameters"] / 1e6,
-        megabytes=(folder / "model.safetensors").stat().st_size / 1e6,
-        items=figures["items"],
         seeds=figures["random_seeds"],
-        limits=_limits(figures),
-        table=table,
-        stages=stages,
-        machine=machine or f"{os.cpu_count()} cores of {platform.processor() or platform.machine()}, no GPU",
-        minutes=sum(time["seconds"] for time in figures["stages"].values()) / 60,
+        table="\n".join(accuracy_row(figures, task) for task in TASKS),
+        machine=machine or this_machine(),
+        **common_fields(figures, folder),
     )
+
+
+def accuracy_row(figures: dict[str, Any], task: str, name: str = "", prefix: str = "") -> str:
+    """A task's row of the accuracy table, from the figures whose modes' names begin with ``prefix``."""
+    shares = " | ".join(f"{100 * figures[prefix + mode][task]:.1f}" for mode in MODES)
+    return f"| {name or task} | {QUESTIONS[task]} | {shares} | {CHANCE[task]} |"
+
+
+def common_fields(figures: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """The fields that every model card has: size, test items, stages with their time, and what was not learned."""
+    times = figures["stages"]
+    return {
+        "parameters": figures["parameters"] / 1e6,
+        "megabytes": (folder / "model.safetensors").stat().st_size / 1e6,
+        "items": figures["items"],
+        "limits": _limits(figures),
+        "stages": "\n".join(f"| {name} | {time['steps']} | {time['seconds']:.0f} |" for name, time in times.items()),
+        "minutes": sum(time["seconds"] for time in times.values()) / 60,
+    }
+
+
+def this_machine() -> str:
+    """The machine that a card names where it is told no other."""
+    return f"{os.cpu_count()} cores of {platform.processor() or platform.machine()}, no GPU"
 
 
 def _limits(figures: dict[str, Any]) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -40,6 +41,11 @@ def make_rows(rows: int = ROWS, seed: int = TEST_SEED) -> Dataset:
         for task, question in asked.items():
             columns[f"{task}_question"].append(question.text)
             columns[f"{task}_answer"].append(question.answer)
+    return as_dataset(columns)
+
+
+def as_dataset(columns: dict[str, list[object]]) -> Dataset:
+    """Columns of pictures (``image``) and strings (all others) as a ``datasets.Dataset``."""
     features = Features({name: Image() if name == "image" else Value("string") for name in columns})
     return Dataset.from_dict(columns, features=features)
 
@@ -54,15 +60,27 @@ def sha256(file: Path = TEST_FILE) -> str:
     return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Write the test set and print its checksum."""
-    parser = argparse.ArgumentParser(prog="python -m vlmprune.eval.tiny.dataset", description=__doc__)
-    parser.add_argument("--out", type=Path, default=TEST_FILE)
-    parser.add_argument("--rows", type=int, default=ROWS)
+def write_set(
+    prog: str,
+    description: str | None,
+    make: Callable[[int], Dataset],
+    file: Path,
+    rows: int,
+    arguments: list[str] | None = None,
+) -> None:
+    """Write what ``make`` gives for a number of rows and print its checksum; ``file`` and ``rows`` are the defaults."""
+    parser = argparse.ArgumentParser(prog=prog, description=description)
+    parser.add_argument("--out", type=Path, default=file)
+    parser.add_argument("--rows", type=int, default=rows)
     options = parser.parse_args(arguments)
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    make_rows(options.rows).to_parquet(str(options.out))
+    make(options.rows).to_parquet(str(options.out))
     print(sha256(options.out), options.out)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Write the test set and print its checksum."""
+    write_set("python -m vlmprune.eval.tiny.dataset", __doc__, make_rows, TEST_FILE, ROWS, arguments)
 
 
 if __name__ == "__main__":

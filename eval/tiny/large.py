@@ -6,14 +6,11 @@ test set, so it takes a smaller part of the picture.
 
 from __future__ import annotations
 
-import argparse
-from pathlib import Path
-
 import numpy as np
-from datasets import Dataset, Features, Image, Value
+from datasets import Dataset
 
 from .batches import TEST_SEED
-from .dataset import TEST_FILE, sha256
+from .dataset import TEST_FILE, as_dataset, write_set
 from .questions import ask_reading
 from .scenes import encode_jpeg, make_scene, render
 
@@ -32,19 +29,12 @@ def make_rows(rows: int = ROWS, seed: int = TEST_SEED + 1_000_000) -> Dataset:
         columns["image"].append({"bytes": encode_jpeg(render(scene)), "path": None})
         columns["reading_question"].append(question.text)
         columns["reading_answer"].append(question.answer)
-    features = Features({name: Image() if name == "image" else Value("string") for name in columns})
-    return Dataset.from_dict(columns, features=features)
+    return as_dataset(columns)
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Write the set and print its checksum."""
-    parser = argparse.ArgumentParser(prog="python -m vlmprune.eval.tiny.large", description=__doc__)
-    parser.add_argument("--out", type=Path, default=LARGE_FILE)
-    parser.add_argument("--rows", type=int, default=ROWS)
-    options = parser.parse_args(arguments)
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    make_rows(options.rows).to_parquet(str(options.out))
-    print(sha256(options.out), options.out)
+    write_set("python -m vlmprune.eval.tiny.large", __doc__, make_rows, LARGE_FILE, ROWS, arguments)
 
 
 if __name__ == "__main__":

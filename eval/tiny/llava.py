@@ -4,25 +4,23 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch
 from transformers import (
     CLIPImageProcessor,
     CLIPVisionModel,
-    GenerationConfig,
     LlamaForCausalLM,
     LlavaConfig,
     LlavaForConditionalGeneration,
     LlavaProcessor,
+    PreTrainedModel,
     PreTrainedTokenizerFast,
 )
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
+from .checkpoint import MEAN, STD, greedy_decoding, save_folder
 from .language import language_config
 from .scenes import IMAGE_SIZE, PATCH_SIZE
 from .tokenizer import IMAGE, build_tokenizer
 from .tower import FEATURE_LAYER, tower_config
-
-MEAN = STD = [0.5, 0.5, 0.5]
 
 
 def llava_config(tokenizer: PreTrainedTokenizerFast) -> LlavaConfig:
@@ -65,27 +63,22 @@ def assemble(
     tower: CLIPVisionModel, projector: LlavaMultiModalProjector, language: LlamaForCausalLM
 ) -> LlavaForConditionalGeneration:
     """The trained parts as one LLaVA model in evaluation mode."""
-    tokenizer = build_tokenizer()
-    model = LlavaForConditionalGeneration(llava_config(tokenizer))
+    model = LlavaForConditionalGeneration(llava_config(build_tokenizer()))
+    fill(model, tower, projector, language)
+    return model.eval()
+
+
+def fill(
+    model: PreTrainedModel, tower: CLIPVisionModel, projector: LlavaMultiModalProjector, language: LlamaForCausalLM
+) -> None:
+    """Put the trained parts into a LLaVA or LLaVA-NeXT model, which then decodes greedily."""
     model.model.vision_tower.load_state_dict(tower.state_dict())
     model.model.multi_modal_projector.load_state_dict(projector.state_dict())
     model.model.language_model.load_state_dict(language.model.state_dict())
     model.tie_weights()
-    model.generation_config = GenerationConfig(
-        do_sample=False,
-        max_new_tokens=16,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    return model.eval()
+    model.generation_config = greedy_decoding(build_tokenizer())
 
 
 def export(model: LlavaForConditionalGeneration, folder: Path) -> None:
     """Write model (bf16), processor and tokenizer as an ordinary checkpoint folder."""
-    folder.mkdir(parents=True, exist_ok=True)
-    build_processor(build_tokenizer()).save_pretrained(folder)
-    copy = LlavaForConditionalGeneration(model.config)
-    copy.load_state_dict(model.state_dict())
-    copy.generation_config = model.generation_config
-    copy.to(torch.bfloat16).save_pretrained(folder)
+    save_folder(model, build_processor(build_tokenizer()), folder)

@@ -10,7 +10,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -155,6 +155,23 @@ def load_parts(parts: Mapping[str, nn.Module], states: Mapping[str, Mapping[str,
     for name, module in parts.items():
         if name in states:
             module.load_state_dict(states[name])
+
+
+class Parts:
+    """The parts of a model in training, by name (``part_names``), as the stage files in ``out`` keep them."""
+
+    part_names: ClassVar[tuple[str, ...]]
+    out: Path
+
+    @property
+    def parts(self) -> dict[str, nn.Module]:
+        """Every part by name, as the stage files keep them."""
+        return {name: getattr(self, name) for name in self.part_names}
+
+    def load(self, stage: str, *names: str) -> None:
+        """Take parts (all when none is named) from a stage's file."""
+        states = torch.load(self.out / f"{stage}.pt", weights_only=True)["parts"]
+        load_parts({name: self.parts[name] for name in names or self.parts}, states)
 
 
 def _logger(out: Path, name: str) -> logging.Logger:

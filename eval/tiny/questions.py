@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -84,6 +84,15 @@ TASKS: dict[str, Callable[[Scene, np.random.Generator], Question | None]] = {
     "relation": ask_relation,
     "reading": ask_reading,
 }
+
+
+def ask_turns(scene: Scene, turns: Iterable[tuple[str, int]], rng: np.random.Generator) -> list[Question]:
+    """Ask every task so many times; where a scene has no question for a task, about existence or what is printed."""
+    return [
+        TASKS[task](scene, rng) or ask_existence(scene, rng) or ask_reading(scene, rng)
+        for task, times in turns
+        for _ in range(times)
+    ]
 
 
 def plural(word: str) -> str:

@@ -17,7 +17,7 @@ from .batches import BUSY, CROWDED, DENSE, FULL, TOY, Batch, BatchPlan
 from .grounding import Grounding
 from .language import Prompts, answer, language_config, prepare
 from .llava import build_projector
-from .loop import Metrics, Phase, Stage, load_parts, run_stage
+from .loop import Metrics, Parts, Phase, Stage, run_stage
 from .symbolic import SymbolicTokens, blur_labels
 from .tokenizer import build_tokenizer
 from .tower import FEATURE_LAYER, TowerHeads, looking_at, normalise, tower_config
@@ -106,10 +106,13 @@ CHAINS: tuple[tuple[tuple[str, ...], ...], ...] = (
     (("joint", "joint_more"),),
 )
 """The order of the stages: what stands in one inner group can run at the same time, chain by chain."""
+STAGES = tuple(stage for step in CHAINS for chain in step for stage in chain)
 
 
-class Workshop:
+class Workshop(Parts):
     """All parts of the model in training, and one method for each stage."""
+
+    part_names = ("tower", "heads", "language", "symbolic", "projector")
 
     def __init__(self, out: Path, resume: bool = True) -> None:
         self.out, self.resume = out, resume
@@ -122,17 +125,6 @@ class Workshop:
         prepare(self.language, tokenizer)
         self.symbolic = SymbolicTokens(tokenizer)
         self.projector = build_projector(tokenizer)
-
-    @property
-    def parts(self) -> dict[str, nn.Module]:
-        """Every part by name, as the stage files keep them."""
-        names = ("tower", "heads", "language", "symbolic", "projector")
-        return {name: getattr(self, name) for name in names}
-
-    def load(self, stage: str, *names: str) -> None:
-        """Take parts (all when none is named) from a stage's file."""
-        states = torch.load(self.out / f"{stage}.pt", weights_only=True)["parts"]
-        load_parts({name: self.parts[name] for name in names or self.parts}, states)
 
     def look(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Hidden states of the feature layer and the pooled CLS token of a batch's pictures."""
@@ -292,6 +284,7 @@ __all__ = [
     "LANGUAGE",
     "LANGUAGE_FULL",
     "LANGUAGE_MORE",
+    "STAGES",
     "TOWER",
     "TOWER_FULL",
     "TOWER_MORE",

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset
 
-from ..batches import TEST_SEED
+from ..batches import stream_from
 from ..glyphs import GLYPH_SIZE
 from ..language import SLOT, Prompts
-from ..questions import TASKS, ask_existence, ask_reading
+from ..questions import ask_turns
 from ..scenes import COLOUR_NAMES, PATCH_SIZE, SHAPES, Scene, decode_jpeg, encode_jpeg, make_scene, patch_labels, render
 from ..tokenizer import build_tokenizer
 from ..tower import GRID
@@ -92,10 +92,7 @@ def make_batch(plan: TilePlan, prompts: Prompts, rng: np.random.Generator) -> Ti
         )
     ids, targets, tasks, places = [], [], [], []
     for scene in scenes if plan.turns else []:
-        asked = []
-        for task, times in plan.turns:
-            for _ in range(times):
-                asked.append(TASKS[task](scene, rng) or ask_existence(scene, rng) or ask_reading(scene, rng))
+        asked = ask_turns(scene, plan.turns, rng)
         slots = [prompts.slot(question.text, question.answer) for question in asked]
         ids.append([slot[0] for slot in slots])
         targets.append([slot[1] for slot in slots])
@@ -142,22 +139,6 @@ def name_places(scene: Scene, ids: list[int], prompts: Prompts) -> list[tuple[fl
     return places
 
 
-class TileStream(IterableDataset):
-    """Batches number ``start``, ``start + 1``, ... of a seed; batch n is the same however the stream is cut."""
-
-    def __init__(self, plan: TilePlan, seed: int, start: int = 0) -> None:
-        if seed >= TEST_SEED:
-            raise ValueError(f"training seed {seed} is not below {TEST_SEED}")
-        self.plan, self.seed, self.start = plan, seed, start
-
-    def __iter__(self) -> Iterator[TileBatch]:
-        info = torch.utils.data.get_worker_info()
-        number, step = (info.id, info.num_workers) if info else (0, 1)
-        prompts = Prompts(build_tokenizer())
-        for index in range(self.start + number, 2**31, step):
-            yield make_batch(self.plan, prompts, np.random.default_rng([self.seed, index]))
-
-
 def stream(plan: TilePlan, seed: int, start: int = 0) -> Iterator[TileBatch]:
-    """Iterate over a ``TileStream`` in a worker process."""
-    return iter(DataLoader(TileStream(plan, seed, start), batch_size=None, num_workers=1, prefetch_factor=4))
+    """The batches of a plan and a seed from number ``start`` on."""
+    return stream_from(partial(make_batch, plan, Prompts(build_tokenizer())), seed, start)

@@ -10,11 +10,10 @@ import torch
 from datasets import Dataset
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from ..card import CHANCE, QUESTIONS
+from ..card import accuracy_row, common_fields, stage_times
 from ..dataset import load_rows
 from ..evaluate import MODES, measure
 from ..large import LARGE_FILE
-from ..loop import load_parts
 from ..questions import TASKS
 from .checkpoint import assemble, export
 from .stages import STAGES, Workshop
@@ -93,13 +92,10 @@ def finish(start: Path, out: Path, folder: Path | None = None, **words: str) -> 
     """Export the weights of the last stage to ``folder`` (``out/tiny-llava-next``), measure them and write the card."""
     folder = folder or out / "tiny-llava-next"
     shop = Workshop(start, out)
-    load_parts(shop.parts, torch.load(out / f"{STAGES[-1]}.pt", weights_only=True)["parts"])
+    shop.load(STAGES[-1])
     export(assemble(shop), folder)
     figures = measure_folder(folder)
-    figures["stages"] = {}
-    for stage in STAGES:
-        state = torch.load(out / f"{stage}.pt", weights_only=True)
-        figures["stages"][stage] = {"steps": state["step"], "seconds": round(state["seconds"])}
+    figures["stages"] = stage_times(out, STAGES)
     (out / "figures.json").write_text(json.dumps(figures, indent=2))
     (folder / "README.md").write_text(write_card(figures, folder, **words))
     return figures
@@ -130,27 +126,13 @@ def write_card(
     broken: str = "less well than reading others",
 ) -> str:
     """The model card with the measured figures."""
-    lines = [(task, QUESTIONS[task], "", task, CHANCE[task]) for task in TASKS]
-    lines.append(("reading, large", QUESTIONS["reading"], "large_", "reading", CHANCE["reading"]))
-    table = "\n".join(
-        f"| {name} | {question} | "
-        + " | ".join(f"{100 * figures[prefix + mode][task]:.1f}" for mode in MODES)
-        + f" | {chance} |"
-        for name, question, prefix, task, chance in lines
-    )
-    weak = [task for task in TASKS if figures["full"][task] < figures["blind"][task] + 0.05]
+    rows = [accuracy_row(figures, task) for task in TASKS]
+    rows.append(accuracy_row(figures, "reading", "reading, large", "large_"))
     return CARD.format(
-        parameters=figures["parameters"] / 1e6,
-        megabytes=(folder / "model.safetensors").stat().st_size / 1e6,
-        items=figures["items"],
         large_items=figures["large_items"],
-        limits=f" It has **not** learned: {', '.join(weak)} (no better than blind)." if weak else "",
-        table=table,
-        stages="\n".join(
-            f"| {name} | {time['steps']} | {time['seconds']} |" for name, time in figures["stages"].items()
-        ),
+        table="\n".join(rows),
         machine=machine,
         together=together,
         broken=broken,
-        minutes=sum(time["seconds"] for time in figures["stages"].values()) / 60,
+        **common_fields(figures, folder),
     )

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch
 from transformers import (
-    GenerationConfig,
     LlavaNextConfig,
     LlavaNextForConditionalGeneration,
     LlavaNextImageProcessor,
@@ -14,8 +12,9 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from ..checkpoint import MEAN, STD, save_folder
 from ..language import language_config
-from ..llava import MEAN, STD
+from ..llava import fill
 from ..scenes import PATCH_SIZE
 from ..tokenizer import IMAGE, build_tokenizer
 from ..tower import FEATURE_LAYER
@@ -61,26 +60,13 @@ def build_processor(tokenizer: PreTrainedTokenizerFast) -> LlavaNextProcessor:
 
 def assemble(shop: Workshop) -> LlavaNextForConditionalGeneration:
     """The trained parts as one LLaVA-NeXT model in evaluation mode."""
-    tokenizer = build_tokenizer()
-    model = LlavaNextForConditionalGeneration(llava_next_config(tokenizer))
-    model.model.vision_tower.load_state_dict(shop.tower.state_dict())
-    model.model.multi_modal_projector.load_state_dict(shop.projector.state_dict())
-    model.model.language_model.load_state_dict(shop.language.model.state_dict())
+    model = LlavaNextForConditionalGeneration(llava_next_config(build_tokenizer()))
+    fill(model, shop.tower, shop.projector, shop.language)
     model.model.image_newline.data.copy_(shop.stitcher.newline.data)
-    model.tie_weights()
-    model.generation_config = GenerationConfig(
-        do_sample=False,
-        max_new_tokens=16,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
     return model.eval()
 
 
 def export(model: LlavaNextForConditionalGeneration, folder: Path) -> None:
-    """Write model (bf16), processor and tokenizer as an ordinary checkpoint folder; ``model`` becomes bf16 itself."""
-    folder.mkdir(parents=True, exist_ok=True)
-    build_processor(build_tokenizer()).save_pretrained(folder)
-    model.to(torch.bfloat16).save_pretrained(folder)
+    """Write model (bf16), processor and tokenizer as an ordinary checkpoint folder."""
+    save_folder(model, build_processor(build_tokenizer()), folder)
     (folder / "model.safetensors").chmod(0o644)

@@ -12,7 +12,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaForCausalLM
 from ..grounding import Grounding
 from ..language import Prompts, answer, language_config
 from ..llava import build_projector
-from ..loop import Metrics, Phase, Stage, load_parts, run_stage
+from ..loop import Metrics, Parts, Phase, Stage, run_stage
 from ..stages import BALANCE, by_task
 from ..symbolic import SymbolicTokens, blur_labels
 from ..tokenizer import build_tokenizer
@@ -87,8 +87,10 @@ JOINT_LAST = Stage(
 STAGES = ("tower", "tower_more", "language", "language_more", "bridge", "joint", "joint_more", "joint_last")
 
 
-class Workshop:
+class Workshop(Parts):
     """All parts of the model in training, and one method for each stage; ``start`` is the folder of tiny-llava's training."""
+
+    part_names = ("tower", "heads", "language", "symbolic", "projector", "stitcher", "insight")
 
     def __init__(self, start: Path, out: Path, resume: bool = True) -> None:
         self.start, self.out, self.resume = start, out, resume
@@ -104,12 +106,6 @@ class Workshop:
         self.insight = Insight()
         self.inherit()
 
-    @property
-    def parts(self) -> dict[str, nn.Module]:
-        """Every part by name, as the stage files keep them."""
-        names = ("tower", "heads", "language", "symbolic", "projector", "stitcher", "insight")
-        return {name: getattr(self, name) for name in names}
-
     def inherit(self) -> None:
         """Take over tiny-llava's weights; a tile has the position embeddings of the middle of its grid."""
         states = torch.load(self.start / "joint_more.pt", weights_only=True)["parts"]
@@ -121,11 +117,6 @@ class Workshop:
         for name in ("tower", "heads", "language", "projector"):
             self.parts[name].load_state_dict(states[name])
         self.symbolic.symbols.load_state_dict(states["symbolic"])
-
-    def load(self, stage: str, *names: str) -> None:
-        """Take parts (all when none is named) from a stage's file."""
-        states = torch.load(self.out / f"{stage}.pt", weights_only=True)["parts"]
-        load_parts({name: self.parts[name] for name in names or self.parts}, states)
 
     def look(self, batch: TileBatch) -> tuple[Tensor, dict[str, Tensor]]:
         """Hidden states (tiles of all pictures, tokens, width) of the feature layer, and the tower's own losses."""

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset
 
-from ..batches import TEST_SEED
-from ..questions import TASKS, ask_existence, ask_reading
+from ..batches import stream_from
+from ..questions import ask_turns
 from ..scenes import decode_jpeg, encode_jpeg, make_scene, render
 from .labels import scene_labels
 from .model import TOKEN_SIZE
@@ -59,11 +59,7 @@ def make_batch(plan: SizedPlan, prompts: VisionPrompts, rng: np.random.Generator
         pixels = torch.from_numpy(np.stack([decode_jpeg(encode_jpeg(render(scene))) for scene in scenes]))
     slots, tasks = [], []
     for scene in scenes if plan.turns else ():
-        asked = [
-            TASKS[task](scene, rng) or ask_existence(scene, rng) or ask_reading(scene, rng)
-            for task, times in plan.turns
-            for _ in range(times)
-        ]
+        asked = ask_turns(scene, plan.turns, rng)
         slots.append([prompts.slot(question.text, question.answer) for question in asked])
         tasks.append([question.task for question in asked])
     both = torch.tensor(slots)
@@ -79,20 +75,6 @@ def make_batch(plan: SizedPlan, prompts: VisionPrompts, rng: np.random.Generator
     )
 
 
-class SizedStream(IterableDataset):
-    """Batches number ``start``, ``start + 1``, ... of a seed; batch n is the same however the stream is cut."""
-
-    def __init__(self, plan: SizedPlan, seed: int, start: int = 0) -> None:
-        if seed >= TEST_SEED:
-            raise ValueError(f"training seed {seed} is not below {TEST_SEED}")
-        self.plan, self.seed, self.start = plan, seed, start
-
-    def __iter__(self) -> Iterator[SizedBatch]:
-        prompts = VisionPrompts(build_tokenizer())
-        for index in range(self.start, 2**31):
-            yield make_batch(self.plan, prompts, np.random.default_rng([self.seed, index]))
-
-
 def stream(plan: SizedPlan, seed: int, start: int = 0) -> Iterator[SizedBatch]:
-    """Iterate over a ``SizedStream`` in a worker process."""
-    return iter(DataLoader(SizedStream(plan, seed, start), batch_size=None, num_workers=1, prefetch_factor=4))
+    """The batches of a plan and a seed from number ``start`` on."""
+    return stream_from(partial(make_batch, plan, VisionPrompts(build_tokenizer())), seed, start)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import platform
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -16,11 +14,10 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedM
 
 import vlmprune
 
-from ..card import CHANCE, QUESTIONS
+from ..card import accuracy_row, common_fields, stage_times, this_machine
 from ..dataset import load_rows
 from ..evaluate import GREY, measure, prompt, same
 from ..large import LARGE_FILE
-from ..loop import load_parts
 from ..questions import TASKS
 from ..scenes import IMAGE_SIZE
 from .model import export
@@ -108,10 +105,10 @@ def finish(out: Path, folder: Path | None = None, stage: str = STAGES[-1], rows:
     """Export the weights of a stage (the last) to ``folder`` (``out/tiny-qwen2.5-vl``), measure the files, write the card."""
     folder = folder or out / NAME
     shop = Workshop(out)
-    load_parts(shop.parts, torch.load(out / f"{stage}.pt", weights_only=True)["parts"])
+    shop.load(stage)
     export(shop.model, folder)
     figures = measure_folder(folder, rows)
-    figures["stages"] = stage_times(out)
+    figures["stages"] = stage_times(out, STAGES)
     (out / "figures.json").write_text(json.dumps(figures, indent=2))
     (folder / "README.md").write_text(write_card(figures, folder))
     return figures
@@ -164,35 +161,14 @@ def measure_large(model: PreTrainedModel, processor: ProcessorMixin, limit: int 
     return {"full": full, "random": random, "items": len(rows)}
 
 
-def stage_times(out: Path) -> dict[str, dict[str, float]]:
-    """Steps and seconds of every stage of a run."""
-    states = {stage: torch.load(out / f"{stage}.pt", weights_only=True) for stage in STAGES}
-    return {stage: {"steps": state["step"], "seconds": round(state["seconds"])} for stage, state in states.items()}
-
-
 def write_card(figures: dict[str, Any], folder: Path, machine: str | None = None) -> str:
     """The model card with the measured figures."""
-    table = "\n".join(
-        f"| {task} | {QUESTIONS[task]} | "
-        + " | ".join(f"{100 * figures[mode][task]:.1f}" for mode in ("full", "blind", "random"))
-        + f" | {CHANCE[task]} |"
-        for task in TASKS
-    )
-    stages = "\n".join(
-        f"| {name} | {time['steps']} | {time['seconds']:.0f} |" for name, time in figures["stages"].items()
-    )
-    weak = [task for task in TASKS if figures["full"][task] < figures["blind"][task] + 0.05]
     large = figures.get("large")
     return CARD.format(
-        parameters=figures["parameters"] / 1e6,
-        megabytes=(folder / "model.safetensors").stat().st_size / 1e6,
-        items=figures["items"],
-        limits=f" It has **not** learned: {', '.join(weak)} (no better than blind)." if weak else "",
         large=LARGE.format(items=large["items"], full=100 * large["full"], random=100 * large["random"])
         if large
         else "",
-        table=table,
-        stages=stages,
-        machine=machine or f"{os.cpu_count()} cores of {platform.processor() or platform.machine()}, no GPU",
-        minutes=sum(time["seconds"] for time in figures["stages"].values()) / 60,
+        table="\n".join(accuracy_row(figures, task) for task in TASKS),
+        machine=machine or this_machine(),
+        **common_fields(figures, folder),
     )

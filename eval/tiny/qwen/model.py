@@ -7,7 +7,6 @@ from pathlib import Path
 import torch
 from transformers import (
     AutoModelForImageTextToText,
-    GenerationConfig,
     PreTrainedTokenizerFast,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
@@ -16,6 +15,7 @@ from transformers import (
     Qwen2VLVideoProcessor,
 )
 
+from ..checkpoint import MEAN, STD, greedy_decoding, save_folder
 from ..language import WIDTH, language_config
 from ..scenes import PATCH_SIZE
 from ..tokenizer import build_tokenizer as build_base
@@ -24,7 +24,6 @@ from .tokenizer import IMAGE, VIDEO, VISION_END, VISION_START, build_tokenizer
 MERGE = 2
 TOKEN_SIZE = MERGE * PATCH_SIZE
 """Side in pixels of what one visual token covers."""
-MEAN = STD = [0.5, 0.5, 0.5]
 LLAVA = Path(__file__).parents[2] / "checkpoints" / "tiny-llava"
 MROPE_SECTION = [1, 2, 13]
 """Of 16 frequencies (1 to 2e-5): one for time, two for rows, the rest for columns.
@@ -99,13 +98,7 @@ def build_model() -> Qwen2_5_VLForConditionalGeneration:
         for name in ("q_proj", "k_proj", "v_proj"):
             getattr(layer.self_attn, name).bias.zero_()
     model.get_input_embeddings().weight[: len(words)] = words
-    model.generation_config = GenerationConfig(
-        do_sample=False,
-        max_new_tokens=16,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
+    model.generation_config = greedy_decoding(tokenizer)
     return model.eval()
 
 
@@ -131,9 +124,4 @@ def build_processor() -> Qwen2_5_VLProcessor:
 
 def export(model: Qwen2_5_VLForConditionalGeneration, folder: Path) -> None:
     """Write model (bf16), processor and tokenizer as an ordinary checkpoint folder."""
-    folder.mkdir(parents=True, exist_ok=True)
-    build_processor().save_pretrained(folder)
-    copy = Qwen2_5_VLForConditionalGeneration(model.config)
-    copy.load_state_dict(model.state_dict())
-    copy.generation_config = model.generation_config
-    copy.to(torch.bfloat16).save_pretrained(folder)
+    save_folder(model, build_processor(), folder)

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ..loop import Metrics, Phase, Stage, Step, load_parts, run_stage
+from ..loop import Metrics, Parts, Phase, Stage, Step, run_stage
 from ..stages import by_task
 from .batches import SizedBatch, SizedPlan, stream
 from .codes import Codes, blur, fit_codes
@@ -89,8 +89,10 @@ NOISE = 0.05
 """Deviation of what is added to symbolic tokens."""
 
 
-class Workshop:
+class Workshop(Parts):
     """All parts of the model in training, and one method for each stage."""
+
+    part_names = ("tower", "heads", "language", "guides", "codes")
 
     def __init__(self, out: Path, resume: bool = True) -> None:
         self.out, self.resume = out, resume
@@ -103,16 +105,6 @@ class Workshop:
         self.heads = TowerHeads()
         self.guides = Guides(tokenizer)
         self.codes = Codes()
-
-    @property
-    def parts(self) -> dict[str, nn.Module]:
-        """Every part by name, as the stage files keep them."""
-        return {name: getattr(self, name) for name in ("tower", "heads", "language", "guides", "codes")}
-
-    def load(self, stage: str, *names: str) -> None:
-        """Take parts (all when none is named) from a stage's file."""
-        states = torch.load(self.out / f"{stage}.pt", weights_only=True)["parts"]
-        load_parts({name: self.parts[name] for name in names or self.parts}, states)
 
     def take_codes(self) -> None:
         """Read the codes from the run's folder, or make them."""
