@@ -6,7 +6,7 @@ import torch
 import vlmprune
 from support.matrix import METHOD_PARAMETERS, over_matrix
 
-ROWS = [[3, "A", 4], [2, "B", 1, "C", 6], [9], ["D", 2]]
+ROWS = [[3, "A", 4], [2, "B", 1, "small", 6], [9], ["large", 2]]
 
 
 @over_matrix

@@ -11,7 +11,7 @@ from support.matrix import METHOD_PARAMETERS, over_matrix
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_keep_everything_is_bit_identical(method, family, dtype):
     model = family.build(dtype)
-    inputs = family.inputs([[3, "A", 4], [2, "B", 1, "C", 6], [9]], dtype=dtype)
+    inputs = family.inputs([[3, "A", 4], [2, "B", 1, "small", 6], [9], ["large", 2]], dtype=dtype)
     with torch.no_grad():
         logits = model(**inputs).logits
         tokens = model.generate(**inputs, max_new_tokens=5, do_sample=False)

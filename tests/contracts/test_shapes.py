@@ -6,7 +6,7 @@ import vlmprune
 from support.matrix import METHOD_PARAMETERS, over_matrix
 from support.oracle import kept_columns
 
-ROWS = [[3, "A", 4], [2, "B", 1, "C", 6], [9]]
+ROWS = [[3, "A", 4], [2, "B", 1, "small", 6], [9], ["large", 2]]
 
 
 @over_matrix

@@ -40,9 +40,7 @@ def test_every_method_has_its_line(request_, tmp_path):
     model(**inputs)
     before = hooks_of(model)
     file, printed = tmp_path / "cost.csv", io.StringIO()
-    rows = run_selection_cost(
-        model, [inputs, inputs], cells, 2, file, {"model": "toy"}, Console(file=printed, width=100)
-    )
+    rows = run_selection_cost(model, [inputs, inputs], cells, 2, file, "toy", Console(file=printed, width=100))
     assert hooks_of(model) == before
     titles = [cell.title for cell in cells if not cell.is_full]
     assert [row.title for row in rows] == titles * 2
@@ -54,7 +52,7 @@ def test_every_method_has_its_line(request_, tmp_path):
     assert {row.title: row.visual_tokens_after for row in rows}[STAGED.title] == pytest.approx((64 + 32 + 16) / 3)
     lines = list(csv.DictReader(file.open()))
     assert [line["title"] for line in lines] == titles * 2
-    assert {line["model"] for line in lines} == {"toy"}
+    assert {(line["model"], line["dtype"], line["device"]) for line in lines} == {("toy", "float32", "cpu")}
     assert float(lines[0]["selection_ms_q25"]) <= float(lines[0]["selection_ms_median"])
     assert "share %" in printed.getvalue()
 

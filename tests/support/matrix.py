@@ -34,7 +34,7 @@ FOLLOW_THE_QUESTION = frozenset({"fastv", "pyramiddrop"})
 
 def few_tokens(method: str, family: FamilyCase) -> int:
     """Return a small number of tokens per image that the method can reach on average over the layers of the tiny model."""
-    return 5 if method not in FOLLOW_THE_QUESTION else family.tokens("A") // 3
+    return 5 if method not in FOLLOW_THE_QUESTION else max(map(family.tokens, ("A", "large"))) // 3
 
 
 def _cases() -> list[object]:
