@@ -282,12 +282,13 @@ def run_selection_cost(
     cells: Sequence[Cell],
     rounds: int,
     out: Path | None,
-    about: dict[str, Any],
+    name: str,
     console: Console | None = None,
 ) -> list[SelectionCost]:
     """Measure all cells on every request, print a table for each, and add their lines to the CSV file ``out``."""
     output = console or Console(width=100)
     found: list[SelectionCost] = []
+    about = {"model": name, "dtype": str(model.dtype).removeprefix("torch."), "device": model.device.type}
     for inputs in requests:
         part = measure_selection(
             model, inputs, cells, rounds, lambda item: output.print(item.note, soft_wrap=True, markup=False)

@@ -213,7 +213,7 @@ def selection_cost(
         cells, left_out = usable_cells(model, make_cells(wanted, budgets, 0), wanted)
         for item in left_out:
             typer.echo(item.note, err=True)
-        run_selection_cost(model, requests, cells, rounds, out, {"model": random_weights})
+        run_selection_cost(model, requests, cells, rounds, out, random_weights)
 
 
 @app.command()
