@@ -73,8 +73,8 @@ def measure_selection(
 
     A method that acts before the language model is measured with its layers taken out, which do the same whoever chose the
     tokens; its prefill is that of the layers on as many tokens, timed once a round for all methods that keep as many, and its
-    selection. A method that drops inside is measured in the whole call. A cell whose budget the request does not allow is left
-    out, and ``on_left_out`` told.
+    selection. A method that drops inside is measured in the whole call, and its ideal right after. A cell whose budget the
+    request does not allow is left out, and ``on_left_out`` told.
     """
     bench = _SelectionBench(model, inputs, cells)
     order = random.Random(0)
@@ -114,7 +114,7 @@ class _SelectionBench:
                 self.left_out.append(not_reachable(cell, error))
                 continue
             kept = tuple(self.layers[cell.label])
-            if kept not in alone:
+            if inside or kept not in alone:
                 alone[kept] = self._layers_alone(kept)
             self.times[cell.label].append((selection, pruned if inside else alone[kept] + selection, alone[kept]))
 
