@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from vlmprune.patches.encoder_calls import EncoderCall
+from vlmprune.patches.tower.encoder_calls import EncoderCall
 
 _TABLES = ("_forward_pre_hooks", "_forward_hooks")
 

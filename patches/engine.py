@@ -12,23 +12,23 @@ from torch import Tensor, nn
 from vlmprune.errors import NoRunError, UnsupportedCallError
 from vlmprune.layout import VisualLayout
 from vlmprune.methods.base import Method
+from vlmprune.methods.batch import Selection, VisualBatch
 from vlmprune.methods.pipeline import Pipeline, check_serves_videos
-from vlmprune.methods.visual_batch import Selection, VisualBatch
+from vlmprune.patches.cache.generation import patch_generation_inputs
+from vlmprune.patches.cache.state import CacheSegment, PrunedCacheState, cache_state, set_cache_state
+from vlmprune.patches.layers.run import LayerRun
+from vlmprune.patches.layers.site import LayerSite
+from vlmprune.patches.prefill.compaction import Compaction, gather_columns, plan_compaction, restore_columns
+from vlmprune.patches.prefill.deepstack import compact_deepstack, merging_of
+from vlmprune.patches.prefill.image_spans import ImageSpans, columns_of, find_image_spans, merge_spans
+from vlmprune.patches.prefill.position_gaps import dropped_positions
+from vlmprune.patches.tower.encoded_visuals import EncodedVisuals, encoded_visuals
+from vlmprune.patches.tower.encoder_calls import watch_encoders
 from vlmprune.record import RunRecord
 
-from .call_frames import FrameStack, ModelFrame
-from .compaction import Compaction, gather_columns, plan_compaction, restore_columns
-from .deepstack import compact_deepstack, merging_of
-from .encoded_visuals import EncodedVisuals, encoded_visuals
-from .encoder_calls import watch_encoders
+from .calls import CallStack, ModelCall
 from .families.family import Family
 from .hooks import HookSet
-from .image_spans import ImageSpans, columns_of, find_image_spans, merge_spans
-from .layer_run import LayerRun
-from .layer_site import LayerSite
-from .multi_turn import patch_generation_inputs
-from .position_gaps import dropped_positions
-from .pruned_cache import CacheSegment, PrunedCacheState, cache_state, set_cache_state
 
 
 class PruningEngine:
@@ -46,7 +46,7 @@ class PruningEngine:
         self.method: Method = first
         default = "original" if family.mrope else "compact"
         self.positions = positions or default
-        self.frames = FrameStack()
+        self.frames = CallStack()
         self.layer_site: LayerSite | None = None
         if inner is not None:
             compact = (positions or inner.positions or default) == "compact"
@@ -80,7 +80,7 @@ class PruningEngine:
 
     def _enter_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         inputs = {**dict(zip(self._model_parameters, args, strict=False)), **kwargs} if args else kwargs
-        frame = ModelFrame(inputs)
+        frame = ModelCall(inputs)
         self.frames.model.append(frame)
         given = inputs.get("mm_encoder_outputs") or {}
         frame.encoded = {name: given[name] for name in self.family.modalities if given.get(name) is not None}
@@ -150,7 +150,7 @@ class PruningEngine:
             output.hidden_states = (*earlier, output.last_hidden_state)
         return output
 
-    def _prefill(self, frame: ModelFrame, kwargs: dict[str, Any]) -> dict[str, Any]:
+    def _prefill(self, frame: ModelCall, kwargs: dict[str, Any]) -> dict[str, Any]:
         encoded = self._encoded(frame)
         assert frame.visual_mask is not None
         embeddings = kwargs["inputs_embeds"]
@@ -185,7 +185,7 @@ class PruningEngine:
 
     def _begin_layers(
         self,
-        frame: ModelFrame,
+        frame: ModelCall,
         spans: ImageSpans,
         columns: Tensor,
         index: Sequence[Tensor | int],
@@ -206,7 +206,7 @@ class PruningEngine:
         return self.layer_site.hold_back_deepstack(run, kwargs)
 
     def _layer_run(
-        self, frame: ModelFrame, state: PrunedCacheState | None, cache: Any, kwargs: Mapping[str, Any]
+        self, frame: ModelCall, state: PrunedCacheState | None, cache: Any, kwargs: Mapping[str, Any]
     ) -> LayerRun:
         embeddings, mask = kwargs.get("inputs_embeds"), kwargs.get("attention_mask")
         tokens = embeddings if embeddings is not None else kwargs["input_ids"]
@@ -225,7 +225,7 @@ class PruningEngine:
             record=frame.record,
         )
 
-    def _encoded(self, frame: ModelFrame) -> list[EncodedVisuals]:
+    def _encoded(self, frame: ModelCall) -> list[EncodedVisuals]:
         wanted = self.method.vision_signals(self.family.tower_facts)
         found = []
         for modality, output in frame.encoded.items():
@@ -278,7 +278,7 @@ class PruningEngine:
         return torch.cat([columns[chosen] for columns, chosen in zip(flat, per_image, strict=True)]), per_image
 
     def _plan(
-        self, frame: ModelFrame, spans: ImageSpans, kept_counts: list[int], kept_columns: Tensor, embeddings: Tensor
+        self, frame: ModelCall, spans: ImageSpans, kept_counts: list[int], kept_columns: Tensor, embeddings: Tensor
     ) -> Compaction:
         assert frame.visual_mask is not None
         batch, columns = embeddings.shape[:2]
@@ -297,7 +297,7 @@ class PruningEngine:
 
     def _compacted_inputs(
         self,
-        frame: ModelFrame,
+        frame: ModelCall,
         compaction: Compaction,
         spans: ImageSpans,
         selection: Selection,
@@ -353,7 +353,7 @@ class PruningEngine:
         kwargs = {**kwargs, "inputs_embeds": compacted, "position_ids": positions, "attention_mask": mask}
         return compact_deepstack(kwargs, compaction, kept_columns, merging_of(selection, spans))
 
-    def _dropped_positions(self, frame: ModelFrame, compaction: Compaction, positions: Tensor) -> tuple[Tensor, Tensor]:
+    def _dropped_positions(self, frame: ModelCall, compaction: Compaction, positions: Tensor) -> tuple[Tensor, Tensor]:
         if not self.family.mrope:
             removed = torch.tensor(compaction.removed).to(positions.device, non_blocking=True)[:, None]
             return compaction.dropped_before, removed
@@ -395,7 +395,7 @@ class PruningEngine:
         return torch.cat([before, present], dim=1)
 
     def _continue(
-        self, frame: ModelFrame, state: PrunedCacheState, cache: Any, kwargs: dict[str, Any]
+        self, frame: ModelCall, state: PrunedCacheState, cache: Any, kwargs: dict[str, Any]
     ) -> dict[str, Any]:
         embeddings = kwargs.get("inputs_embeds")
         tokens = embeddings if embeddings is not None else kwargs["input_ids"]
@@ -418,7 +418,7 @@ class PruningEngine:
             )
 
     @staticmethod
-    def _positions(frame: ModelFrame, kwargs: Mapping[str, Any], tokens: Tensor, past: int, cache: Any) -> Tensor:
+    def _positions(frame: ModelCall, kwargs: Mapping[str, Any], tokens: Tensor, past: int, cache: Any) -> Tensor:
         """Return positions `[..., batch, columns]` of this call's tokens, which follow `past` tokens of the caller's sequence."""
         given, (batch, columns) = kwargs.get("position_ids"), tokens.shape[:2]
         if given is None:
@@ -441,7 +441,7 @@ class PruningEngine:
 
     def _record(
         self,
-        frame: ModelFrame,
+        frame: ModelCall,
         spans: ImageSpans,
         encoded: Sequence[EncodedVisuals],
         kept: list[Any],

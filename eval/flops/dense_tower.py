@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from transformers import PreTrainedConfig
 
-from vlmprune.methods.visual_batch import TowerFacts
+from vlmprune.methods.batch import TowerFacts
 
 from .vision_work import VisionWork
 

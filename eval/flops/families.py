@@ -9,7 +9,7 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 from vlmprune.errors import unknown
-from vlmprune.methods.visual_batch import TowerFacts
+from vlmprune.methods.batch import TowerFacts
 
 from .dense_tower import dense_segments, dense_tower_facts, dense_tower_macs
 from .packed_tower import packed_segments, packed_tower_facts, packed_tower_macs

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedConfig
 
-from vlmprune.methods.visual_batch import TowerFacts
+from vlmprune.methods.batch import TowerFacts
 
 from .vision_work import VisionWork
 

@@ -9,11 +9,10 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from vlmprune.layout import VisualLayout
-from vlmprune.methods.visual_batch import TowerFacts
-
-from ..dense_tower import DenseTowerReader
-from ..encoded_visuals import EncodedVisuals
-from ..tower_reader import TowerReader
+from vlmprune.methods.batch import TowerFacts
+from vlmprune.patches.tower.dense import DenseTowerReader
+from vlmprune.patches.tower.encoded_visuals import EncodedVisuals
+from vlmprune.patches.tower.reader import TowerReader
 
 
 class Family:

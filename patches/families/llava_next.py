@@ -6,7 +6,8 @@ from typing import ClassVar
 
 import torch
 
-from ..encoded_visuals import EncodedVisuals
+from vlmprune.patches.tower.encoded_visuals import EncodedVisuals
+
 from .anyres import AnyresImage, anyres_image
 from .anyres_family import AnyresFamily
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from functools import cached_property
 from typing import ClassVar
 
-from ..packed_tower import WindowedTowerReader
-from ..tower_reader import TowerReader
+from vlmprune.patches.tower.packed import WindowedTowerReader
+from vlmprune.patches.tower.reader import TowerReader
+
 from .qwen_base import QwenVL
 
 

@@ -10,7 +10,7 @@ from transformers import CLIPVisionConfig
 import vlmprune
 from support.tiny_models import CLIP, LLAVA_CLIP_GQA, llava_case
 from vlmprune.methods import FasterVLM
-from vlmprune.methods.visual_batch import VisionSignal
+from vlmprune.methods.batch import VisionSignal
 
 
 class OutputShapes(TorchDispatchMode):

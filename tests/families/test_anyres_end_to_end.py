@@ -8,7 +8,7 @@ from support.families.anyres_by_hand import batch_by_hand, check_seen
 from support.families.llava_next import LLAVA_NEXT
 from support.families.llava_onevision import LLAVA_ONEVISION
 from vlmprune.methods import VTCCLS, DivPrune, FasterVLM, GlobalCom2, HiRED, ToDRE
-from vlmprune.methods.visual_batch import TowerFacts
+from vlmprune.methods.batch import TowerFacts
 
 NEXT = (
     LLAVA_NEXT,

@@ -7,8 +7,8 @@ import vlmprune
 from support.families.by_hand import check_pruned, language_model_inputs, placeholders, row_by_hand
 from support.families.qwen3_vl import CASES, QWEN3_VL
 from vlmprune.methods import DivPrune, Pool
-from vlmprune.patches.compaction import plan_compaction
-from vlmprune.patches.deepstack import compact_deepstack
+from vlmprune.patches.prefill.compaction import plan_compaction
+from vlmprune.patches.prefill.deepstack import compact_deepstack
 
 
 def example():

@@ -6,10 +6,10 @@ import torch
 import vlmprune
 from support.families.llava_onevision import CUTS, FRAMES, LLAVA_ONEVISION, VIDEO_TOKEN
 from vlmprune.errors import LayoutError, UnsupportedMethodError
-from vlmprune.methods.visual_batch import VisionSignal
-from vlmprune.patches.encoded_visuals import EncodedVisuals
+from vlmprune.methods.batch import VisionSignal
 from vlmprune.patches.families.llava_onevision import video_layout
 from vlmprune.patches.families.registry import find_family
+from vlmprune.patches.tower.encoded_visuals import EncodedVisuals
 
 
 def run_of(model, inputs, method="hired", **parameters):

@@ -15,10 +15,10 @@ from transformers.vision_utils import get_vision_window_index
 
 from support.tiny_models import spread_weights
 from vlmprune.errors import UnsupportedMethodError
-from vlmprune.methods.visual_batch import VisionSignal
-from vlmprune.patches.call_frames import FrameStack, TowerFrame
+from vlmprune.methods.batch import VisionSignal
+from vlmprune.patches.calls import CallStack, TowerCall
 from vlmprune.patches.hooks import HookSet
-from vlmprune.patches.packed_tower import PackedTowerReader, WindowedTowerReader
+from vlmprune.patches.tower.packed import PackedTowerReader, WindowedTowerReader
 
 SHARED = {"depth": 3, "num_heads": 2, "patch_size": 2}
 # Windows of 3 x 3 merged tokens: 4 x 5 and 7 x 2 tokens have windows that are cut at both borders.
@@ -66,7 +66,7 @@ def captured(tower, reader, layers, grids, **kwargs):
     family = SimpleNamespace(
         vision_tower=tower, vision_heads=2, vision_attention=lambda layer: tower.blocks[layer].attn
     )
-    frames, hooks, frame = FrameStack(), HookSet(), TowerFrame()
+    frames, hooks, frame = CallStack(), HookSet(), TowerCall()
     signals = [VisionSignal("received_attention", layer) for layer in layers]
     reader.install(family, signals, frames, hooks)
     frames.tower.append(frame)
@@ -132,7 +132,7 @@ def test_images_of_a_call_score_as_alone(tower_and_reader):
     start = 0
     for grid in GRIDS:
         count = int(grid.prod())
-        frames, hooks, frame = FrameStack(), HookSet(), TowerFrame()
+        frames, hooks, frame = CallStack(), HookSet(), TowerCall()
         family = SimpleNamespace(
             vision_tower=tower, vision_heads=2, vision_attention=lambda layer: tower.blocks[layer].attn
         )
@@ -207,7 +207,7 @@ def test_there_is_no_cls_token(tower_and_reader, kind):
         vision_tower=tower, vision_heads=2, vision_attention=lambda layer: tower.blocks[layer].attn
     )
     with pytest.raises(UnsupportedMethodError, match="no CLS token"):
-        reader.install(family, [VisionSignal(kind, 1)], FrameStack(), HookSet())
+        reader.install(family, [VisionSignal(kind, 1)], CallStack(), HookSet())
 
 
 def test_hooks_survive_a_deep_copy():
@@ -218,11 +218,11 @@ def test_hooks_survive_a_deep_copy():
     family = SimpleNamespace(
         vision_tower=tower, vision_heads=2, vision_attention=lambda layer: tower.blocks[layer].attn
     )
-    frames, hooks = FrameStack(), HookSet()
+    frames, hooks = CallStack(), HookSet()
     signal = VisionSignal("received_attention", 2)
     reader.install(family, [signal], frames, hooks)
     other_tower, other_reader, other_frames = copy.deepcopy((tower, reader, frames))
-    frame = TowerFrame()
+    frame = TowerCall()
     other_frames.tower.append(frame)
     with torch.no_grad():
         other_tower(pixels(GRIDS), grid_thw=GRIDS)

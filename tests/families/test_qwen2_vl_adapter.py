@@ -15,7 +15,7 @@ from support.families.qwen_case import VIDEO_TOKEN
 from support.layerwise import language_model_inputs
 from support.tiny_models import IMAGE_TOKEN
 from vlmprune.methods import DivPrune, FasterVLM
-from vlmprune.methods.visual_batch import VisionSignal
+from vlmprune.methods.batch import VisionSignal
 from vlmprune.patches.families.registry import find_family
 
 ROWS = [[3, "A", 4], [2, "small", 1, "large", 6], [9]]

@@ -7,7 +7,7 @@ from transformers import SiglipVisionConfig, VipLlavaConfig, VipLlavaForConditio
 import vlmprune
 from support.families.vip_llava import VIP_LLAVA
 from support.tiny_models import IMAGE_TOKEN, LLAMA_GQA, SIGLIP
-from vlmprune.methods.visual_batch import TowerFacts
+from vlmprune.methods.batch import TowerFacts
 from vlmprune.patches.families.registry import find_family
 
 

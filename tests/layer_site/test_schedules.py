@@ -7,7 +7,7 @@ from layer_site.by_hand import DEEP_LLAVA
 import vlmprune
 from vlmprune.errors import BudgetError, ParameterError, UnknownNameError, UnsupportedMethodError
 from vlmprune.methods import DivPrune, FastV, PyramidDrop, ToDRE, ToDRERelevance
-from vlmprune.methods.pyramiddrop import even_layers, solve_schedule
+from vlmprune.methods.layer.pyramiddrop import even_layers, solve_schedule
 
 
 def average(schedule, total, layers):

@@ -9,7 +9,7 @@ from layer_site.by_hand import DEEP_LLAVA
 import vlmprune
 from support.tiny_models import IMAGE_TOKEN
 from vlmprune.methods import FastV, PyramidDrop, ToDRERelevance
-from vlmprune.methods.todre_relevance import relevance_shares
+from vlmprune.methods.layer.todre_relevance import relevance_shares
 
 ROWS = [[3, "A", 4], [2, "B", 1, "C", 6], [9], [5, "D", 2]]
 

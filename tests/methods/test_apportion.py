@@ -4,7 +4,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vlmprune.methods.apportion import apportion
+from vlmprune.methods.shared.apportion import apportion
 
 rows = st.integers(1, 6).flatmap(
     lambda parts: st.tuples(

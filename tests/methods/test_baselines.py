@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from support import method_batches as build
 from vlmprune.errors import ParameterError
 from vlmprune.methods import Pool, Random, Uniform
-from vlmprune.methods.pool import pooled_grid
-from vlmprune.methods.uniform import even_grid, even_steps
+from vlmprune.methods.baselines.pool import pooled_grid
+from vlmprune.methods.baselines.uniform import even_grid, even_steps
 
 
 def kept_of(method, rows, columns):

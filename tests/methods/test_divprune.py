@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from support import method_batches as build
 from vlmprune.methods import DivPrune
-from vlmprune.methods.divprune import divprune_order
+from vlmprune.methods.input.divprune import divprune_order
 
 
 def batch_of(features, keep, rows, columns):

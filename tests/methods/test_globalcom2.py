@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from support import method_batches as build
 from vlmprune.errors import BudgetError, ParameterError, UnknownNameError
 from vlmprune.methods import GlobalCom2
-from vlmprune.methods.globalcom2_scores import guide
+from vlmprune.methods.input.globalcom2_scores import guide
 
 
 @settings(max_examples=60, deadline=None)

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from support import method_batches as build
 from vlmprune.methods import VTCCLS, FasterVLM
-from vlmprune.methods.visual_batch import VisionSignal
+from vlmprune.methods.batch import VisionSignal
 
 
 @settings(max_examples=40, deadline=None)

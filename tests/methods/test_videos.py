@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 
 from support.method_batches import check_selection, random_batch
 from vlmprune.layout import raster_layout
+from vlmprune.methods.baselines.uniform import even_frames
 from vlmprune.methods.registry import METHODS
-from vlmprune.methods.uniform import even_frames
 from vlmprune.patches.families.llava_onevision import video_layout
 
 SERVING = [name for name, cls in METHODS.items() if cls.videos]

@@ -4,7 +4,7 @@ import pytest
 
 from vlmprune.errors import ParameterError
 from vlmprune.methods import VTCCLS
-from vlmprune.methods.visual_batch import TowerFacts
+from vlmprune.methods.batch import TowerFacts
 
 CLIP_L = TowerFacts(layers=24, feature_layer=22, has_cls=True)
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from vlmprune.layout import VisualLayout, raster_layout, unknown_layout
 from vlmprune.methods.base import Method
-from vlmprune.methods.visual_batch import Selection, TowerFacts, VisionSignal, VisualBatch
+from vlmprune.methods.batch import Selection, TowerFacts, VisionSignal, VisualBatch
 
 # CLIP-ViT-L/14-336 in LLaVA: the output of layer 22 of 24 becomes the visual tokens.
 CLIP = TowerFacts(layers=24, feature_layer=22, has_cls=True)

@@ -12,10 +12,10 @@ from official_cases.anyres import anyres_layout
 from official_cases.batches import CLIP, kept_per_image, make_batch, square_layout
 from vlmprune.kernels.max_min import max_min_from_distances
 from vlmprune.layout import VisualLayout
-from vlmprune.methods.divprune import DivPrune, divprune_order
-from vlmprune.methods.fastervlm import FasterVLM, fastervlm_score
-from vlmprune.methods.visual_batch import TowerFacts, VisionSignal
-from vlmprune.methods.vtc_cls import VTCCLS, vtc_cls_score
+from vlmprune.methods.batch import TowerFacts, VisionSignal
+from vlmprune.methods.input.divprune import DivPrune, divprune_order
+from vlmprune.methods.input.fastervlm import FasterVLM, fastervlm_score
+from vlmprune.methods.input.vtc_cls import VTCCLS, vtc_cls_score
 
 Tensors = Mapping[str, Tensor]
 Run = Callable[[Mapping[str, Any], Tensors], dict[str, Tensor]]

@@ -18,11 +18,11 @@ from official_cases.injected_llava import InjectedLlava, cache_lengths
 from official_cases.input_site import Tensors
 from vlmprune.kernels.row_attention import row_attention
 from vlmprune.methods import FastV, PyramidDrop
-from vlmprune.methods.fastv import fastv_count, fastv_keep
+from vlmprune.methods.batch import Selection
+from vlmprune.methods.layer.fastv import fastv_count, fastv_keep
+from vlmprune.methods.layer.pyramiddrop import pyramiddrop_keep, stage_counts
 from vlmprune.methods.layer_method import LayerBatch, LayerCut
-from vlmprune.methods.pyramiddrop import pyramiddrop_keep, stage_counts
-from vlmprune.methods.visual_batch import Selection
-from vlmprune.patches.layer_scores import rotate
+from vlmprune.patches.layers.scores import rotate
 
 
 @dataclass(frozen=True, kw_only=True)

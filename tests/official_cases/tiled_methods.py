@@ -13,12 +13,12 @@ from official_cases.batches import CLIP, make_batch, square_layout
 from official_cases.input_site import CLS_ATTENTION, Run, Tensors, pair, per_token, tile_and_token
 from vlmprune.kernels.row_attention import row_attention
 from vlmprune.layout import VisualLayout
-from vlmprune.methods.globalcom2 import GlobalCom2, crop_shares
-from vlmprune.methods.globalcom2_order import official_sequence
-from vlmprune.methods.globalcom2_scores import guide, holistic_scores
-from vlmprune.methods.hired import HiRED
-from vlmprune.methods.tile_segments import tile_segments
-from vlmprune.methods.visual_batch import VisionSignal
+from vlmprune.methods.batch import VisionSignal
+from vlmprune.methods.input.globalcom2 import GlobalCom2, crop_shares
+from vlmprune.methods.input.globalcom2_order import official_sequence
+from vlmprune.methods.input.globalcom2_scores import guide, holistic_scores
+from vlmprune.methods.input.hired import HiRED
+from vlmprune.methods.shared.tile_segments import tile_segments
 
 FIRST_LAYER = VisionSignal("cls_attention", 0)
 LAST_LOGITS = VisionSignal("cls_logits", CLIP.layers - 1)

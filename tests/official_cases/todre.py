@@ -12,10 +12,10 @@ from torch import Tensor
 from official_cases.batches import CLIP, make_batch, square_layout
 from official_cases.input_site import Tensors
 from vlmprune.layout import unknown_layout
+from vlmprune.methods.batch import VisionSignal
+from vlmprune.methods.input.todre import ToDRE
+from vlmprune.methods.layer.todre_relevance import SYSTEM, TEXT, VISUAL, ToDRERelevance, relevance_shares
 from vlmprune.methods.layer_method import LayerBatch, ProbedLayer
-from vlmprune.methods.todre import ToDRE
-from vlmprune.methods.todre_relevance import SYSTEM, TEXT, VISUAL, ToDRERelevance, relevance_shares
-from vlmprune.methods.visual_batch import VisionSignal
 
 
 def todre_diversity(params: Mapping[str, Any], inputs: Tensors) -> dict[str, Tensor]:

@@ -12,7 +12,7 @@ from official_cases.anyres import anyres_layout
 from official_cases.batches import make_batch
 from vlmprune.layout import VisualLayout, raster_layout
 from vlmprune.methods.base import Method
-from vlmprune.methods.visual_batch import Selection, TowerFacts, VisualBatch
+from vlmprune.methods.batch import Selection, TowerFacts, VisualBatch
 
 WITH_CLS = TowerFacts(layers=10, feature_layer=8, has_cls=True)
 WITHOUT_CLS = TowerFacts(layers=10, feature_layer=9, has_cls=False)

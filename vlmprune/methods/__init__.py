@@ -1,18 +1,9 @@
-"""Published pruning and merging methods, one a file."""
+"""Published pruning and merging methods: a folder a site, one method a file."""
 
 from .base import Method
-from .divprune import DivPrune
-from .fastervlm import FasterVLM
-from .fastv import FastV
-from .globalcom2 import GlobalCom2
-from .hired import HiRED
-from .pool import Pool
-from .pyramiddrop import PyramidDrop
-from .random import Random
-from .todre import ToDRE
-from .todre_relevance import ToDRERelevance
-from .uniform import Uniform
-from .vtc_cls import VTCCLS
+from .baselines import Pool, Random, Uniform
+from .input import VTCCLS, DivPrune, FasterVLM, GlobalCom2, HiRED, ToDRE
+from .layer import FastV, PyramidDrop, ToDRERelevance
 
 __all__ = [
     "VTCCLS",

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from ..budget import Keep, check_keep, token_budget
-from .visual_batch import Selection, TowerFacts, VisionSignal, VisualBatch
+from .batch import Selection, TowerFacts, VisionSignal, VisualBatch
 
 Site = Literal["input", "layer"]
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..budget import Keep, check_keep
 from ..errors import ParameterError
 from .base import Method, Site
-from .visual_batch import Selection
+from .batch import Selection
 
 
 class LayerCut(NamedTuple):

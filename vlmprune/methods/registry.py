@@ -5,23 +5,10 @@ from __future__ import annotations
 from dataclasses import fields
 
 from ..errors import ParameterError, unknown
+from . import baselines, input, layer
 from .base import Method
-from .divprune import DivPrune
-from .fastervlm import FasterVLM
-from .fastv import FastV
-from .globalcom2 import GlobalCom2
-from .hired import HiRED
-from .pool import Pool
-from .pyramiddrop import PyramidDrop
-from .random import Random
-from .todre import ToDRE
-from .uniform import Uniform
-from .vtc_cls import VTCCLS
 
-METHODS: dict[str, type[Method]] = {
-    cls.name: cls
-    for cls in (Random, Uniform, Pool, FasterVLM, VTCCLS, HiRED, GlobalCom2, DivPrune, ToDRE, FastV, PyramidDrop)
-}
+METHODS: dict[str, type[Method]] = {cls.name: cls for folder in (baselines, input, layer) for cls in folder.METHODS}
 
 
 def method_names() -> list[str]:

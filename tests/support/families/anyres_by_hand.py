@@ -10,7 +10,7 @@ from transformers.models.llava_next.modeling_llava_next import get_anyres_image_
 
 from vlmprune.layout import VisualLayout
 from vlmprune.methods.base import Method
-from vlmprune.methods.visual_batch import TowerFacts, VisionSignal, VisualBatch
+from vlmprune.methods.batch import TowerFacts, VisionSignal, VisualBatch
 
 
 def host_packed(model: Any, maps: Tensor, size: Tensor, newline: float = 0.0) -> Tensor:

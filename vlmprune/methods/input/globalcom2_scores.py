@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate, normalize
 
-from ..layout import VisualLayout
-from .tile_segments import TileSegments, to_device
-from .visual_batch import VisionSignal, VisualBatch
+from vlmprune.layout import VisualLayout
+from vlmprune.methods.batch import VisionSignal, VisualBatch
+from vlmprune.methods.shared.tile_segments import TileSegments, to_device
 
 
 def local_scores(batch: VisualBatch, segments: TileSegments) -> Tensor:

@@ -11,11 +11,10 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from vlmprune.errors import BudgetError, ParameterError
 from vlmprune.kernels.segmented_topk import segmented_topk
-
-from ..errors import BudgetError, ParameterError
-from .layer_method import LayerBatch, LayerCut, LayerMethod, check_depth, check_layers
-from .visual_batch import Selection
+from vlmprune.methods.batch import Selection
+from vlmprune.methods.layer_method import LayerBatch, LayerCut, LayerMethod, check_depth, check_layers
 
 # The smallest rate of the paper's ablation (0.4, 0.5, 0.6).
 _LOWEST_RATE = 0.4

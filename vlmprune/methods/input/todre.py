@@ -12,12 +12,11 @@ from torch import Tensor
 from vlmprune.kernels.max_min import max_min
 from vlmprune.kernels.max_sum import max_sum
 from vlmprune.kernels.segmented_topk import segmented_topk
-
-from ..layout import VisualLayout
-from .base import Method
-from .tile_segments import local_indices, newline_surplus, tile_segments, to_device
-from .todre_relevance import ToDRERelevance
-from .visual_batch import Selection, TowerFacts, VisionSignal, VisualBatch, check_choice
+from vlmprune.layout import VisualLayout
+from vlmprune.methods.base import Method
+from vlmprune.methods.batch import Selection, TowerFacts, VisionSignal, VisualBatch, check_choice
+from vlmprune.methods.layer.todre_relevance import ToDRERelevance
+from vlmprune.methods.shared.tile_segments import local_indices, newline_surplus, tile_segments, to_device
 
 
 @dataclass(frozen=True, kw_only=True)

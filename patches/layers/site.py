@@ -12,17 +12,17 @@ from torch import Tensor, nn
 from transformers.masking_utils import create_causal_mask
 
 from vlmprune.kernels.row_attention import row_attention
+from vlmprune.methods.batch import Selection
 from vlmprune.methods.layer_method import LayerBatch, LayerMethod, ProbedLayer
-from vlmprune.methods.visual_batch import Selection
+from vlmprune.patches.calls import CallStack, ModelCall
+from vlmprune.patches.families.family import Family
+from vlmprune.patches.hooks import HookSet
+from vlmprune.patches.prefill.compaction import Compaction
+from vlmprune.patches.prefill.image_spans import ImageSpans
 from vlmprune.record import RunRecord
 
-from .call_frames import FrameStack, ModelFrame
-from .compaction import Compaction
-from .families.family import Family
-from .hooks import HookSet
-from .image_spans import ImageSpans
-from .layer_run import LayerRun, VisualTokens
-from .layer_scores import cached_keys, check_decoder, rotary_row, rotate
+from .run import LayerRun, VisualTokens
+from .scores import cached_keys, check_decoder, rotary_row, rotate
 
 
 class LayerSite:
@@ -32,7 +32,7 @@ class LayerSite:
     passes every layer the ones it made for the first. In later calls each group of layers gets those of its own cache.
     """
 
-    def __init__(self, family: Family, method: LayerMethod, frames: FrameStack, compact: bool) -> None:
+    def __init__(self, family: Family, method: LayerMethod, frames: CallStack, compact: bool) -> None:
         self.family = family
         self.method = method
         self.frames = frames
@@ -78,7 +78,7 @@ class LayerSite:
 
     def begin_prefill(
         self,
-        frame: ModelFrame,
+        frame: ModelCall,
         spans: ImageSpans,
         columns: Tensor,
         index: Sequence[Tensor | int],

@@ -7,9 +7,9 @@ from typing import ClassVar
 
 import torch
 
-from ..errors import ParameterError
-from .base import Method
-from .visual_batch import Selection, VisualBatch
+from vlmprune.errors import ParameterError
+from vlmprune.methods.base import Method
+from vlmprune.methods.batch import Selection, VisualBatch
 
 
 @dataclass(frozen=True, kw_only=True)

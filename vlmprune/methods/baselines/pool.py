@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d
 
-from .base import Method
-from .visual_batch import Selection, VisualBatch
+from vlmprune.methods.base import Method
+from vlmprune.methods.batch import Selection, VisualBatch
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,8 +10,8 @@ from typing import Literal, NamedTuple
 
 from torch import Tensor
 
-from ..errors import ParameterError
-from ..layout import VisualLayout
+from vlmprune.errors import ParameterError
+from vlmprune.layout import VisualLayout
 
 VisionSignalKind = Literal["cls_attention", "cls_logits", "received_attention"]
 
@@ -103,7 +103,7 @@ def check_positive(name: str, value: int) -> None:
 
 def check_choice(name: str, value: str, allowed: Sequence[str]) -> None:
     """Raise UnknownNameError unless `value` is one of `allowed`."""
-    from ..errors import unknown
+    from vlmprune.errors import unknown
 
     if value not in allowed:
         raise unknown(name, value, allowed)

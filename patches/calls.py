@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 @dataclass(eq=False)
-class TowerFrame:
+class TowerCall:
     """What the hooks of a tower reader captured during one run of the vision tower.
 
     Attributes:
@@ -22,7 +22,7 @@ class TowerFrame:
 
 
 @dataclass(eq=False)
-class ModelFrame:
+class ModelCall:
     """One running forward of the multimodal model.
 
     Attributes:
@@ -46,15 +46,15 @@ class ModelFrame:
     record: Any = None
 
 
-class FrameStack(threading.local):
+class CallStack(threading.local):
     """The running frames of one patched model in the current thread, innermost last."""
 
     def __init__(self) -> None:
-        self.model: list[ModelFrame] = []
-        self.tower: list[TowerFrame] = []
+        self.model: list[ModelCall] = []
+        self.tower: list[TowerCall] = []
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> FrameStack:
-        return FrameStack()
+    def __deepcopy__(self, memo: dict[int, Any]) -> CallStack:
+        return CallStack()
 
-    def __reduce__(self) -> tuple[type[FrameStack], tuple[()]]:
-        return FrameStack, ()
+    def __reduce__(self) -> tuple[type[CallStack], tuple[()]]:
+        return CallStack, ()

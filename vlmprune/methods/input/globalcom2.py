@@ -9,13 +9,20 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ..errors import ParameterError
-from .apportion import apportion
-from .base import Method
+from vlmprune.errors import ParameterError
+from vlmprune.methods.base import Method
+from vlmprune.methods.batch import Selection, TowerFacts, VisionSignal, VisualBatch, check_choice
+from vlmprune.methods.shared.apportion import apportion
+from vlmprune.methods.shared.tile_segments import (
+    TileSegments,
+    spread_newlines,
+    tile_segments,
+    to_device,
+    top_of_segments,
+)
+
 from .globalcom2_order import official_order
 from .globalcom2_scores import guide, holistic_scores, local_scores
-from .tile_segments import TileSegments, spread_newlines, tile_segments, to_device, top_of_segments
-from .visual_batch import Selection, TowerFacts, VisionSignal, VisualBatch, check_choice
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,12 +8,12 @@ from typing import Any
 
 from torch import nn
 
-from vlmprune.methods.visual_batch import VisionSignal
+from vlmprune.methods.batch import VisionSignal
+from vlmprune.patches.calls import CallStack, TowerCall
+from vlmprune.patches.families.family import Family
+from vlmprune.patches.hooks import HookSet
 
-from .call_frames import FrameStack, TowerFrame
 from .encoded_visuals import EncodedVisuals, encoded_visuals, set_encoded_visuals
-from .families.family import Family
-from .hooks import HookSet
 
 
 class EncoderCall:
@@ -29,7 +29,7 @@ class EncoderCall:
         modality: str,
         family: Family,
         signals: Sequence[VisionSignal],
-        frames: FrameStack,
+        frames: CallStack,
     ) -> None:
         self.encode = encode
         self.modality = modality
@@ -42,7 +42,7 @@ class EncoderCall:
         """Encode as the host does, and attach `EncodedVisuals` to the output."""
         inputs = self.__signature__.bind_partial(*args, **kwargs).arguments
         self.family.check_encoding(self.modality, inputs)
-        frame = TowerFrame()
+        frame = TowerCall()
         # Some hosts encode videos by the call for images.
         nested = bool(self.frames.tower)
         self.frames.tower.append(frame)
@@ -68,7 +68,7 @@ class EncoderCall:
         return output
 
 
-def watch_encoders(family: Family, signals: Sequence[VisionSignal], frames: FrameStack, hooks: HookSet) -> None:
+def watch_encoders(family: Family, signals: Sequence[VisionSignal], frames: CallStack, hooks: HookSet) -> None:
     """Watch the encoding of every modality of the family, and the tower layers that `signals` name."""
     if signals:
         family.tower_reader.install(family, signals, frames, hooks)

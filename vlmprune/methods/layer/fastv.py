@@ -9,12 +9,11 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
+from vlmprune.budget import Keep
+from vlmprune.errors import BudgetError, ParameterError
 from vlmprune.kernels.segmented_topk import segmented_topk
-
-from ..budget import Keep
-from ..errors import BudgetError, ParameterError
-from .layer_method import LayerBatch, LayerCut, LayerMethod, check_depth, check_layers
-from .visual_batch import Selection, check_choice
+from vlmprune.methods.batch import Selection, check_choice
+from vlmprune.methods.layer_method import LayerBatch, LayerCut, LayerMethod, check_depth, check_layers
 
 
 @dataclass(frozen=True, kw_only=True)

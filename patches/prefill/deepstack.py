@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vlmprune.methods.visual_batch import Selection
+from vlmprune.methods.batch import Selection
 
 from .compaction import Compaction
 from .image_spans import ImageSpans, columns_of

@@ -8,8 +8,9 @@ from typing import Any
 
 from torch import nn
 
-from .hooks import HookSet
-from .pruned_cache import cache_state
+from vlmprune.patches.hooks import HookSet
+
+from .state import cache_state
 
 
 class GenerationInputs:

@@ -13,14 +13,14 @@ from transformers.vision_utils import get_vision_window_index
 
 from vlmprune.errors import UnsupportedMethodError
 from vlmprune.kernels.received_attention import received_attention
-from vlmprune.methods.visual_batch import VisionSignal
+from vlmprune.methods.batch import VisionSignal
+from vlmprune.patches.calls import CallStack, TowerCall
 
-from .call_frames import FrameStack, TowerFrame
-from .tower_reader import TowerReader
+from .reader import TowerReader
 
 if TYPE_CHECKING:
-    from .families.family import Family
-    from .hooks import HookSet
+    from vlmprune.patches.families.family import Family
+    from vlmprune.patches.hooks import HookSet
 
 
 class PackedTowerReader(TowerReader):
@@ -31,12 +31,12 @@ class PackedTowerReader(TowerReader):
     """
 
     def __init__(self) -> None:
-        self.frames = FrameStack()
+        self.frames = CallStack()
         self.heads = 1
         self.merged_patches = 1
         self.layers: dict[int, nn.Module] = {}
 
-    def install(self, family: Family, signals: Sequence[VisionSignal], frames: FrameStack, hooks: HookSet) -> None:
+    def install(self, family: Family, signals: Sequence[VisionSignal], frames: CallStack, hooks: HookSet) -> None:
         """Register hooks on the attention of every layer.
 
         Raises:
@@ -60,7 +60,7 @@ class PackedTowerReader(TowerReader):
             hooks.before(f"vision layer {layer} bounds", attention, partial(self._keep_arguments, layer))
             hooks.after(f"vision layer {layer} qkv", attention.qkv, partial(self._keep_projection, layer))  # type: ignore[arg-type]
 
-    def read(self, signal: VisionSignal, frame: TowerFrame) -> Tensor:
+    def read(self, signal: VisionSignal, frame: TowerCall) -> Tensor:
         """Return `[visual tokens, heads]`, raster order in each image or frame, images one after the other."""
         layer = signal.layer
         attention: Any = self.layers[layer]
@@ -78,7 +78,7 @@ class PackedTowerReader(TowerReader):
         )
         return self.raster_order(received.view(-1, self.merged_patches, self.heads).mean(1), frame)
 
-    def raster_order(self, tokens: Tensor, frame: TowerFrame) -> Tensor:
+    def raster_order(self, tokens: Tensor, frame: TowerCall) -> Tensor:
         """Put `[visual tokens, heads]` from the order of the tower's layers in raster order."""
         return tokens
 
@@ -100,12 +100,12 @@ class WindowedTowerReader(PackedTowerReader):
     attention score as in an unwindowed tower.
     """
 
-    def install(self, family: Family, signals: Sequence[VisionSignal], frames: FrameStack, hooks: HookSet) -> None:
+    def install(self, family: Family, signals: Sequence[VisionSignal], frames: CallStack, hooks: HookSet) -> None:
         """Register hooks on the tower and on the attention of every layer."""
         super().install(family, signals, frames, hooks)
         hooks.before("vision windows", family.vision_tower, self._keep_order)
 
-    def raster_order(self, tokens: Tensor, frame: TowerFrame) -> Tensor:
+    def raster_order(self, tokens: Tensor, frame: TowerCall) -> Tensor:
         """Undo the order by windows."""
         order = frame.captured["window_index", 0].to(tokens.device, non_blocking=True)
         return torch.empty_like(tokens).index_copy_(0, order, tokens)

@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 
 from vlmprune.kernels.max_min import max_min
-
-from .base import Method
-from .visual_batch import Selection, VisualBatch
+from vlmprune.methods.base import Method
+from vlmprune.methods.batch import Selection, VisualBatch
 
 
 @dataclass(frozen=True, kw_only=True)

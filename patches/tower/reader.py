@@ -7,22 +7,21 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from vlmprune.methods.visual_batch import VisionSignal
-
-from .call_frames import FrameStack, TowerFrame
-from .hooks import HookSet
+from vlmprune.methods.batch import VisionSignal
+from vlmprune.patches.calls import CallStack, TowerCall
+from vlmprune.patches.hooks import HookSet
 
 if TYPE_CHECKING:
-    from .families.family import Family
+    from vlmprune.patches.families.family import Family
 
 
 class TowerReader:
     """Hooks that capture what a signal is computed from, and the computation; the tower keeps its attention backend."""
 
-    def install(self, family: Family, signals: Sequence[VisionSignal], frames: FrameStack, hooks: HookSet) -> None:
-        """Register the hooks on the layers that `signals` name; they fill the innermost `TowerFrame`."""
+    def install(self, family: Family, signals: Sequence[VisionSignal], frames: CallStack, hooks: HookSet) -> None:
+        """Register the hooks on the layers that `signals` name; they fill the innermost `TowerCall`."""
         raise NotImplementedError
 
-    def read(self, signal: VisionSignal, frame: TowerFrame) -> Tensor:
+    def read(self, signal: VisionSignal, frame: TowerCall) -> Tensor:
         """Return a signal in fp32, in the shape that the family's `token_vision` takes."""
         raise NotImplementedError

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from vlmprune.kernels.segmented_topk import segmented_topk
+from vlmprune.layout import VisualLayout
+from vlmprune.methods.baselines.uniform import even_steps
+from vlmprune.methods.batch import Selection, VisualBatch
 
-from ..layout import VisualLayout
 from .apportion import apportion
-from .uniform import even_steps
-from .visual_batch import Selection, VisualBatch
 
 
 @dataclass(frozen=True, eq=False)

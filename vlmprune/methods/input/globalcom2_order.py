@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..errors import BudgetError
-from ..layout import VisualLayout
-from .tile_segments import to_device
-from .visual_batch import Selection, VisualBatch
+from vlmprune.errors import BudgetError
+from vlmprune.layout import VisualLayout
+from vlmprune.methods.batch import Selection, VisualBatch
+from vlmprune.methods.shared.tile_segments import to_device
 
 
 def official_order(batch: VisualBatch, selection: Selection, scores: Tensor) -> Selection:

@@ -8,11 +8,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from vlmprune.errors import ParameterError
 from vlmprune.kernels.row_attention import row_attention
-
-from ..errors import ParameterError
-from .layer_method import LayerBatch, LayerCut, LayerMethod, ProbedLayer, check_depth, check_layers
-from .visual_batch import Selection
+from vlmprune.methods.batch import Selection
+from vlmprune.methods.layer_method import LayerBatch, LayerCut, LayerMethod, ProbedLayer, check_depth, check_layers
 
 SYSTEM, VISUAL, TEXT = 1, 2, 3
 

@@ -9,10 +9,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..errors import ParameterError
-from .base import Method
-from .tile_segments import select_evenly
-from .visual_batch import Selection, TowerFacts, VisionSignal, VisualBatch
+from vlmprune.errors import ParameterError
+from vlmprune.methods.base import Method
+from vlmprune.methods.batch import Selection, TowerFacts, VisionSignal, VisualBatch
+from vlmprune.methods.shared.tile_segments import select_evenly
 
 
 @dataclass(frozen=True, kw_only=True)

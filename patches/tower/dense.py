@@ -11,14 +11,14 @@ from torch import Tensor, nn
 
 from vlmprune.kernels.received_attention import received_attention
 from vlmprune.kernels.row_attention import row_attention
-from vlmprune.methods.visual_batch import VisionSignal
+from vlmprune.methods.batch import VisionSignal
+from vlmprune.patches.calls import CallStack, TowerCall
+from vlmprune.patches.hooks import HookSet
 
-from .call_frames import FrameStack, TowerFrame
-from .hooks import HookSet
-from .tower_reader import TowerReader
+from .reader import TowerReader
 
 if TYPE_CHECKING:
-    from .families.family import Family
+    from vlmprune.patches.families.family import Family
 
 
 class DenseTowerReader(TowerReader):
@@ -26,9 +26,9 @@ class DenseTowerReader(TowerReader):
 
     def __init__(self) -> None:
         self.heads = 1
-        self.frames = FrameStack()
+        self.frames = CallStack()
 
-    def install(self, family: Family, signals: Sequence[VisionSignal], frames: FrameStack, hooks: HookSet) -> None:
+    def install(self, family: Family, signals: Sequence[VisionSignal], frames: CallStack, hooks: HookSet) -> None:
         """Register hooks on both projections of every layer."""
         self.heads, self.frames = family.vision_heads, frames
         whole_queries = {signal.layer for signal in signals if signal.kind == "received_attention"}
@@ -39,7 +39,7 @@ class DenseTowerReader(TowerReader):
                 hook = partial(self._keep_projection, kind, layer, whole)
                 hooks.after(f"vision layer {layer} {kind}", getattr(attention, kind), hook)
 
-    def read(self, signal: VisionSignal, frame: TowerFrame) -> Tensor:
+    def read(self, signal: VisionSignal, frame: TowerCall) -> Tensor:
         """Return `[tiles, tokens, heads]`, with the CLS column where the tower has one."""
         query, key = (
             frame.captured[kind, signal.layer].detach().unflatten(-1, (self.heads, -1)) for kind in ("q_proj", "k_proj")

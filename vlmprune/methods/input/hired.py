@@ -9,14 +9,19 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from vlmprune.errors import ParameterError, UnsupportedMethodError
 from vlmprune.kernels.segmented_topk import segmented_topk
-
-from ..errors import ParameterError, UnsupportedMethodError
-from ..layout import VisualLayout
-from .apportion import apportion
-from .base import Method
-from .tile_segments import TileSegments, newline_surplus, tile_segments, to_device, top_of_segments
-from .visual_batch import Selection, TowerFacts, VisionSignal, VisualBatch, check_choice, check_positive
+from vlmprune.layout import VisualLayout
+from vlmprune.methods.base import Method
+from vlmprune.methods.batch import Selection, TowerFacts, VisionSignal, VisualBatch, check_choice, check_positive
+from vlmprune.methods.shared.apportion import apportion
+from vlmprune.methods.shared.tile_segments import (
+    TileSegments,
+    newline_surplus,
+    tile_segments,
+    to_device,
+    top_of_segments,
+)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,9 +9,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..layout import VisualLayout
-from .base import Method
-from .visual_batch import Selection, VisualBatch
+from vlmprune.layout import VisualLayout
+from vlmprune.methods.base import Method
+from vlmprune.methods.batch import Selection, VisualBatch
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from vlmprune.layout import VisualLayout
-from vlmprune.methods.visual_batch import VisionSignal
+from vlmprune.methods.batch import VisionSignal
 
 if TYPE_CHECKING:
-    from .families.family import Family
+    from vlmprune.patches.families.family import Family
 
 _ATTRIBUTE = "_vlmprune_signals"
 

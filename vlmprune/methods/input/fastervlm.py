@@ -7,9 +7,9 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from .base import Method
-from .tile_segments import select_evenly
-from .visual_batch import Selection, TowerFacts, VisionSignal, VisualBatch
+from vlmprune.methods.base import Method
+from vlmprune.methods.batch import Selection, TowerFacts, VisionSignal, VisualBatch
+from vlmprune.methods.shared.tile_segments import select_evenly
 
 
 @dataclass(frozen=True, kw_only=True)

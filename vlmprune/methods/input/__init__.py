@@ -1,0 +1,12 @@
+"""Methods that select or merge visual tokens before the first layer of the language model."""
+
+from .divprune import DivPrune
+from .fastervlm import FasterVLM
+from .globalcom2 import GlobalCom2
+from .hired import HiRED
+from .todre import ToDRE
+from .vtc_cls import VTCCLS
+
+METHODS = (FasterVLM, VTCCLS, HiRED, GlobalCom2, DivPrune, ToDRE)
+
+__all__ = ["VTCCLS", "DivPrune", "FasterVLM", "GlobalCom2", "HiRED", "ToDRE"]
