@@ -17,22 +17,21 @@ from transformers.utils import logging
 import vlmprune
 from vlmprune.budget import Keep
 from vlmprune.errors import BudgetError
-
-from .accuracy import TaskScore, evaluate_tasks, quiet_lmms_eval
-from .cells import BASELINES, Cell, LeftOut, make_cells, not_reachable, usable_cells
-from .fidelity import Fidelity, FidelityOptions, run_fidelity
-from .lmms_model import LiveModel
-from .loading import LoadedModel, load_model
-from .machine import describe_machine
-from .plots import plot_pareto
-from .progress import progress_bar
-from .ranks import Ranks
-from .report import write_report
-from .result_folder import ResultFolder, read_json, write_json
-from .summary import Row, cell_result, make_rows, results_csv, summarise_requests
-from .tables import accuracy_tables, as_markdown, cost_table
-from .task_index import data_identity, find_tasks
-from .timing import time_cells
+from vlmprune.eval.accuracy.fidelity import Fidelity, FidelityOptions, run_fidelity
+from vlmprune.eval.accuracy.live_model import LiveModel
+from vlmprune.eval.accuracy.task_index import data_identity, find_tasks
+from vlmprune.eval.accuracy.task_scores import TaskScore, evaluate_tasks, quiet_lmms_eval
+from vlmprune.eval.models.loading import LoadedModel, load_model
+from vlmprune.eval.reports.html_page import write_report
+from vlmprune.eval.reports.plots import plot_pareto
+from vlmprune.eval.reports.summary import Row, cell_result, make_rows, results_csv, summarise_requests
+from vlmprune.eval.reports.tables import accuracy_tables, as_markdown, cost_table
+from vlmprune.eval.run.cells import BASELINES, Cell, LeftOut, make_cells, not_reachable, usable_cells
+from vlmprune.eval.run.machine import describe_machine
+from vlmprune.eval.run.progress import progress_bar
+from vlmprune.eval.run.ranks import Ranks
+from vlmprune.eval.run.result_folder import ResultFolder, read_json, write_json
+from vlmprune.eval.speed.cell_times import time_cells
 
 PLOTS: dict[str, tuple[Callable[[Row], float | None], str]] = {
     "accuracy_vs_flops.png": (

@@ -110,7 +110,7 @@ def bench(
     """Measure accuracy and cost of a model, unpruned and pruned, through lmms-eval."""
     with _clear_errors():
         _require_extra("eval", "lmms_eval", "datasets", "accelerate", "matplotlib")
-        from vlmprune.eval.cells import parse_keeps, parse_methods
+        from vlmprune.eval.run.cells import parse_keeps, parse_methods
 
         wanted, budgets = parse_methods(methods), parse_keeps(keep)
         from vlmprune.eval.bench import BenchOptions, run_bench, run_on_data
@@ -168,14 +168,14 @@ def latency(
             sizes = []
         if not sizes or sizes[0] < 1:
             raise typer.BadParameter(f"--batch-size {batch_size!r}; allowed: whole numbers from 1, by comma.")
-        from vlmprune.eval.cells import make_cells, parse_keeps, parse_methods, usable_cells
+        from vlmprune.eval.run.cells import make_cells, parse_keeps, parse_methods, usable_cells
 
         wanted = parse_methods(methods)
         cells = make_cells(wanted, parse_keeps(keep), seed)
-        from vlmprune.eval.latency_run import LatencyOptions, run_latency
-        from vlmprune.eval.loading import load_model
-        from vlmprune.eval.made_up_request import parse_sizes
-        from vlmprune.eval.random_weights import open_preset
+        from vlmprune.eval.models.loading import load_model
+        from vlmprune.eval.models.random_weights import open_preset
+        from vlmprune.eval.models.synthetic_request import parse_sizes
+        from vlmprune.eval.speed.latency_command import LatencyOptions, run_latency
 
         images = parse_sizes(image_size)
         largest = max(images, key=prod)
@@ -205,8 +205,8 @@ def selection_cost(
 ) -> None:
     """Measure what selecting costs, as a share of the prefill time that dropping saves."""
     with _clear_errors():
-        from vlmprune.eval.cells import make_cells, parse_keeps, parse_methods, usable_cells
-        from vlmprune.eval.selection_cost import open_request, run_selection_cost
+        from vlmprune.eval.run.cells import make_cells, parse_keeps, parse_methods, usable_cells
+        from vlmprune.eval.speed.selection_cost import open_request, run_selection_cost
 
         wanted, budgets = parse_methods(methods), parse_keeps(keep)
         model, requests = open_request(random_weights, dtype, device, image_size, text_tokens)
@@ -223,7 +223,7 @@ def report(
 ) -> None:
     """Put the results of several runs on one self-contained HTML page."""
     with _clear_errors():
-        from vlmprune.eval.report import write_report
+        from vlmprune.eval.reports.html_page import write_report
 
         typer.echo(f"Written to {write_report(folders, out)}")
 

@@ -17,12 +17,12 @@ from transformers import LlavaForConditionalGeneration
 import vlmprune.eval.bench as bench_module
 from vlmprune.errors import UnknownNameError, UnsupportedMethodError
 from vlmprune.eval.bench import BenchOptions, run_bench
-from vlmprune.eval.loading import load_model
-from vlmprune.eval.model_names import ModelLoadError
-from vlmprune.eval.plots import pareto_front
-from vlmprune.eval.result_folder import ResultFolderError
-from vlmprune.eval.summary import make_rows, relative_score
-from vlmprune.eval.tables import accuracy_tables, cost_table, short_names, three_figures
+from vlmprune.eval.models.loading import load_model
+from vlmprune.eval.models.names import ModelLoadError
+from vlmprune.eval.reports.plots import pareto_front
+from vlmprune.eval.reports.summary import make_rows, relative_score
+from vlmprune.eval.reports.tables import accuracy_tables, cost_table, short_names, three_figures
+from vlmprune.eval.run.result_folder import ResultFolderError
 
 
 @pytest.fixture

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from vlmprune.errors import BudgetError, ParameterError, UnknownNameError, UnsupportedMethodError
-from vlmprune.eval.cells import BASELINES, Cell, make_cells, parse_keeps, parse_methods, parse_value, usable_cells
+from vlmprune.eval.run.cells import BASELINES, Cell, make_cells, parse_keeps, parse_methods, parse_value, usable_cells
 from vlmprune.methods.registry import method_names
 
 

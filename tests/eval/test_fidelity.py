@@ -14,9 +14,8 @@ pytest.importorskip("lmms_eval")
 from rich.console import Console
 
 from vlmprune.errors import BudgetError
-from vlmprune.eval import fidelity
-from vlmprune.eval.cells import Cell
-from vlmprune.eval.fidelity import (
+from vlmprune.eval.accuracy import fidelity
+from vlmprune.eval.accuracy.fidelity import (
     DEFAULT_PROMPT,
     FidelityOptions,
     PromptDataError,
@@ -26,11 +25,12 @@ from vlmprune.eval.fidelity import (
     run_fidelity,
     summarise_agreement,
 )
-from vlmprune.eval.flops import VisionWork
-from vlmprune.eval.lmms_model import RequestRecord
-from vlmprune.eval.loading import LoadedModel
-from vlmprune.eval.report import write_report
-from vlmprune.eval.result_folder import ResultFolderError
+from vlmprune.eval.accuracy.live_model import RequestRecord
+from vlmprune.eval.models.loading import LoadedModel
+from vlmprune.eval.reports.html_page import write_report
+from vlmprune.eval.run.cells import Cell
+from vlmprune.eval.run.result_folder import ResultFolderError
+from vlmprune.eval.speed.flops import VisionWork
 
 CELLS = [Cell(), Cell("uniform", 1.0), Cell("uniform", 2)]
 

@@ -13,7 +13,7 @@ from transformers import (
     Qwen2Config,
 )
 
-from vlmprune.eval.flops import (
+from vlmprune.eval.speed.flops import (
     LanguageShape,
     equivalent_tokens,
     fastv_formula,

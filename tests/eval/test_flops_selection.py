@@ -9,11 +9,11 @@ from transformers import AutoModelForImageTextToText, LlavaForConditionalGenerat
 
 import vlmprune
 from support.tiny_configs import MAKERS, tiny_config
-from vlmprune.eval.flops import VisionWork, request_cost, selection_macs, vision_family
-from vlmprune.eval.flops.selection import FEATURE_MACS
-from vlmprune.eval.lmms_model import entering_images
-from vlmprune.eval.made_up_request import made_up_request
-from vlmprune.eval.random_weights import preset_config
+from vlmprune.eval.accuracy.live_model import entering_images
+from vlmprune.eval.models.random_weights import preset_config
+from vlmprune.eval.models.synthetic_request import synthetic_request
+from vlmprune.eval.speed.flops import VisionWork, request_cost, selection_macs, vision_family
+from vlmprune.eval.speed.flops.selection import FEATURE_MACS
 from vlmprune.methods.layer_method import LayerMethod
 from vlmprune.methods.registry import get_method, make_method, method_names
 
@@ -63,7 +63,7 @@ def test_pruned_requests_of_every_family_match_the_counter(model_type):
     config = tiny_config(model_type)
     config._experts_implementation = "eager"
     model = AutoModelForImageTextToText.from_config(config, attn_implementation="eager").eval()
-    inputs = made_up_request(config, (50, 40), 10, batch_size=2)
+    inputs = synthetic_request(config, (50, 40), 10, batch_size=2)
     works = vision_family(config).work(config, inputs, [1, 1])
     names = {"uniform", "fastervlm", "vtc_cls", "hired", "divprune", "pyramiddrop"} & set(vlmprune.list_methods(model))
     assert len(names) >= 5

@@ -18,9 +18,9 @@ from transformers import (
 
 from support.tiny_configs import MAKERS, TOWER, tiny_config
 from vlmprune.errors import UnknownNameError
-from vlmprune.eval.flops import VisionWork, request_cost, vision_family
-from vlmprune.eval.made_up_request import made_up_request
-from vlmprune.eval.random_weights import preset_config
+from vlmprune.eval.models.random_weights import preset_config
+from vlmprune.eval.models.synthetic_request import synthetic_request
+from vlmprune.eval.speed.flops import VisionWork, request_cost, vision_family
 
 
 def counted(call) -> int:
@@ -46,7 +46,7 @@ def image_features(model, inputs):
 def test_towers_and_requests_match_the_counter(model_type, size):
     model = eager(model_type)
     config, text = model.config, 9
-    inputs = made_up_request(config, size, text, batch_size=2)
+    inputs = synthetic_request(config, size, text, batch_size=2)
     work, same = vision_family(config).work(config, inputs, [1, 1])
     assert work == same
     assert counted(lambda: image_features(model, inputs)) == 2 * 2 * sum(vision_family(config).macs(config, work))

@@ -15,15 +15,15 @@ from transformers import AutoModelForImageTextToText
 import vlmprune
 from support.tiny_configs import MAKERS, tiny_config
 from vlmprune.errors import ParameterError, UnknownNameError
-from vlmprune.eval import latency_run
-from vlmprune.eval.cells import Cell
-from vlmprune.eval.flops import LanguageShape, request_cost, vision_family
-from vlmprune.eval.ideal_prefill import IdealPrefill
-from vlmprune.eval.latency import cache_bytes, measure
-from vlmprune.eval.latency_run import LatencyOptions, latency_table, run_latency
-from vlmprune.eval.made_up_request import made_up_request, parse_sizes
-from vlmprune.eval.random_weights import build_random
-from vlmprune.eval.result_folder import ResultFolderError
+from vlmprune.eval.models.random_weights import build_random
+from vlmprune.eval.models.synthetic_request import parse_sizes, synthetic_request
+from vlmprune.eval.run.cells import Cell
+from vlmprune.eval.run.result_folder import ResultFolderError
+from vlmprune.eval.speed import latency_command
+from vlmprune.eval.speed.flops import LanguageShape, request_cost, vision_family
+from vlmprune.eval.speed.ideal_prefill import IdealPrefill
+from vlmprune.eval.speed.latency import cache_bytes, measure
+from vlmprune.eval.speed.latency_command import LatencyOptions, latency_table, run_latency
 
 CELLS = [Cell(), Cell("uniform", 0.25), Cell("divprune", 8)]
 STAGED = Cell("pyramiddrop", None, (("layers", (1, 2)), ("ratios", (0.5, 0.25))))
@@ -31,7 +31,7 @@ SIZE = (32, 32)
 
 
 def request_for(model, batch_size=1, text=10, size=SIZE):
-    return made_up_request(model.config, size, text, batch_size)
+    return synthetic_request(model.config, size, text, batch_size)
 
 
 def run(model, out, **changes):
@@ -68,7 +68,7 @@ def test_every_stage_is_measured(toy, tmp_path, capsys):
 
 
 def test_an_interrupted_run_goes_on_and_does_not_mix(toy, tmp_path, monkeypatch):
-    real, calls = latency_run.measure, []
+    real, calls = latency_command.measure, []
 
     def interrupted(*args):
         calls.append(1)
@@ -76,7 +76,7 @@ def test_an_interrupted_run_goes_on_and_does_not_mix(toy, tmp_path, monkeypatch)
             raise KeyboardInterrupt
         return real(*args)
 
-    monkeypatch.setattr(latency_run, "measure", interrupted)
+    monkeypatch.setattr(latency_command, "measure", interrupted)
     model = toy.model()
     with pytest.raises(KeyboardInterrupt):
         run(model, tmp_path / "out")
@@ -188,16 +188,16 @@ def test_sizes_of_pictures_are_read():
 def test_requests_hold_no_special_text(toy):
     for model_type in MAKERS:
         config = tiny_config(model_type)
-        inputs = made_up_request(config, (50, 40), 20, batch_size=3)
+        inputs = synthetic_request(config, (50, 40), 20, batch_size=3)
         text = inputs["input_ids"][inputs["input_ids"] != config.image_token_id]
         assert len(text) == 60
         markers = {92, 93} if "qwen" in model_type else set()
         video = {91} if hasattr(config, "video_token_id") else set()
         assert set(text.tolist()) & ({0, 1, 2, 90} | markers | video) == markers
     with pytest.raises(ParameterError, match="3 or more"):
-        made_up_request(config, (50, 40), 2)
+        synthetic_request(config, (50, 40), 2)
     with pytest.raises(UnknownNameError, match="llama"):
-        made_up_request(toy.config().text_config, (50, 40), 20)
+        synthetic_request(toy.config().text_config, (50, 40), 20)
 
 
 def test_random_weights_give_finite_logits(toy):

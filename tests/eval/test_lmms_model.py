@@ -10,10 +10,10 @@ import vlmprune
 pytest.importorskip("lmms_eval")
 
 from vlmprune.errors import UnknownNameError, UnsupportedCallError
-from vlmprune.eval import task_index
-from vlmprune.eval.accuracy import evaluate_tasks, quiet_lmms_eval
-from vlmprune.eval.lmms_model import LiveModel, cut_at, from_lmms_messages, generation_settings
-from vlmprune.eval.task_index import EMBEDDED, EMBEDDED_TASKS, TaskLoadError, find_tasks
+from vlmprune.eval.accuracy import task_index
+from vlmprune.eval.accuracy.live_model import LiveModel, cut_at, from_lmms_messages, generation_settings
+from vlmprune.eval.accuracy.task_index import EMBEDDED, EMBEDDED_TASKS, TaskLoadError, find_tasks
+from vlmprune.eval.accuracy.task_scores import evaluate_tasks, quiet_lmms_eval
 
 
 @pytest.fixture(scope="module")

@@ -12,11 +12,11 @@ from lmms_eval.tasks import TaskManager
 
 import vlmprune
 from vlmprune.errors import BudgetError, NotAppliedError, ParameterError, UnknownNameError
-from vlmprune.eval.accuracy import evaluate_tasks, quiet_lmms_eval
-from vlmprune.eval.lmms_manifest import manifest
-from vlmprune.eval.lmms_model import LiveModel
-from vlmprune.eval.lmms_plugin import SimpleVlmprune, Vlmprune
-from vlmprune.eval.task_index import find_tasks
+from vlmprune.eval.accuracy.live_model import LiveModel
+from vlmprune.eval.accuracy.plugin_entry import manifest
+from vlmprune.eval.accuracy.plugin_model import SimpleVlmprune, Vlmprune
+from vlmprune.eval.accuracy.task_index import find_tasks
+from vlmprune.eval.accuracy.task_scores import evaluate_tasks, quiet_lmms_eval
 
 
 @pytest.fixture(scope="module", autouse=True)

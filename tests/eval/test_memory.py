@@ -7,10 +7,10 @@ import torch
 from typer.testing import CliRunner
 
 from vlmprune.cli import app
-from vlmprune.eval import loading, memory
-from vlmprune.eval.loading import load_model
-from vlmprune.eval.memory import DeviceError, PeakMemory, free_memory, memory_need, parameter_count
-from vlmprune.eval.random_weights import preset_config
+from vlmprune.eval.models import loading, memory
+from vlmprune.eval.models.loading import load_model
+from vlmprune.eval.models.memory import DeviceError, PeakMemory, free_memory, memory_need, parameter_count
+from vlmprune.eval.models.random_weights import preset_config
 
 GIB = 2**30
 
@@ -25,7 +25,7 @@ def limit(monkeypatch):
 
 def test_a_preset_that_does_not_fit_is_refused(limit, monkeypatch):
     limit(14)
-    monkeypatch.setattr("vlmprune.eval.random_weights.build_random", lambda *args: pytest.fail("was built"))
+    monkeypatch.setattr("vlmprune.eval.models.random_weights.build_random", lambda *args: pytest.fail("was built"))
     arguments = ["latency", "--random-weights", "qwen2.5-vl-7b", "--batch-size", "1,8", "--device", "cpu"]
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 2

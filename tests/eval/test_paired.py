@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from vlmprune.eval.paired import compare_paired
+from vlmprune.eval.accuracy.paired import compare_paired
 
 
 def task(scores, higher_is_better=True):

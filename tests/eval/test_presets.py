@@ -7,9 +7,9 @@ import torch
 from transformers import AutoModelForImageTextToText
 
 from vlmprune.errors import UnknownNameError
-from vlmprune.eval.flops import LanguageShape
-from vlmprune.eval.made_up_request import made_up_request
-from vlmprune.eval.random_weights import preset_config, preset_image_processor, preset_names, preset_parameters
+from vlmprune.eval.models.random_weights import preset_config, preset_image_processor, preset_names, preset_parameters
+from vlmprune.eval.models.synthetic_request import synthetic_request
+from vlmprune.eval.speed.flops import LanguageShape
 
 PUBLISHED = {
     "llava-1.5-7b": 7.06e9,
@@ -58,7 +58,7 @@ def test_parameter_counts_are_the_published_ones(name):
 @pytest.mark.parametrize(("name", "size"), TOKENS, ids=str)
 def test_visual_tokens_of_a_picture(name, size):
     config = preset_config(name)
-    inputs = made_up_request(config, size, 20, image_processor=preset_image_processor(name))
+    inputs = synthetic_request(config, size, 20, image_processor=preset_image_processor(name))
     assert int((inputs["input_ids"] == config.image_token_id).sum()) == TOKENS[name, size]
     assert inputs["input_ids"].shape[1] == TOKENS[name, size] + 20
 

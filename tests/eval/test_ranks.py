@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from vlmprune.eval.ranks import Ranks
+from vlmprune.eval.run.ranks import Ranks
 
 pytest.importorskip("lmms_eval")
 

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from vlmprune.eval.report import ReportError, write_report
-from vlmprune.eval.result_folder import ResultFolderError
+from vlmprune.eval.reports.html_page import ReportError, write_report
+from vlmprune.eval.run.result_folder import ResultFolderError
 
 MACHINE = {
     "packages": {"torch": "2"}, "gpu": None, "cpu": "<fast>", "torch_threads": 1, "cpus": 2,

@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import pytest
 
-from vlmprune.eval.cells import Cell
-from vlmprune.eval.result_folder import ResultFolder, ResultFolderError, differences, read_json, write_json
+from vlmprune.eval.run.cells import Cell
+from vlmprune.eval.run.result_folder import ResultFolder, ResultFolderError, differences, read_json, write_json
 
 CONFIGURATION = {"model": {"source": "m", "dtype": "float32"}, "limit": 5}
 CELL = Cell("pool", 0.5)

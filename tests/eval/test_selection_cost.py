@@ -12,12 +12,12 @@ from rich.console import Console
 
 import vlmprune
 from support.tiny_configs import tiny_config
-from vlmprune.eval import selection_cost
-from vlmprune.eval.cells import Cell, make_cells, parse_methods, usable_cells
-from vlmprune.eval.hook_clock import HookClock
-from vlmprune.eval.made_up_request import made_up_request
-from vlmprune.eval.random_weights import build_random
-from vlmprune.eval.selection_cost import measure_selection, run_selection_cost, with_short_tower, without_layers
+from vlmprune.eval.models.random_weights import build_random
+from vlmprune.eval.models.synthetic_request import synthetic_request
+from vlmprune.eval.run.cells import Cell, make_cells, parse_methods, usable_cells
+from vlmprune.eval.speed import selection_cost
+from vlmprune.eval.speed.hook_clock import HookClock
+from vlmprune.eval.speed.selection_cost import measure_selection, run_selection_cost, with_short_tower, without_layers
 from vlmprune.methods import DivPrune, PyramidDrop
 
 STAGED = Cell("pyramiddrop", None, (("layers", (1, 2)), ("ratios", (0.5, 0.25))))
@@ -30,7 +30,7 @@ def hooks_of(model):
 @pytest.fixture
 def request_(toy):
     model = toy.model()
-    return model, made_up_request(model.config, (32, 32), 10)
+    return model, synthetic_request(model.config, (32, 32), 10)
 
 
 def test_every_method_has_its_line(request_, tmp_path):
@@ -110,7 +110,7 @@ def test_layers_come_back(request_):
 @pytest.mark.parametrize("model_type", ["llava_next", "qwen2_5_vl", "qwen3_vl"])
 def test_other_families(model_type):
     model = build_random(tiny_config(model_type), "float32", "cpu")
-    inputs = made_up_request(model.config, (64, 64), 10)
+    inputs = synthetic_request(model.config, (64, 64), 10)
     cells = [Cell("divprune", 0.5), Cell("pyramiddrop", None, (("layers", (1,)), ("ratios", (0.5,))))]
     rows = measure_selection(model, inputs, cells, 2)
     assert [row.visual_tokens_after < row.visual_tokens_before for row in rows] == [True, True]

@@ -11,11 +11,11 @@ pytest.importorskip("datasets")
 
 from transformers import AutoModelForImageTextToText, AutoProcessor, LlavaNextForConditionalGeneration
 
-from vlmprune.eval.tiny.dataset import load_rows
-from vlmprune.eval.tiny.evaluate import measure
-from vlmprune.eval.tiny.next.batches import make_batch
-from vlmprune.eval.tiny.next.tiles import cut, stitch
-from vlmprune.eval.tiny.scenes import make_scene, render
+from vlmprune.eval.training.common.dataset import load_rows
+from vlmprune.eval.training.common.evaluate import measure
+from vlmprune.eval.training.common.scenes import make_scene, render
+from vlmprune.eval.training.next.batches import make_batch
+from vlmprune.eval.training.next.tiles import cut, stitch
 
 FOLDER = Path(__file__).parents[2] / "eval" / "checkpoints" / "tiny-llava-next"
 
@@ -54,9 +54,9 @@ def test_tiles_of_training_are_those_of_the_processor(model, processor, grid, to
 
 
 def test_labels_follow_the_sequence():
-    from vlmprune.eval.tiny.language import Prompts
-    from vlmprune.eval.tiny.next.batches import TilePlan
-    from vlmprune.eval.tiny.tokenizer import build_tokenizer
+    from vlmprune.eval.training.common.language import Prompts
+    from vlmprune.eval.training.common.tokenizer import build_tokenizer
+    from vlmprune.eval.training.next.batches import TilePlan
 
     plan = TilePlan(2, turns=(("attribute", 1), ("relation", 1)))
     batch = make_batch(plan, Prompts(build_tokenizer()), np.random.default_rng(0))

@@ -10,13 +10,13 @@ import torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor, Qwen2_5_VLForConditionalGeneration
 
-from vlmprune.eval.tiny.dataset import load_rows
-from vlmprune.eval.tiny.evaluate import measure, prompt
-from vlmprune.eval.tiny.qwen.batches import SizedPlan, make_batch
-from vlmprune.eval.tiny.qwen.language import slot_layout
-from vlmprune.eval.tiny.qwen.model import TOKEN_SIZE, qwen_config
-from vlmprune.eval.tiny.qwen.tokenizer import VisionPrompts, build_tokenizer
-from vlmprune.eval.tiny.qwen.tower import pack
+from vlmprune.eval.training.common.dataset import load_rows
+from vlmprune.eval.training.common.evaluate import measure, prompt
+from vlmprune.eval.training.qwen.batches import SizedPlan, make_batch
+from vlmprune.eval.training.qwen.language import slot_layout
+from vlmprune.eval.training.qwen.model import TOKEN_SIZE, qwen_config
+from vlmprune.eval.training.qwen.tokenizer import VisionPrompts, build_tokenizer
+from vlmprune.eval.training.qwen.tower import pack
 
 FOLDER = Path(__file__).parents[2] / "eval" / "checkpoints" / "tiny-qwen2.5-vl"
 

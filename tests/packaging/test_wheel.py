@@ -30,6 +30,7 @@ def __getattr__(name):
         raise AttributeError(name)
     return _Anything
 """
+TRAINING = "vlmprune/eval/training/"
 PARTS = ("pyproject.toml", "README.md", "LICENSE", "vlmprune", "kernels", "patches", "eval")
 
 
@@ -73,12 +74,14 @@ def test_wheel_has_one_top_level_package(wheel):
     for folder in ("vlmprune", "kernels", "patches", "eval"):
         prefix = "" if folder == "vlmprune" else "vlmprune/"
         expected = {f"{prefix}{path.relative_to(source).as_posix()}" for path in (source / folder).rglob("*.py")}
+        expected = {name for name in expected if not name.startswith(TRAINING)}
         assert expected <= packaged, sorted(expected - packaged)
+    assert not [name for name in names if name.startswith(TRAINING)]
     data = (
         "py.typed",
         "eval/checkpoints/tiny-llava/model.safetensors",
         "eval/tasks/data/scenes.parquet",
-        "eval/presets/llava-1.5-7b.json",
+        "eval/models/presets/llava-1.5-7b.json",
     )
     assert {f"vlmprune/{name}" for name in data} <= set(names)
 

@@ -1,0 +1,298 @@
+"""How far a pruned model strays from the unpruned one on pictures and prompts without labels."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, fields
+from functools import partial
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from vlmprune.errors import BudgetError, VlmpruneError
+from vlmprune.eval.models.loading import LoadedModel
+from vlmprune.eval.reports.tables import cost_style
+from vlmprune.eval.run.cells import Cell, LeftOut, not_reachable
+from vlmprune.eval.run.machine import describe_machine
+from vlmprune.eval.run.progress import progress_bar
+from vlmprune.eval.run.ranks import Ranks
+from vlmprune.eval.run.result_folder import ResultFolder, write_json
+from vlmprune.eval.speed.flops import equivalent_tokens
+
+from .live_model import LiveModel, RequestRecord, user_turn
+
+PICTURES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
+DEFAULT_PROMPT = "Describe this image."
+
+
+class PromptDataError(VlmpruneError, ValueError):
+    """The folder or file of prompts cannot be used."""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A question about pictures (paths)."""
+
+    text: str
+    images: tuple[str, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Reply:
+    """Greedy answer to a prompt and log-probabilities [vocabulary] of its first token."""
+
+    prompt: int
+    tokens: tuple[int, ...]
+    first: Tensor
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """One prompt under a pruned model, compared with the unpruned one."""
+
+    prompt: int
+    visual_tokens: float
+    same_answer: bool
+    same_first_token: bool
+    kl: float
+
+
+@dataclass(frozen=True)
+class Fidelity:
+    """Agreement with the unpruned model. ``kl`` is the mean of KL(unpruned || pruned) of the first token, in nats."""
+
+    title: str
+    keep: float | int | None
+    items: int
+    visual_tokens: float
+    same_answer: float
+    same_first_token: float
+    kl: float
+    kl_worst: float
+
+
+def read_prompts(path: Path, limit: int | None = None) -> list[Prompt]:
+    """Prompts of a folder of pictures (all asked ``DEFAULT_PROMPT``, or the lines of its ``prompts.txt``) or of a JSONL file.
+
+    A line of the file is ``{"image": path or list of paths, "prompt": text}``; relative paths start at the file's folder.
+    Raises ``PromptDataError`` naming the file and line.
+    """
+    if path.is_dir():
+        return _folder_prompts(path)[:limit]
+    if not path.is_file():
+        raise PromptDataError(f"--data {str(path)!r} does not exist; allowed: a folder of pictures or a .jsonl file.")
+    prompts = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        if line.strip():
+            prompts.append(_line_prompt(line, path, number))
+    if not prompts:
+        raise PromptDataError(f"--data {str(path)!r} holds no prompts.")
+    return prompts[:limit]
+
+
+def _folder_prompts(folder: Path) -> list[Prompt]:
+    pictures = sorted(str(file) for file in folder.iterdir() if file.suffix.lower() in PICTURES)
+    if not pictures:
+        raise PromptDataError(f"--data {str(folder)!r} holds no pictures ({', '.join(sorted(PICTURES))}).")
+    file = folder / "prompts.txt"
+    texts = (
+        [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+        if file.exists()
+        else []
+    )
+    return [Prompt(text, (picture,)) for picture in pictures for text in texts or [DEFAULT_PROMPT]]
+
+
+def _line_prompt(line: str, file: Path, number: int) -> Prompt:
+    place = f"line {number} of {str(file)!r}"
+    try:
+        content = json.loads(line)
+    except ValueError as error:
+        raise PromptDataError(f"{place} is no JSON: {error}") from None
+    if not isinstance(content, dict) or not isinstance(content.get("prompt"), str):
+        raise PromptDataError(f'{place} must be {{"image": path or list of paths, "prompt": text}}.')
+    images = content.get("image") or []
+    names = [images] if isinstance(images, str) else images
+    paths = [str(file.parent / name) for name in names]
+    missing = next((name for name in paths if not Path(name).is_file()), None)
+    if missing is not None:
+        raise PromptDataError(f"{place} names the picture {missing!r}, which does not exist.")
+    return Prompt(content["prompt"], tuple(paths))
+
+
+@dataclass(frozen=True)
+class FidelityOptions:
+    """What ``run_fidelity`` compares; ``left_out`` is what was asked for and is known to be impossible."""
+
+    data: Path
+    cells: Sequence[Cell]
+    out: Path
+    limit: int | None = None
+    batch_size: int = 1
+    new_tokens: int = 32
+    left_out: Sequence[LeftOut] = ()
+
+
+def run_fidelity(loaded: LoadedModel, options: FidelityOptions, console: Console | None = None) -> list[Fidelity]:
+    """Compare every cell with the unpruned model, print a table, write fidelity.json and fidelity.csv.
+
+    Finished cells of an interrupted run are kept; the unpruned replies are made again where some cell is missing. Several
+    processes share the batches, which are those of one process, and only the first writes, prints and returns rows.
+    Budgets that some picture does not allow are left out with a note; raises ``BudgetError`` where nothing else was asked for.
+    """
+    ranks = Ranks()
+    console = console or Console(stderr=True, quiet=not ranks.is_main)
+    prompts = read_prompts(options.data, options.limit)
+    configuration = {
+        "kind": "fidelity",
+        "model": loaded.describe(),
+        "data": data_checksum(prompts),
+        "batch_size": options.batch_size,
+        "new_tokens": options.new_tokens,
+    }
+    cells = [cell for cell in options.cells if not cell.is_full]
+    ranks.require_same("the configuration", configuration)
+    ranks.require_same("the cells", [cell.label for cell in cells])
+    folder = ranks.on_main(lambda: ResultFolder(options.out, configuration))
+    todo = ranks.on_main(lambda: [cell for cell in cells if not folder.has(cell)])
+    batches = [
+        (start, prompts[start : start + options.batch_size]) for start in range(0, len(prompts), options.batch_size)
+    ][ranks.rank :: ranks.count]
+    own = sum(len(batch) for _, batch in batches)
+    live = LiveModel(loaded.model, loaded.processor, batch_size=options.batch_size)
+    left_out = list(options.left_out)
+    with progress_bar(console) as progress:
+        bar = progress.add_task("full", total=own * (len(todo) + 1 if todo else 0))
+        advance = partial(progress.advance, bar)
+        unpruned = replies(live, batches, options.new_tokens, advance) if todo else []
+        for number, cell in enumerate(todo, start=1):
+            progress.update(bar, description=f"[{number}/{len(todo)}] {cell.label:<24.24}")
+            with cell.applied_to(loaded.model):
+                live.reset(pruned=True)
+                error: BudgetError | None = None
+                try:
+                    found = replies(live, batches, options.new_tokens, advance)
+                except BudgetError as raised:
+                    error = raised
+            errors = [reason for reason in ranks.gathered([error]) if reason is not None]
+            if errors:
+                left_out.append(not_reachable(cell, errors[0]))
+                if len(left_out) - len(options.left_out) == len(cells):
+                    raise errors[0]
+                continue
+            agreements = ranks.gathered(agreement(unpruned, found, live.records))
+            if ranks.is_main:
+                folder.write(cell, asdict(summarise_agreement(cell, agreements)))
+    rows: list[Fidelity] = []
+    if ranks.is_main:
+        rows = [_stored(folder.read(cell)) for cell in cells if folder.has(cell)]
+        _write(folder, rows, left_out)
+    ranks.close()
+    return rows
+
+
+def _write(folder: ResultFolder, rows: Sequence[Fidelity], left_out: Sequence[LeftOut]) -> None:
+    write_json(
+        folder.path / "fidelity.json",
+        {
+            "machine": describe_machine(),
+            "configuration": folder.configuration,
+            "rows": [asdict(row) for row in rows],
+            "left_out": [item.described() for item in left_out],
+        },
+    )
+    with (folder.path / "fidelity.csv").open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, [field.name for field in fields(Fidelity)], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(asdict(row) for row in rows)
+    output = Console(width=100)
+    output.print(fidelity_table(rows))
+    for item in left_out:
+        output.print(item.note, soft_wrap=True, markup=False, highlight=False)
+    output.print(f"Written to {folder.path}", soft_wrap=True)
+
+
+def data_checksum(prompts: Sequence[Prompt]) -> dict[str, Any]:
+    """Number of prompts and a checksum of their texts and pictures."""
+    digest = hashlib.sha256()
+    for prompt in prompts:
+        digest.update(prompt.text.encode())
+        for path in prompt.images:
+            digest.update(Path(path).read_bytes())
+    return {"prompts": len(prompts), "sha256": digest.hexdigest()[:16]}
+
+
+def replies(
+    live: LiveModel, batches: Sequence[tuple[int, Sequence[Prompt]]], new_tokens: int, on_progress: Callable[[int], Any]
+) -> list[Reply]:
+    """Greedy token ids and first-token log-probabilities (on the CPU) of every prompt, as the model stands.
+
+    ``batches`` come with the number of their first prompt.
+    """
+    found: list[Reply] = []
+    for start, batch in batches:
+        tokens, first = live.reply([user_turn(prompt.text, prompt.images) for prompt in batch], new_tokens)
+        numbered = enumerate(zip(tokens, first.cpu(), strict=True), start=start)
+        found.extend(Reply(number, answer, row) for number, (answer, row) in numbered)
+        on_progress(len(batch))
+    return found
+
+
+def agreement(full: Sequence[Reply], pruned: Sequence[Reply], records: Sequence[RequestRecord]) -> list[Agreement]:
+    """Prompt by prompt, two runs over the same prompts; ``records`` are those of the pruned one."""
+    return [
+        Agreement(
+            prompt=after.prompt,
+            visual_tokens=equivalent_tokens(record.visual_per_layer),
+            same_answer=before.tokens == after.tokens,
+            same_first_token=bool(before.first.argmax() == after.first.argmax()),
+            kl=(before.first.exp() * (before.first - after.first)).sum().item(),
+        )
+        for before, after, record in zip(full, pruned, records, strict=True)
+    ]
+
+
+def summarise_agreement(cell: Cell, agreements: Sequence[Agreement]) -> Fidelity:
+    """Means over prompts, in their order."""
+    ordered = sorted(agreements, key=lambda one: one.prompt)
+    return Fidelity(
+        title=cell.title,
+        keep=cell.keep,
+        items=len(ordered),
+        visual_tokens=fmean(one.visual_tokens for one in ordered),
+        same_answer=fmean(one.same_answer for one in ordered),
+        same_first_token=fmean(one.same_first_token for one in ordered),
+        kl=fmean(one.kl for one in ordered),
+        kl_worst=max(one.kl for one in ordered),
+    )
+
+
+def _stored(content: dict[str, Any]) -> Fidelity:
+    return Fidelity(**{field.name: content[field.name] for field in fields(Fidelity)})
+
+
+def fidelity_table(rows: Sequence[Fidelity]) -> Table:
+    """Shares in percent, divergence in nats."""
+    table = cost_style(f"Agreement with the unpruned model on {rows[0].items} prompts")
+    table.add_column("method", no_wrap=True, max_width=24)
+    for name in ("keep", "tokens", "same answer %", "same first token %", "KL (nats)", "worst KL"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for row, following in zip(rows, [*rows[1:], None], strict=True):
+        table.add_row(
+            row.title,
+            "-" if row.keep is None else f"{row.keep:g}",
+            f"{row.visual_tokens:.0f}",
+            f"{100 * row.same_answer:.1f}",
+            f"{100 * row.same_first_token:.1f}",
+            f"{row.kl:.4f}",
+            f"{row.kl_worst:.3f}",
+            end_section=following is None or following.title != row.title,
+        )
+    return table

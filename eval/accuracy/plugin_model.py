@@ -1,0 +1,51 @@
+"""The model that ``lmms-eval --model vlmprune`` runs.
+
+Everything that decides how tokens are pruned is part of ``--model_args``, which lmms-eval's response cache has in its key, so a
+cache can never hand the answers of one method or budget to another.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import vlmprune
+from vlmprune.errors import ParameterError
+from vlmprune.eval.models.loading import load_model
+from vlmprune.eval.run.cells import FULL
+
+from .live_model import LiveModel
+
+
+class Vlmprune(LiveModel):
+    """A pruned model built from ``--model_args``.
+
+    ``pretrained`` is a shipped name, folder or hub name; ``method`` a method's name or "full"; ``keep`` a share or count;
+    ``dtype`` and ``device`` as for ``vlmprune bench``; all else goes to the method. Each process of several takes its own GPU.
+    """
+
+    def __init__(
+        self,
+        pretrained: str,
+        method: str = "divprune",
+        keep: float | int | None = None,
+        dtype: str = "auto",
+        device: str | None = None,
+        batch_size: int | str | None = 1,
+        max_batch_size: int | None = None,
+        **parameters: Any,
+    ) -> None:
+        if not str(batch_size or 1).isdigit() or int(batch_size or 1) < 1:
+            raise ParameterError(f"batch_size={batch_size!r}; allowed: a whole number from 1.")
+        loaded = load_model(str(pretrained), dtype, device or "auto")
+        if method != FULL:
+            vlmprune.apply(loaded.model, method, keep, **parameters)
+        elif keep is not None or parameters:
+            given = ", ".join([*(["keep"] if keep is not None else []), *parameters])
+            raise ParameterError(f"method={FULL!r} prunes nothing and takes no {given}.")
+        super().__init__(loaded.model, loaded.processor, batch_size=int(batch_size or 1), pruned=method != FULL)
+
+
+class SimpleVlmprune(Vlmprune):
+    """The same for ``--force_simple``, which lmms-eval needs for multiple-choice tasks."""
+
+    is_simple = True

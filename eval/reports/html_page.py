@@ -1,0 +1,238 @@
+"""One self-contained HTML page from the folders of several runs."""
+
+from __future__ import annotations
+
+import base64
+import shlex
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from vlmprune.errors import VlmpruneError
+from vlmprune.eval.run.result_folder import read_json
+
+Run = dict[str, Any]
+Column = tuple[str, Callable[[Run], Any]]
+
+STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 75rem; margin: 2rem auto; padding: 0 1rem; color: #1a1a1a; }
+table { border-collapse: collapse; margin: 1rem 0; font-variant-numeric: tabular-nums; display: block; overflow-x: auto; }
+th, td { padding: .25rem .6rem; text-align: right; white-space: nowrap; }
+th { border-bottom: 2px solid #888; } td { border-bottom: 1px solid #e4e4e4; }
+th:first-child, td:first-child { text-align: left; }
+img { max-width: 48rem; width: 100%; } pre { background: #f4f4f4; padding: .7rem; overflow-x: auto; white-space: pre-wrap; }
+"""
+
+
+class ReportError(VlmpruneError, ValueError):
+    """A folder holds nothing that a report could show."""
+
+
+def write_report(folders: Sequence[str | Path], file: str | Path) -> Path:
+    """Write the page of all runs to ``file``; raises ``ReportError`` for a folder without results."""
+    sections = [_section(Path(folder)) for folder in folders]
+    title = "vlmprune: " + ", ".join(Path(folder).resolve().name for folder in folders)
+    page = (
+        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>\n'
+        f"<style>{STYLE}</style></head>\n<body>\n<h1>{escape(title)}</h1>\n{''.join(sections)}</body></html>\n"
+    )
+    target = Path(file)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_text(page, encoding="utf-8")
+    except OSError as error:
+        raise ReportError(f"The report {str(file)!r} cannot be written: {error}") from error
+    return target
+
+
+def _section(folder: Path) -> str:
+    makers = {"results.json": _accuracy, "fidelity.json": _fidelity, "latency.json": _latency}
+    parts = []
+    for name, make in makers.items():
+        if (folder / name).is_file():
+            content = read_json(folder / name)
+            try:
+                parts.append(make(content, folder))
+            except (KeyError, TypeError, AttributeError) as error:
+                raise ReportError(f"{str(folder / name)!r} is no result file of vlmprune ({error!r}).") from error
+    if not parts:
+        raise ReportError(
+            f"{str(folder)!r} holds none of {', '.join(makers)}; a run that was broken off has to be finished first."
+        )
+    return f"<h2>{escape(folder.resolve().name)}</h2>\n" + "".join(parts)
+
+
+def _accuracy(content: Run, folder: Path) -> str:
+    cells = content["cells"]
+    tasks = list(cells[0]["tasks"])
+    accuracy: list[Column] = [
+        *_identity(),
+        *((name, lambda cell, name=name: _percent(cell["tasks"][name]["score"])) for name in tasks),
+        ("mean", lambda cell: _percent(cell["average"])),
+        ("of full", lambda cell: _percent(cell["relative"])),
+        ("95 %", lambda cell: _percents((cell.get("paired") or {}).get("relative_95"))),
+        ("better / worse items", lambda cell: _changes(cell.get("paired"))),
+    ]
+    cost: list[Column] = [
+        *_identity(),
+        *(
+            (f"GFLOPs {label}", lambda cell, key=key: _giga(cell["cost"]["flops"].get(key, 0)))
+            for key, label in FLOPS.items()
+        ),
+        ("KV MiB", lambda cell: f"{cell['cost']['kv_cache_bytes'] / 2**20:.2f}"),
+        ("FastV formula (GMACs)", lambda cell: _giga(cell["cost"]["fastv_formula"])),
+        ("PyramidDrop formula (GMACs)", lambda cell: _giga(cell["cost"]["pyramiddrop_formula"])),
+        ("prefill ms", lambda cell: _spread(cell.get("timing"), "prefill_ms")),
+        ("decode ms/token", lambda cell: _spread(cell.get("timing"), "decode_ms_per_token")),
+    ]
+    configuration = content["configuration"]
+    model = configuration["model"]
+    limit = "all items" if configuration["limit"] is None else f"{configuration['limit']} items a task"
+    facts = {
+        "model": model["source"],
+        "loaded as": f"{model['parameters']:,} parameters, {model['dtype']}, {model['device']}, {model['attention']}",
+        "tasks": ", ".join(tasks)
+        + f" ({limit}, batch size {configuration['batch_size']}, seed {configuration['seed']})",
+        "image processor": ", ".join(f"{key}={value}" for key, value in model["image_processor"].items()),
+        **_machine(content["machine"]),
+    }
+    notes = "; ".join(f"{key}: {value}" for key, value in content["conventions"].items())
+    plots = "".join(_picture(path) for path in sorted(folder.glob("accuracy_vs_*.png")))
+    return (
+        _facts(facts)
+        + "<h3>Accuracy (%)</h3>"
+        + _table(accuracy, cells)
+        + plots
+        + "<h3>Cost of one request</h3>"
+        + _table(cost, cells)
+        + _left_out(content)
+        + f"<p><small>{escape(notes)}.</small></p>\n<h3>Run it again</h3>\n<pre>{escape(shlex.join(content['command']))}</pre>\n"
+    )
+
+
+def _left_out(content: Run) -> str:
+    items = "".join(f"<li>{escape(item['note'])}</li>\n" for item in content.get("left_out", []))
+    return f"<h3>Left out</h3>\n<ul>{items}</ul>\n" if items else ""
+
+
+FLOPS = {
+    "vision": "tower",
+    "projector": "projector",
+    "selection": "selection",
+    "prefill": "LLM",
+    "head": "head",
+    "prefill_total": "sum",
+    "decode": "decode",
+}
+
+
+def _fidelity(content: Run, folder: Path) -> str:
+    columns: list[Column] = [
+        ("method", lambda row: row["title"]),
+        ("keep", lambda row: "-" if row["keep"] is None else f"{row['keep']:g}"),
+        ("visual tokens", lambda row: f"{row['visual_tokens']:.1f}"),
+        ("same answer %", lambda row: _percent(row["same_answer"])),
+        ("same first token %", lambda row: _percent(row["same_first_token"])),
+        ("KL (nats)", lambda row: f"{row['kl']:.4f}"),
+        ("worst KL", lambda row: f"{row['kl_worst']:.3f}"),
+    ]
+    configuration = content["configuration"]
+    facts = {
+        "model": configuration["model"]["source"],
+        "prompts": configuration["data"]["prompts"],
+        **_machine(content["machine"]),
+    }
+    return (
+        "<h3>Agreement with the unpruned model</h3>"
+        + _facts(facts)
+        + _table(columns, content["rows"])
+        + _left_out(content)
+    )
+
+
+def _latency(content: Run, folder: Path) -> str:
+    columns: list[Column] = [
+        ("method", lambda row: row["title"]),
+        ("keep", lambda row: "-" if row["keep"] is None else f"{row['keep']:g}"),
+        ("picture", lambda row: "x".join(map(str, row["image_size"]))),
+        ("batch", lambda row: row["batch_size"]),
+        ("tokens before", lambda row: row["visual_tokens_before"]),
+        ("after", lambda row: f"{row['visual_tokens_after']:.0f}"),
+        *(
+            (label, lambda row, key=key: _spread(row, key))
+            for key, label in {
+                "vision": "tower ms", "selection": "selection ms", "prefill": "prefill ms", "ideal": "ideal ms",
+                "overhead": "over ideal",
+                "first_token": "TTFT ms", "decode_per_token": "decode ms/token", "end_to_end": "end to end ms",
+            }.items()
+        ),
+        ("KV MiB", lambda row: f"{row['kv_cache_bytes'] / 2**20:.1f}"),
+        ("peak GiB", lambda row: "-" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 2**30:.2f}"),
+    ]  # fmt: skip
+    facts = {
+        "model": f"{content['model']} ({content['dtype']}, {content['device']})",
+        "request": f"one picture, {content['text_tokens']} text tokens, {content['new_tokens']} new tokens",
+        "processes": content.get("processes", 1),
+        **_machine(content["machine"]),
+    }
+    return "<h3>Latency</h3>" + _facts(facts) + _table(columns, content["rows"])
+
+
+def _identity() -> list[Column]:
+    return [
+        ("method", lambda cell: cell["title"]),
+        ("keep", lambda cell: "-" if cell["keep"] is None else f"{cell['keep']:g}"),
+        ("tokens before", lambda cell: f"{cell['cost']['visual_tokens_before']:.0f}"),
+        ("after", lambda cell: f"{cell['cost']['visual_tokens_after']:.1f}"),
+    ]
+
+
+def _table(columns: Sequence[Column], rows: Iterable[Run]) -> str:
+    head = "".join(f"<th>{escape(name)}</th>" for name, _ in columns)
+    body = "".join(
+        "<tr>" + "".join(f"<td>{escape(str(read(row)))}</td>" for _, read in columns) + "</tr>\n" for row in rows
+    )
+    return f"<table><thead><tr>{head}</tr></thead>\n<tbody>{body}</tbody></table>\n"
+
+
+def _facts(facts: Mapping[str, Any]) -> str:
+    return (
+        "<p>" + "<br>\n".join(f"<b>{escape(key)}</b>: {escape(str(value))}" for key, value in facts.items()) + "</p>\n"
+    )
+
+
+def _machine(machine: Run) -> dict[str, str]:
+    versions = ", ".join(f"{name} {version}" for name, version in machine["packages"].items() if version)
+    device = machine["gpu"] or f"{machine['cpu']}, {machine['torch_threads']} of {machine['cpus']} cores"
+    return {
+        "machine": f"{device}; {machine['platform']}",
+        "versions": f"vlmprune {machine['vlmprune']}, {versions}",
+        "date": machine["date"],
+    }
+
+
+def _picture(path: Path) -> str:
+    data = base64.b64encode(path.read_bytes()).decode()
+    return f'<p><img alt="{escape(path.stem)}" src="data:image/png;base64,{data}"></p>\n'
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{100 * value:.1f}"
+
+
+def _percents(values: Sequence[float] | None) -> str:
+    return "-" if not values else " to ".join(_percent(value) for value in values)
+
+
+def _changes(paired: Run | None) -> str:
+    return "-" if not paired else f"{paired['better']} / {paired['worse']} of {paired['items']}"
+
+
+def _giga(value: float) -> str:
+    return f"{value / 1e9:,.4g}"
+
+
+def _spread(row: Run | None, key: str) -> str:
+    values = (row or {}).get(key)
+    return "-" if not values else f"{values['median']:.2f} ({values['q25']:.2f} to {values['q75']:.2f})"

@@ -1,0 +1,182 @@
+"""From token records and task scores to the numbers of a table row."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from statistics import fmean
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+from vlmprune.eval.accuracy.live_model import RequestRecord
+from vlmprune.eval.accuracy.paired import compare_paired
+from vlmprune.eval.accuracy.task_scores import TaskScore
+from vlmprune.eval.run.cells import FULL, Cell
+from vlmprune.eval.speed.flops import (
+    STAGES,
+    LanguageShape,
+    equivalent_tokens,
+    fastv_formula,
+    pyramiddrop_formula,
+    request_cost,
+)
+from vlmprune.methods.base import Method
+
+
+def summarise_requests(
+    config: PreTrainedConfig, records: Sequence[RequestRecord], element_size: int, method: Method | None = None
+) -> dict[str, Any]:
+    """Means over requests: token counts, MACs and FLOPs by stage, KV-cache bytes, the papers' formulas.
+
+    ``method`` is what chose the tokens, None for the unpruned model. The papers' formulas are given visual tokens only, as the
+    papers do; everything else counts visual and text tokens.
+    """
+    shape = LanguageShape.from_config(config)
+    costs = [
+        request_cost(config, r.work, r.visual_per_layer, r.text_tokens, r.new_tokens, method, r.images) for r in records
+    ]
+    macs = {stage: fmean(getattr(cost, stage) for cost in costs) for stage in STAGES}
+    macs["prefill_total"] = fmean(cost.prefill_total for cost in costs)
+    entering = [r.visual_per_layer for r in records]
+    return {
+        "requests": len(records),
+        "visual_tokens_before": fmean(r.visual_before for r in records),
+        "visual_tokens_after": fmean(equivalent_tokens(layers) for layers in entering),
+        "visual_tokens_last_layer": fmean(layers[-1] for layers in entering),
+        "text_tokens": fmean(r.text_tokens for r in records),
+        "new_tokens": fmean(r.new_tokens for r in records),
+        "macs": macs,
+        "flops": {stage: 2 * value for stage, value in macs.items()},
+        "kv_cache_bytes": fmean(
+            shape.cache_bytes([n + r.text_tokens for n in r.visual_per_layer], element_size) for r in records
+        ),
+        "fastv_formula": fmean(fastv_formula(layers, shape.hidden, shape.ffn) for layers in entering),
+        "pyramiddrop_formula": fmean(pyramiddrop_formula(layers, shape.hidden, shape.ffn) for layers in entering),
+    }
+
+
+def cell_result(
+    cell: Cell, scores: Mapping[str, TaskScore], cost: Mapping[str, Any], seconds: Mapping[str, float]
+) -> dict[str, Any]:
+    """What is stored of a finished cell."""
+    return {
+        "method": cell.method,
+        "title": cell.title,
+        "keep": cell.keep,
+        "parameters": dict(cell.parameters),
+        "tasks": {name: asdict(score) for name, score in scores.items()},
+        "cost": dict(cost),
+        "seconds": dict(seconds),
+    }
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of the tables. ``relative`` is the mean over tasks of score divided by the unpruned model's score."""
+
+    title: str
+    keep: float | int | None
+    before: float
+    after: float
+    flops: dict[str, float]
+    kv_cache_bytes: float
+    scores: dict[str, float]
+    average: float
+    relative: float | None
+    paired: dict[str, Any] | None
+    prefill_ms: float | None
+    decode_ms: float | None
+    result: dict[str, Any]
+
+    @property
+    def is_full(self) -> bool:
+        """Whether this is the unpruned model."""
+        return self.title == FULL
+
+    @property
+    def keep_text(self) -> str:
+        """The budget as it was given."""
+        return "-" if self.keep is None else f"{self.keep:g}"
+
+
+def make_rows(results: Sequence[Mapping[str, Any]], timing: Mapping[str, Any]) -> list[Row]:
+    """Rows of finished cells, the unpruned one first in ``results``."""
+    full = next((result for result in results if result["method"] == FULL), None)
+    rows = []
+    for result in results:
+        scores = {name: task["score"] for name, task in result["tasks"].items()}
+        times = timing.get(result["label"])
+        rows.append(
+            Row(
+                title=result["title"],
+                keep=result["keep"],
+                before=result["cost"]["visual_tokens_before"],
+                after=result["cost"]["visual_tokens_after"],
+                flops=result["cost"]["flops"],
+                kv_cache_bytes=result["cost"]["kv_cache_bytes"],
+                scores=scores,
+                average=fmean(scores.values()),
+                relative=relative_score(result["tasks"], full["tasks"]) if full else None,
+                paired=compare_paired(result["tasks"], full["tasks"]) if full and result is not full else None,
+                prefill_ms=times["prefill_ms"]["median"] if times else None,
+                decode_ms=times["decode_ms_per_token"]["median"] if times else None,
+                result=dict(result),
+            )
+        )
+    return rows
+
+
+def relative_score(tasks: Mapping[str, Any], full: Mapping[str, Any]) -> float | None:
+    """Mean over tasks of score over full score (its inverse where less is better); None where a divisor is 0."""
+    ratios = []
+    for name, task in tasks.items():
+        above, below = task["score"], full[name]["score"]
+        if not task["higher_is_better"]:
+            above, below = below, above
+        if not below:
+            return None
+        ratios.append(above / below)
+    return fmean(ratios)
+
+
+def interval(row: Row) -> tuple[float, float] | tuple[None, None]:
+    """The 95 % interval of ``relative``, where there is one."""
+    low_high = (row.paired or {}).get("relative_95")
+    return (low_high[0], low_high[1]) if low_high else (None, None)
+
+
+def results_csv(rows: Sequence[Row]) -> str:
+    """One line a cell: budget, tokens, GFLOPs by stage, cache, times, scores."""
+    tasks = list(rows[0].scores) if rows else []
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(
+        [
+            "method", "keep", "visual_tokens_before", "visual_tokens_after", "text_tokens", "new_tokens",
+            *(f"gflops_{stage}" for stage in STAGES), "gflops_prefill_total", "kv_cache_bytes",
+            "fastv_formula_gmacs", "pyramiddrop_formula_gmacs",
+            "prefill_ms", "prefill_ms_q25", "prefill_ms_q75",
+            "decode_ms_per_token", "decode_ms_per_token_q25", "decode_ms_per_token_q75",
+            *tasks, "average", "relative", "relative_low", "relative_high",
+        ]
+    )  # fmt: skip
+    for row in rows:
+        cost, times = row.result["cost"], row.result.get("timing") or {}
+        measured = [
+            times.get(kind, {}).get(part)
+            for kind in ("prefill_ms", "decode_ms_per_token")
+            for part in ("median", "q25", "q75")
+        ]
+        values = [
+            row.before, row.after, cost["text_tokens"], cost["new_tokens"],
+            *(row.flops.get(stage, 0.0) / 1e9 for stage in STAGES), row.flops["prefill_total"] / 1e9, row.kv_cache_bytes,
+            cost["fastv_formula"] / 1e9, cost["pyramiddrop_formula"] / 1e9,
+            *measured, *row.scores.values(), row.average, row.relative, *interval(row),
+        ]  # fmt: skip
+        writer.writerow(
+            [row.title, "" if row.keep is None else row.keep, *("" if v is None else f"{v:.6g}" for v in values)]
+        )
+    return out.getvalue()

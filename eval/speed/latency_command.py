@@ -1,0 +1,186 @@
+"""The latency command: every cell at every batch size and picture size, tables and files."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+from transformers import PreTrainedModel
+
+from vlmprune.eval.models.synthetic_request import synthetic_request
+from vlmprune.eval.reports.tables import cost_style, three_figures
+from vlmprune.eval.run.cells import FULL, Cell
+from vlmprune.eval.run.machine import describe_machine
+from vlmprune.eval.run.progress import progress_bar
+from vlmprune.eval.run.ranks import Ranks
+from vlmprune.eval.run.result_folder import ResultFolder, read_json, write_json
+
+from .latency import Measurement, measure
+
+
+@dataclass(frozen=True)
+class LatencyOptions:
+    """What ``run_latency`` measures; ``seconds`` is the time for each batch size and picture size (width, height)."""
+
+    cells: Sequence[Cell]
+    batch_sizes: Sequence[int]
+    image_sizes: Sequence[tuple[int, int]]
+    text_tokens: int
+    new_tokens: int
+    seconds: float
+    out: Path | None = None
+
+
+def run_latency(
+    model: PreTrainedModel,
+    name: str,
+    options: LatencyOptions,
+    image_processor: Any = None,
+    console: Console | None = None,
+) -> list[Measurement]:
+    """Measure every cell at every batch size and picture size, print a table for each, write latency.json and latency.csv.
+
+    ``image_processor`` is the checkpoint's; by default one with the sizes of the model's configuration. Each table is stored
+    as soon as it is measured, and is not measured again. Of several processes all measure at the same time and must agree on
+    what was kept; the first prints and writes its own times.
+    """
+    ranks = Ranks()
+    console = console or Console(stderr=True, quiet=not ranks.is_main)
+    configuration = {
+        "kind": "latency",
+        "model": name,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "device": model.device.type,
+        "cells": [cell.label for cell in options.cells],
+        "text_tokens": options.text_tokens,
+        "new_tokens": options.new_tokens,
+        "processes": ranks.count,
+    }
+    ranks.require_same("the configuration", {**configuration, "sizes": [options.batch_sizes, options.image_sizes]})
+    folder = ranks.on_main(lambda: ResultFolder(options.out, configuration) if options.out is not None else None)
+    output = Console(width=100, quiet=not ranks.is_main)
+    found: list[Measurement] = []
+    for batch_size, image_size in ((batch, size) for size in options.image_sizes for batch in options.batch_sizes):
+        file = folder.path / "parts" / f"{image_size[0]}x{image_size[1]}-batch-{batch_size}.json" if folder else None
+        part = ranks.on_main(partial(_stored, file))
+        if part is None:
+            part = _measure_part(model, options, batch_size, image_size, image_processor, console)
+            ranks.require_same("what was kept", [_counts(row) for row in part])
+            if ranks.is_main and file is not None:
+                write_json(file, {"machine": describe_machine(), "rows": [asdict(row) for row in part]})
+        found.extend(part)
+        if part:
+            output.print(latency_table(part))
+            output.print()
+    if ranks.is_main and folder is not None:
+        write_json(
+            folder.path / "latency.json",
+            {"machine": describe_machine(), **configuration, "rows": [asdict(row) for row in found]},
+        )
+        write_csv(folder.path / "latency.csv", found)
+        output.print(f"Written to {folder.path}", soft_wrap=True)
+    ranks.close()
+    return found
+
+
+def _measure_part(
+    model: PreTrainedModel,
+    options: LatencyOptions,
+    batch_size: int,
+    image_size: tuple[int, int],
+    image_processor: Any,
+    console: Console,
+) -> list[Measurement]:
+    request = synthetic_request(model.config, image_size, options.text_tokens, batch_size, image_processor)
+    inputs = {
+        key: value.to(model.device, model.dtype) if value.is_floating_point() else value.to(model.device)
+        for key, value in request.items()
+    }
+    with progress_bar(console) as progress:
+        title = f"{image_size[0]} x {image_size[1]}, batch size {batch_size}, rounds over {len(options.cells)} cells"
+        bar = progress.add_task(title, total=None)
+        return measure(
+            model,
+            inputs,
+            image_size,
+            options.cells,
+            options.new_tokens,
+            options.seconds,
+            partial(_show, progress, bar),
+            lambda cell: console.print(cell.note, markup=False, soft_wrap=True),
+        )
+
+
+def _show(progress: Progress, bar: Any, done: int, rounds: int) -> None:
+    progress.update(bar, completed=done, total=rounds)
+
+
+def _stored(file: Path | None) -> list[Measurement] | None:
+    if file is None or not file.exists():
+        return None
+    return [Measurement(**{**row, "image_size": tuple(row["image_size"])}) for row in read_json(file)["rows"]]
+
+
+def _counts(row: Measurement) -> tuple[Any, ...]:
+    return row.title, row.keep, row.visual_tokens_before, row.visual_tokens_after, row.kv_cache_bytes
+
+
+def write_csv(path: Path, rows: Sequence[Measurement]) -> None:
+    """One line a measurement, medians and quartiles."""
+    lines = []
+    for row in rows:
+        line: dict[str, Any] = {}
+        for key, value in asdict(row).items():
+            if isinstance(value, dict):
+                line.update({f"{key}_{part}": f"{number:.6g}" for part, number in value.items()})
+            else:
+                line[key] = f"{value[0]}x{value[1]}" if key == "image_size" else value
+        lines.append(line)
+    names = list(dict.fromkeys(name for line in lines for name in line))
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, names, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(lines)
+
+
+def latency_table(rows: Sequence[Measurement]) -> Table:
+    """Medians in milliseconds, or seconds where these are many; "select" is what the prefill takes beyond the ideal one."""
+    first = rows[0]
+    unit, divisor = ("s", 1e3) if max(row.end_to_end["median"] for row in rows) >= 1e5 else ("ms", 1.0)
+    table = cost_style(
+        f"{first.image_size[0]} x {first.image_size[1]} pixels ({first.visual_tokens_before} visual tokens), {first.text_tokens} "
+        f"text tokens, batch size {first.batch_size}: {unit}, medians of {first.rounds} rounds"
+    )
+    table.add_column("method", no_wrap=True, max_width=16)
+    for name in ("keep", "tokens", "tower", "select", "prefill", "over", "TTFT", "/token", "all", "KV MiB", "peak GiB"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for row, following in zip(rows, [*rows[1:], None], strict=True):
+        times = (row.vision, row.selection, row.prefill, row.first_token, row.decode_per_token, row.end_to_end)
+        tower, select, prefill, first_token, decode, whole = (_short(part["median"] / divisor) for part in times)
+        table.add_row(
+            row.title,
+            "-" if row.keep is None else f"{row.keep:g}",
+            f"{row.visual_tokens_after:.0f}",
+            tower,
+            "-" if row.title == FULL else select,
+            prefill,
+            f"{row.overhead['median']:.2f}x",
+            first_token,
+            decode,
+            whole,
+            three_figures(row.kv_cache_bytes / 2**20),
+            "-" if row.peak_bytes is None else f"{row.peak_bytes / 2**30:.2f}",
+            end_section=following is None or following.title != row.title,
+        )
+    return table
+
+
+def _short(value: float) -> str:
+    return f"-{three_figures(-value)}" if value < 0 else three_figures(value)

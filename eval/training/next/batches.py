@@ -1,0 +1,154 @@
+"""Training batches of pictures cut into tiles, with labels of tiles, of the whole sequence and of the questions' words."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..common.glyphs import GLYPH_SIZE
+from ..common.language import SLOT, Prompts
+from ..common.questions import ask_turns
+from ..common.scenes import (
+    COLOUR_NAMES,
+    PATCH_SIZE,
+    SHAPES,
+    Scene,
+    decode_jpeg,
+    encode_jpeg,
+    make_scene,
+    patch_labels,
+    render,
+)
+from ..common.tokenizer import build_tokenizer
+from ..llava.batches import stream_from
+from ..llava.tower import GRID
+from .tiles import CELLS, FIRST, cut, cut_labels, thumbnail_labels, tile_presence
+
+SQUARE = ((2, 2),)
+ALL_GRIDS = ((2, 2), (2, 2), (2, 2), (1, 2), (2, 1), (2, 3), (3, 2))
+
+SMALL_GRIDS = ((2, 2), (1, 2), (2, 1))
+TEST_GRIDS = ((2, 2), (2, 2), (2, 2), (2, 2), (2, 3), (1, 2), (2, 1))
+COARSE_GRIDS = ((2, 2), (2, 2), (1, 2), (2, 3))
+
+
+@dataclass(frozen=True)
+class TilePlan:
+    """What a batch holds: pictures of one of the ``grids`` (rows, columns of crops), ``cells`` patches a side of a crop."""
+
+    size: int
+    grids: tuple[tuple[int, int], ...] = SQUARE
+    cells: int = CELLS
+    things: tuple[int, int] = (4, 9)
+    radius: tuple[float, float] = (13.0, 18.0)
+    draw: bool = True
+    turns: tuple[tuple[str, int], ...] = ()
+    broken: float = 0.0
+    """Share of pictures whose string must run over the edge between two crops (of the others some do by chance)."""
+
+
+@dataclass
+class TileBatch:
+    """One batch.
+
+    ``pixels`` (batch, tiles, height, width, 3); ``tile_labels`` (batch, tiles, labels, patches) and ``presence`` (batch,
+    tiles, pairs and glyphs) as each tile shows them; ``labels`` (batch, labels, tokens) of the whole sequence, where a
+    string counts on from crop to crop; ``places`` (batch, slots, tokens, 2) say where in the picture (0 to 1) the thing lies
+    that a word names, nan where it names none or several.
+    """
+
+    grid: tuple[int, int]
+    tile_labels: Tensor
+    labels: Tensor
+    presence: Tensor
+    window: Tensor
+    pixels: Tensor
+    ids: Tensor
+    targets: Tensor
+    places: Tensor
+    tasks: list[list[str]]
+
+
+def make_batch(plan: TilePlan, prompts: Prompts, rng: np.random.Generator) -> TileBatch:
+    """One batch of scenes of one size, with labels and, as the plan says, pixels and questions."""
+    grid = plan.grids[rng.integers(len(plan.grids))]
+    height, width = (PATCH_SIZE * plan.cells * crops for crops in grid)
+    crops = grid[0] * grid[1]
+    most = plan.things[1] if crops >= 4 else max(plan.things[0], plan.things[1] * crops // 4)
+    least = min(plan.things[0], 3) if crops < 4 else plan.things[0]
+    scenes = []
+    for _ in range(plan.size):
+        must_break = grid[1] > 1 and plan.broken > 0 and rng.random() < plan.broken
+        while True:
+            scene = make_scene(rng, width, (least, most), plan.radius, tall=height)
+            if not must_break or is_broken(scene, PATCH_SIZE * plan.cells):
+                break
+        scenes.append(scene)
+    pixels = torch.empty(0)
+    if plan.draw:
+        pixels = torch.stack([cut(decode_jpeg(encode_jpeg(render(scene)))) for scene in scenes])
+    tile_labels, labels = [], []
+    for scene in scenes:
+        whole = patch_labels(scene).reshape(5, height // PATCH_SIZE, width // PATCH_SIZE)
+        small = thumbnail_labels(scene, plan.cells)[None]
+        tile_labels.append(np.concatenate([small, cut_labels(whole, plan.cells)]))
+        labels.append(
+            np.concatenate([small[0].reshape(5, -1), np.pad(whole, ((0, 0), (0, 0), (0, 1))).reshape(5, -1)], 1)
+        )
+    ids, targets, tasks, places = [], [], [], []
+    for scene in scenes if plan.turns else []:
+        asked = ask_turns(scene, plan.turns, rng)
+        slots = [prompts.slot(question.text, question.answer) for question in asked]
+        ids.append([slot[0] for slot in slots])
+        targets.append([slot[1] for slot in slots])
+        places.append([name_places(scene, slot[0], prompts) for slot in slots])
+        tasks.append([question.task for question in asked])
+    return TileBatch(
+        grid=grid,
+        tile_labels=torch.from_numpy(np.stack(tile_labels)).flatten(3),
+        labels=torch.from_numpy(np.stack(labels)),
+        presence=torch.from_numpy(np.stack([tile_presence(tiles) for tiles in tile_labels])),
+        window=tile_window(plan.cells, rng),
+        pixels=pixels,
+        ids=torch.tensor(ids),
+        targets=torch.tensor(targets),
+        places=torch.tensor(places),
+        tasks=tasks,
+    )
+
+
+def is_broken(scene: Scene, tile: int) -> bool:
+    """Whether the string runs over the edge between two crops side by side."""
+    return scene.text_x // tile != (scene.text_x + GLYPH_SIZE * len(scene.text) - 1) // tile
+
+
+def tile_window(cells: int, rng: np.random.Generator) -> Tensor:
+    """Where a tile's patches lie on tiny-llava's grid; coarser tiles are spread over the same part of it."""
+    step = CELLS // cells
+    row, column = (FIRST + np.arange(cells) * step + int(rng.integers(step)) for _ in range(2))
+    return torch.from_numpy((row[:, None] * GRID + column[None]).flatten())
+
+
+def name_places(scene: Scene, ids: list[int], prompts: Prompts) -> list[tuple[float, float]]:
+    """Column and row (0 to 1) of the only thing that each token names, nan elsewhere."""
+    nowhere = (float("nan"), float("nan"))
+    places = [nowhere] * SLOT
+    words = prompts.tokenizer.convert_ids_to_tokens(ids)
+    for i, word in enumerate(words):
+        if word not in SHAPES:
+            continue
+        colour = COLOUR_NAMES.index(words[i - 1]) if words[i - 1] in COLOUR_NAMES else None
+        named = [t for t in scene.things if SHAPES[t.shape] == word and colour in (None, t.colour)]
+        if len(named) == 1:
+            places[i] = (named[0].x / scene.size, named[0].y / scene.height)
+    return places
+
+
+def stream(plan: TilePlan, seed: int, start: int = 0) -> Iterator[TileBatch]:
+    """The batches of a plan and a seed from number ``start`` on."""
+    return stream_from(partial(make_batch, plan, Prompts(build_tokenizer())), seed, start)

@@ -1,0 +1,80 @@
+"""Seeded batches of scenes of several sizes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..common.questions import ask_turns
+from ..common.scenes import decode_jpeg, encode_jpeg, make_scene, render
+from ..llava.batches import stream_from
+from .labels import scene_labels
+from .model import TOKEN_SIZE
+from .tokenizer import VisionPrompts, build_tokenizer
+
+
+@dataclass(frozen=True)
+class SizedPlan:
+    """What a batch holds: about ``tokens`` visual tokens, all pictures of one of the sizes (rows, columns of tokens).
+
+    ``things`` are the fewest and the most shapes in 144 tokens' space; smaller and larger pictures hold in proportion.
+    """
+
+    tokens: int
+    sizes: tuple[tuple[int, int], ...]
+    things: tuple[int, int] = (4, 9)
+    draw: bool = True
+    turns: tuple[tuple[str, int], ...] = ()
+
+
+@dataclass
+class SizedBatch:
+    """Pixels (batch, height, width, 3), labels of patches and tokens, question slots; all pictures of one size."""
+
+    size: tuple[int, int]
+    patches: Tensor
+    tokens: Tensor
+    pixels: Tensor
+    ids: Tensor
+    targets: Tensor
+    tasks: list[list[str]]
+
+
+def make_batch(plan: SizedPlan, prompts: VisionPrompts, rng: np.random.Generator) -> SizedBatch:
+    """One batch of scenes with labels and, as the plan says, pixels and questions."""
+    rows, columns = plan.sizes[rng.integers(len(plan.sizes))]
+    space = rows * columns / 144
+    fewest, most = (max(2, round(number * space)) for number in plan.things)
+    scenes = [
+        make_scene(rng, columns * TOKEN_SIZE, (fewest, most), tall=rows * TOKEN_SIZE)
+        for _ in range(max(1, round(plan.tokens / (rows * columns))))
+    ]
+    pixels = torch.empty(0)
+    if plan.draw:
+        pixels = torch.from_numpy(np.stack([decode_jpeg(encode_jpeg(render(scene))) for scene in scenes]))
+    slots, tasks = [], []
+    for scene in scenes if plan.turns else ():
+        asked = ask_turns(scene, plan.turns, rng)
+        slots.append([prompts.slot(question.text, question.answer) for question in asked])
+        tasks.append([question.task for question in asked])
+    both = torch.tensor(slots)
+    labels = [scene_labels(scene) for scene in scenes]
+    return SizedBatch(
+        size=(rows, columns),
+        patches=torch.from_numpy(np.stack([patches for patches, _ in labels])),
+        tokens=torch.from_numpy(np.stack([tokens for _, tokens in labels])),
+        pixels=pixels,
+        ids=both[:, :, 0] if tasks else both,
+        targets=both[:, :, 1] if tasks else both,
+        tasks=tasks,
+    )
+
+
+def stream(plan: SizedPlan, seed: int, start: int = 0) -> Iterator[SizedBatch]:
+    """The batches of a plan and a seed from number ``start`` on."""
+    return stream_from(partial(make_batch, plan, VisionPrompts(build_tokenizer())), seed, start)

@@ -1,0 +1,80 @@
+"""Many questions about one picture in one pass, at the M-RoPE positions each would have alone."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLTextModel
+
+from ..common.language import IGNORE, SLOT, Answers, early_labels
+from .tokenizer import VisionPrompts
+
+
+@lru_cache(maxsize=32)
+def slot_layout(prefix: int, size: tuple[int, int], suffix: int, slots: int) -> tuple[Tensor, Tensor]:
+    """Additive mask (1, 1, length, length) and position ids (3, 1, length) of prefix, picture, suffix and slots.
+
+    Every slot sees what stands in front of all slots, and itself.
+    """
+    rows, columns = size
+    start = prefix + rows * columns + suffix
+    owner = torch.cat([torch.full((start,), -1), torch.arange(slots).repeat_interleave(SLOT)])
+    order = torch.arange(len(owner))
+    seen = (order[None, :] <= order[:, None]) & ((owner[None, :] == -1) | (owner[None, :] == owner[:, None]))
+    mask = torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(torch.float32).min)
+    row, column = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
+    visual = prefix + torch.stack([torch.zeros_like(row), row, column]).flatten(1)
+    after = prefix + max(size)
+    text = torch.cat([torch.arange(suffix), (suffix + torch.arange(SLOT)).repeat(slots)])
+    position = torch.cat(
+        [torch.arange(prefix).expand(3, -1), visual, (after + text).expand(3, -1)],
+        dim=1,
+    )
+    return mask[None, None], position[:, None]
+
+
+def answer(
+    language: Qwen2_5_VLTextModel,
+    prompts: VisionPrompts,
+    visual: Tensor,
+    size: tuple[int, int],
+    ids: Tensor,
+    labels: Tensor,
+) -> Answers:
+    """Answer all questions about a batch of pictures.
+
+    ``visual`` is (batch, tokens, width); ``ids`` and ``labels`` are (batch, slots, ``SLOT``). The early loss is that of
+    answering at the end of the question already (``early_labels``).
+    """
+    batch, slots, _ = ids.shape
+    words = language.embed_tokens
+    before, after = (words(torch.tensor(part)).expand(batch, -1, -1) for part in (prompts.prefix, prompts.suffix))
+    embeds = torch.cat([before, visual, after, words(ids.flatten(1))], dim=1)
+    mask, position = slot_layout(before.shape[1], size, after.shape[1], slots)
+    output = language(
+        inputs_embeds=embeds,
+        attention_mask=mask,
+        position_ids=position.expand(-1, batch, -1),
+        use_cache=False,
+        output_hidden_states=True,
+    )
+    start = before.shape[1] + visual.shape[1] + after.shape[1]
+    hidden = output.last_hidden_state[:, start:]
+    wanted = labels.flatten(1) != IGNORE
+    logits, target = F.linear(hidden[wanted], words.weight), labels.flatten(1)[wanted]
+    right = torch.ones_like(wanted)
+    right[wanted] = logits.argmax(-1) == target
+    sooner = early_labels(labels).flatten(1)
+    sooner[wanted] = IGNORE
+    asked = sooner != IGNORE
+    return Answers(
+        F.cross_entropy(logits, target),
+        F.cross_entropy(F.linear(hidden[asked], words.weight), sooner[asked]),
+        right.view(batch, slots, SLOT).all(-1),
+        output.hidden_states,
+        position,
+        start,
+    )
