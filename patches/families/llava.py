@@ -60,7 +60,7 @@ class Llava(Family):
         deepest = max(state if state >= 0 else layers + 1 + state for state in states)
         tower = getattr(self.vision_tower, "vision_model", self.vision_tower)
         has_cls = hasattr(getattr(tower, "embeddings", None), "class_embedding")
-        return TowerFacts(layers=layers, feature_layer=max(deepest - 1, 0), has_cls=has_cls)
+        return TowerFacts(layers, max(deepest - 1, 0), has_cls, heads=self.vision_heads)
 
     @property
     def has_grid(self) -> bool:

@@ -49,7 +49,8 @@ class QwenVL(Family):
     def tower_facts(self) -> TowerFacts:
         """There is no CLS token, and the visual tokens come from the last block."""
         depth = len(self.vision_tower.blocks)  # type: ignore[arg-type]
-        return TowerFacts(layers=depth, feature_layer=depth - 1, has_cls=False)
+        merged = int(self.config.vision_config.spatial_merge_size) ** 2
+        return TowerFacts(depth, depth - 1, has_cls=False, heads=self.vision_heads, patches_per_token=merged)
 
     @property
     def has_grid(self) -> bool:

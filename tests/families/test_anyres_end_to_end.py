@@ -14,13 +14,13 @@ NEXT = (
     LLAVA_NEXT,
     [[3, "A", 4], [2, "small", 1, "large", 3], [5, "square"]],
     [3, 3, 5, 5],
-    TowerFacts(layers=3, feature_layer=1, has_cls=True),
+    TowerFacts(layers=3, feature_layer=1, has_cls=True, heads=4),
 )
 ONEVISION = (
     LLAVA_ONEVISION,
     [[3, "A", 4], [2, "small", 1, "large", 3], [5, "wide"]],
     [7, 2, 3, 3],
-    TowerFacts(layers=3, feature_layer=2, has_cls=False),
+    TowerFacts(layers=3, feature_layer=2, has_cls=False, heads=4),
 )
 METHODS = [
     HiRED(keep=0.3),

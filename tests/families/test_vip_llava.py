@@ -16,7 +16,7 @@ def test_the_deepest_feature_layer_counts(layers, deepest):
     model = VIP_LLAVA.build(torch.float32)
     previous, model.config.vision_feature_layers = model.config.vision_feature_layers, layers
     try:
-        assert find_family(model).tower_facts == TowerFacts(layers=3, feature_layer=deepest, has_cls=True)
+        assert find_family(model).tower_facts == TowerFacts(layers=3, feature_layer=deepest, has_cls=True, heads=4)
     finally:
         model.config.vision_feature_layers = previous
 

@@ -21,6 +21,7 @@ METHOD_PARAMETERS: dict[str, dict[str, object]] = {
     "globalcom2": {},
     "divprune": {},
     "todre": {"tau": 1.0, "layer": 3},
+    "hiprune": {"alpha": 0.5},
     "fastv": {"layer": 1},
     "pyramiddrop": {},
 }

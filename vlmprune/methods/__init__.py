@@ -2,7 +2,7 @@
 
 from .base import Method
 from .baselines import Pool, Random, Uniform
-from .input import VTCCLS, DivPrune, FasterVLM, GlobalCom2, HiRED, ToDRE
+from .input import VTCCLS, DivPrune, FasterVLM, GlobalCom2, HiPrune, HiRED, ToDRE
 from .layer import FastV, PyramidDrop, ToDRERelevance
 
 __all__ = [
@@ -11,6 +11,7 @@ __all__ = [
     "FastV",
     "FasterVLM",
     "GlobalCom2",
+    "HiPrune",
     "HiRED",
     "Method",
     "Pool",

@@ -37,11 +37,15 @@ class TowerFacts:
         layers: number of encoder layers.
         feature_layer: 0-based index of the layer whose output becomes the visual tokens.
         has_cls: whether token 0 of the tower is a CLS token.
+        heads: attention heads of a layer.
+        patches_per_token: patches that the tower merges in one visual token.
     """
 
     layers: int
     feature_layer: int
     has_cls: bool
+    heads: int = 1
+    patches_per_token: int = 1
 
     def attention(self, layer: int) -> VisionSignal:
         """Return the CLS attention of a layer, or the attention received from all tokens where there is no CLS token."""

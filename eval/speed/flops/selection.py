@@ -60,6 +60,7 @@ FEATURE_MACS: dict[str, Callable[[Method, Scored], int]] = {
     "globalcom2": _tile_means,
     "divprune": _all_pairs,
     "todre": _from_a_pivot,
+    "hiprune": _nothing,
 }
 """Arithmetic on features by method name; methods inside the language model have none."""
 

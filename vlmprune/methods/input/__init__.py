@@ -4,9 +4,10 @@ from .divprune import DivPrune
 from .fastervlm import FasterVLM
 from .globalcom2 import GlobalCom2
 from .hired import HiRED
+from .hiprune import HiPrune
 from .todre import ToDRE
 from .vtc_cls import VTCCLS
 
-METHODS = (FasterVLM, VTCCLS, HiRED, GlobalCom2, DivPrune, ToDRE)
+METHODS = (FasterVLM, VTCCLS, HiRED, GlobalCom2, DivPrune, ToDRE, HiPrune)
 
-__all__ = ["VTCCLS", "DivPrune", "FasterVLM", "GlobalCom2", "HiRED", "ToDRE"]
+__all__ = ["VTCCLS", "DivPrune", "FasterVLM", "GlobalCom2", "HiPrune", "HiRED", "ToDRE"]

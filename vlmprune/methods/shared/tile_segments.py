@@ -101,10 +101,18 @@ def select_evenly(scores: Tensor, batch: VisualBatch) -> Selection:
     if all(layout.crops is None for layout in batch.layouts):
         return Selection(segmented_topk(scores, batch.offsets, batch.budgets), batch.budgets)
     segments = tile_segments(batch.layouts)
-    newlines = newline_surplus(segments, batch.budgets)
+    return top_of_segments(scores, segments, even_counts(segments, batch.budgets), batch.budgets)
+
+
+def even_counts(segments: TileSegments, budgets: tuple[int, ...]) -> Tensor:
+    """Return the tokens that each segment keeps if every tile of an image keeps the same number: int64 `[images, tiles + 1]`.
+
+    A tile with fewer tokens than that leaves its share to the others; newlines come last.
+    """
+    newlines = newline_surplus(segments, budgets)
     tiles = segments.sizes[:, :-1]
-    per_tile = apportion(torch.tensor(batch.budgets) - newlines, (tiles > 0).double(), tiles)
-    return top_of_segments(scores, segments, torch.cat([per_tile, newlines[:, None]], dim=1), batch.budgets)
+    per_tile = apportion(torch.tensor(budgets) - newlines, (tiles > 0).double(), tiles)
+    return torch.cat([per_tile, newlines[:, None]], dim=1)
 
 
 def spread_newlines(scores: Tensor, segments: TileSegments, kept: Tensor) -> Tensor:
