@@ -3,8 +3,8 @@
 from .divprune import DivPrune
 from .fastervlm import FasterVLM
 from .globalcom2 import GlobalCom2
-from .hired import HiRED
 from .hiprune import HiPrune
+from .hired import HiRED
 from .todre import ToDRE
 from .vtc_cls import VTCCLS
 

@@ -21,25 +21,27 @@ from vlmprune.methods.shared.tile_segments import even_counts, tile_segments, to
 class HiPrune(Method):
     """Keep the tokens that a middle tower layer attends to most, their neighbours, and the best of a deep layer.
 
-    Scores are the attention that a token receives from all tokens of its tile (the CLS token's query included), averaged over
-    heads. Of `T` tokens that a tile keeps, `round(T * alpha / 5)` are anchors, the highest in the middle layer; their left,
-    right, upper and lower neighbours are the buffers; the others are registers, the highest in the layer whose output becomes
-    the visual tokens. Every tile keeps the same number of tokens, as far as it has that many; newlines are dropped first. Kept
-    tokens stay in raster order and have the positions that the family's default gives them (as in the official code: compacted
-    ids in LLaVA, the original M-RoPE ids in Qwen).
+    Scores are the attention that a token receives from all tokens of its tile (the CLS token's query included),
+    averaged over heads. Of `T` tokens that a tile keeps, `round(T * alpha / 5)` are anchors, the highest in the
+    middle layer; their left, right, upper and lower neighbours are the buffers; the others are registers, the highest
+    in the layer whose output becomes the visual tokens. Every tile keeps the same number of tokens, as far as it has
+    that many; newlines are dropped first. Kept tokens stay in raster order and have the positions that the family's
+    default gives them (as in the official code: compacted ids in LLaVA, the original M-RoPE ids in Qwen).
 
-    Source: "HiPrune: Hierarchical Attention for Efficient Token Pruning in VLMs", arXiv 2508.00553. As in the official code, neighbours are
-    taken by index: those beside the border of a tile wrap to the next row, those above and below it become the tile's first and last
-    token; the paper leaves them out. Where the official code differs: it clamps to 24 x 24 tokens, here to the tokens that a tile
-    has without its padding; it divides `keep` by all tiles of the call, here by those of the image; it fails where anchors
-    and buffers exceed `T`, here there are at most `T // 5` anchors. Its Qwen code subtracts 1 from the scores of tokens that are in already,
-    which does not exclude them where scores exceed 1, so that fewer tokens than asked for are kept; `faithful=True` does that too.
+    Source: "HiPrune: Hierarchical Attention for Efficient Token Pruning in VLMs", arXiv 2508.00553. As in the
+    official code, neighbours are taken by index: those beside the border of a tile wrap to the next row, those above
+    and below it become the tile's first and last token; the paper leaves them out. Where the official code differs:
+    it clamps to 24 x 24 tokens, here to the tokens that a tile has without its padding; it divides `keep` by all
+    tiles of the call, here by those of the image; it fails where anchors and buffers exceed `T`, here there are at
+    most `T // 5` anchors. Its Qwen code subtracts 1 from the scores of tokens that are in already, which does not
+    exclude them where scores exceed 1, so that fewer tokens than asked for are kept; `faithful=True` does that too.
 
     Attributes:
         alpha: share of the anchors and buffers.
-        object_layer: the middle layer, counted from 1 as in the paper (l); 9 of 24 for towers with a CLS token and 16 of 32 for
-            others, in proportion to the layers where there are more or fewer, if not given.
-        faithful: on towers without CLS token, count tokens that are chosen twice once, as the official Qwen code does.
+        object_layer: the middle layer, counted from 1 as in the paper (l); 9 of 24 for towers with a CLS token and 16
+            of 32 for others, in proportion to the layers where there are more or fewer, if not given.
+        faithful: on towers without CLS token, count tokens that are chosen twice once, as the official Qwen code
+            does.
     """
 
     alpha: float = 0.1
