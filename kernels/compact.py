@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from vlmprune.kernels.implementation import choose_implementation, tl, triton
+from vlmprune.kernels.shared.implementation import choose_implementation, tl, triton
 
 # Tokens and elements of a token that one program copies.
 BLOCK_TOKENS, BLOCK_ELEMENTS = 8, 512

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vlmprune.kernels.implementation import choose_implementation, tl, triton
+from vlmprune.kernels.shared.implementation import choose_implementation, tl, triton
 
 
 def merge_scatter(

@@ -8,8 +8,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from vlmprune.kernels.implementation import choose_implementation, dot_needs_fp32, tl, triton
-from vlmprune.kernels.segments import check_offsets, on_device
+from vlmprune.kernels.shared.implementation import choose_implementation, dot_needs_fp32, tl, triton
+from vlmprune.kernels.shared.segments import check_offsets, on_device
 
 HEAD_REDUCTIONS = ("mean", "none", "sum")
 QUERY_REDUCTIONS = ("mean", "sum")

@@ -9,8 +9,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from vlmprune.kernels.implementation import choose_implementation, tl, triton
-from vlmprune.kernels.segments import check_counts, check_offsets, on_device, running_starts
+from vlmprune.kernels.shared.implementation import choose_implementation, tl, triton
+from vlmprune.kernels.shared.segments import check_counts, check_offsets, on_device, running_starts
 
 ORDERS = ("position", "score")
 RANK_BLOCK = 64

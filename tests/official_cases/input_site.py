@@ -10,7 +10,7 @@ from torch import Tensor
 
 from official_cases.anyres import anyres_layout
 from official_cases.batches import CLIP, kept_per_image, make_batch, square_layout
-from vlmprune.kernels.max_min import max_min_from_distances
+from vlmprune.kernels.max_min_from_distances import max_min_from_distances
 from vlmprune.layout import VisualLayout
 from vlmprune.methods.batch import TowerFacts, VisionSignal
 from vlmprune.methods.input.divprune import DivPrune, divprune_order
