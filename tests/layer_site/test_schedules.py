@@ -7,6 +7,7 @@ from layer_site.by_hand import DEEP_LLAVA
 import vlmprune
 from vlmprune.errors import BudgetError, ParameterError, UnknownNameError, UnsupportedMethodError
 from vlmprune.methods import DivPrune, FastV, PyramidDrop, ToDRE, ToDRERelevance
+from vlmprune.methods.layer.fastv import fastv_count
 from vlmprune.methods.layer.pyramiddrop import even_layers, solve_schedule
 
 
@@ -79,6 +80,15 @@ def test_fastv():
     assert FastV(ratio=0.5).schedule(577, 32) == ((2, 288),)
     assert FastV(ratio=0.75, layer=3).schedule(576, 32) == ((3, 144),)
     assert FastV(ratio=0.71, rounding="floor").schedule(333, 32) == ((2, 96),)
+    # 1 - 0.9 is a little less than 0.1: lmms-eval's form is int(N * 0.1).
+    assert FastV(ratio=0.9, rounding="floor").schedule(10, 32) == ((2, 1),)
+    for percent in range(1, 100):
+        keep = percent / 100
+        assert fastv_count(576, 1 - keep, "floor") == int(576 * keep)
+        assert fastv_count(2880, 1 - keep, "floor") == int(2880 * keep)
+    assert FastV(keep=0.5, layer=2, rounding="floor").schedule(9, 8) == ((2, 3),)
+    assert FastV(keep=0.5, layer=2).schedule(11, 8) == ((2, 4),)
+    assert FastV(keep=0.5, layer=2, rounding="floor").schedule(11, 8) == ((2, 3),)
     assert average(FastV(keep=0.3).schedule(576, 32), 576, 32) == pytest.approx(0.3 * 576, abs=1)
     assert average(FastV(keep=100).schedule(576, 32), 576, 32) == pytest.approx(100, abs=1)
     with pytest.raises(BudgetError, match=r"first 2 layers; nearest: keep=0.07"):

@@ -10,6 +10,7 @@ from support import method_batches as build
 from support.tiny_models import LLAVA_CLIP_GQA
 from vlmprune.errors import ParameterError, UnknownNameError, UnsupportedMethodError
 from vlmprune.methods import HiRED
+from vlmprune.methods.shared.tile_segments import tile_segments
 
 parameters = st.fixed_dictionaries(
     {
@@ -45,6 +46,30 @@ def test_faithful_never_keeps_more_than_its_budget(images, keep, parameters):
     for layout, count in zip(images, selection.counts, strict=True):
         tiles = 1 + (layout.crops[0] * layout.crops[1] if layout.crops else 0)
         assert count <= max(1, int(tiles * layout.tile_grid[0] * layout.tile_grid[1] * keep))
+        assert count <= method.budget(layout.total)
+
+
+@pytest.mark.parametrize("keep", [0.1, 20])
+def test_faithful_does_not_spend_what_padding_adds_to_the_official_budget(keep):
+    layout = build.anyres_layout((2, 2), 6, 100, 300)
+    method = HiRED(keep=keep, faithful=True)
+    batch = build.random_batch(method, [layout], 4)
+    first, last = method.vision_signals(batch.tower)
+    # All content and all attention where the picture is, so that none of the official choice is lost in padding.
+    for signal in (first, last):
+        for tiles in batch.tile_vision[signal]:
+            tiles.zero_()
+            tiles[layout.tile[~layout.newline], (layout.row * 6 + layout.column)[~layout.newline]] = 1.0
+        batch.vision[signal].uniform_(0.5, 1.0, generator=torch.Generator().manual_seed(0))
+    content = method.content_scores(batch.vision[first].sum(-1), batch.layouts, tile_segments(batch.layouts))
+    (official,) = method.official_tokens(batch, last, content)
+    budget = method.budget(layout.total)
+    assert len(official) > budget
+    (kept,) = build.kept_per_image(method.select(batch))
+    assert len(kept) == budget
+    assert torch.isin(kept, official).all()
+    scores = batch.vision[last].sum(-1)
+    assert scores[kept].min() >= scores[official[~torch.isin(official, kept)]].max()
 
 
 def corner_batch(method):

@@ -42,6 +42,14 @@ def make_batch(
     )
 
 
+def stacked(values: Sequence[Tensor], batched: bool) -> Tensor:
+    """Return results of equally large images under one more axis in front, or that of the one image of an unbatched case."""
+    if not batched:
+        (only,) = values
+        return only
+    return torch.stack(list(values))
+
+
 def kept_per_image(selection: Selection) -> list[Tensor]:
     """Return the kept indices of every image."""
     return list(selection.kept.split(list(selection.counts)))

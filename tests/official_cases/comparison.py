@@ -11,6 +11,12 @@ from torch import Tensor
 
 Tensors = Mapping[str, Tensor]
 
+# A hidden state of a whole model is a sum of products over several layers, whose order depends on the CPU: its error goes
+# with the tensor's scale and not with the element, so that elements near 0 differ by any factor. Where the rule of such a
+# case does not name a float tensor, it may differ by this share of its largest value: 128 roundings of fp32, where two
+# CPUs differed by 15.
+MODEL_ROUNDING = 2.0**-17
+
 
 def differences(case: Mapping[str, Any], inputs: Tensors, got: Tensors, expected: Tensors) -> list[str]:
     """Return one line per expected tensor that `got` does not match; results that were left out are not compared."""
@@ -24,7 +30,10 @@ def differences(case: Mapping[str, Any], inputs: Tensors, got: Tensors, expected
         result = got[name]
         if "every newline position to" in rule:
             result, wanted = (_same_newline(values, rule, inputs) for values in (result, wanted))
-        line = _difference(result, wanted, *_tolerance(case["compare"], name))
+        rtol, atol = _tolerance(case["compare"], name)
+        if _is_hidden_state(case["compare"], name, wanted):
+            atol = max(atol, MODEL_ROUNDING * float(wanted.abs().max()))
+        line = _difference(result, wanted, rtol, atol)
         if line:
             found.append(f"{name}: {line}")
     return found
@@ -47,6 +56,13 @@ def _difference(got: Tensor, expected: Tensor, rtol: float, atol: float) -> str 
         f"{count} of {close.numel()} values differ, first at {where}: {got[at].item()} instead of {expected[at].item()}; "
         f"largest difference {gap.max().item():g}"
     )
+
+
+def _is_hidden_state(rule: str | Mapping[str, str], name: str, expected: Tensor) -> bool:
+    """Whether a float tensor of a whole model falls under none of the rules that the case names."""
+    if isinstance(rule, str) or "prefill_out" not in rule:
+        return False
+    return expected.is_floating_point() and name not in rule and not name.startswith("scores")
 
 
 def _tolerance(rule: str | Mapping[str, str], name: str) -> tuple[float, float]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from official_cases.anyres import anyres_layout
-from official_cases.batches import CLIP, kept_per_image, make_batch, square_layout
+from official_cases.batches import CLIP, kept_per_image, make_batch, square_layout, stacked
 from vlmprune.kernels.max_min_from_distances import max_min_from_distances
 from vlmprune.layout import VisualLayout
 from vlmprune.methods.batch import TowerFacts, VisionSignal
@@ -41,26 +41,44 @@ def fastervlm(params: Mapping[str, Any], inputs: Tensors) -> dict[str, Tensor]:
 
 
 def vtc_cls(params: Mapping[str, Any], inputs: Tensors) -> dict[str, Tensor]:
-    """One image; the official code sums up to the last layer but one, which is the feature layer."""
-    layers = inputs["cls_attn_rows"][:, :, 1:].transpose(1, 2)
+    """Rows `[layers, heads, 1 + N]` of one image, or `[layers, images, heads, 1 + N]`.
+
+    The official code sums up to the last layer but one, which is the feature layer.
+    """
+    rows = inputs["cls_attn_rows"]
+    batched = rows.ndim == 4
+    layers = (rows if batched else rows[:, None])[..., 1:].transpose(2, 3)
+    _, images, tokens = layers.shape[:3]
     tower = TowerFacts(layers=len(layers), feature_layer=len(layers) - 2, has_cls=True)
     method = VTCCLS(keep=params["token_num"], start_layer=params["start_layer"])
-    vision = {VisionSignal("cls_attention", index): layer for index, layer in enumerate(layers)}
-    batch = make_batch(method, [square_layout(layers.shape[1])], vision=vision, tower=tower)
+    vision = {VisionSignal("cls_attention", index): layer.flatten(0, 1) for index, layer in enumerate(layers)}
+    batch = make_batch(method, [square_layout(tokens)] * images, vision=vision, tower=tower)
     score = vtc_cls_score([vision[signal] for signal in method.vision_signals(tower)])
-    return {"keep_idx": method.select(batch).kept, "score": score}
+    return {
+        "keep_idx": stacked(kept_per_image(method.select(batch)), batched),
+        "score": stacked(score.split(tokens), batched),
+    }
 
 
 def divprune(params: Mapping[str, Any], inputs: Tensors) -> dict[str, Tensor]:
-    """One image, given by its features or by the distances among them."""
+    """Images given by their features `[N, dim]` or `[images, N, dim]`, or by the distances `[..., N, N]` among them."""
     if "distance" in inputs:
-        order = max_min_from_distances(inputs["distance"], params["K"])
-        return {"order": order, "indices_sorted": order.sort().values}
+        distance = inputs["distance"]
+        batched = distance.ndim == 3
+        orders = [max_min_from_distances(each, params["K"]) for each in (distance if batched else distance[None])]
+        return {
+            "order": stacked(orders, batched),
+            "indices_sorted": stacked([order.sort().values for order in orders], batched),
+        }
     features = inputs["features"]
-    ratio = params.get("ratio")
+    batched, ratio = features.ndim == 3, params.get("ratio")
+    images, tokens = (len(features) if batched else 1), features.shape[-2]
     method = DivPrune(keep=params["K"] if ratio is None else float(ratio))
-    batch = make_batch(method, [square_layout(len(features))], features=features)
-    return {"order": divprune_order(batch), "indices_sorted": method.select(batch).kept}
+    batch = make_batch(method, [square_layout(tokens)] * images, features=features.view(images * tokens, -1))
+    return {
+        "order": stacked(divprune_order(batch).split(list(batch.budgets)), batched),
+        "indices_sorted": stacked(kept_per_image(method.select(batch)), batched),
+    }
 
 
 def pair(values: Tensor) -> tuple[int, int]:

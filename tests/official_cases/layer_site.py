@@ -210,19 +210,25 @@ def fastv_model(params: Mapping[str, Any], inputs: Tensors) -> dict[str, Tensor]
 
 
 def fastv_selection(params: Mapping[str, Any], inputs: Tensors) -> dict[str, Tensor]:
-    """The ranking by a given query and keys."""
+    """The ranking by the last query `[heads, head_dim]` and the keys `[heads, L, head_dim]`, each with a row axis or without."""
     start, total, argument = params["image_start"], params["N"], params["arg"]
-    scores = row_attention(inputs["q_last"][None, None], inputs["k"].transpose(0, 1)[None], reduce="mean")[0, 0]
-    length, scores = len(scores), scores[start : start + total]
+    batched = inputs["k"].ndim == 4
+    query, key = (values if batched else values[None] for values in (inputs["q_last"], inputs["k"]))
+    rows = row_attention(query[:, None], key.transpose(1, 2), reduce="mean")[:, 0]
+    length, scores = rows.shape[1], rows[:, start : start + total]
     if params["variant"] == "rank":
         count = argument
     elif params["variant"] == "lmms":
         count = fastv_count(total, 1 - argument, "floor")
     else:
         count = fastv_count(total, argument)
-    visual = start + fastv_keep(scores, (0, total), (count,))
-    kept = torch.cat([torch.arange(start), visual, torch.arange(start + total, length)])
-    return {"scores": scores, "visual_keep_idx": visual, "keep_idx": kept}
+    offsets = range(0, scores.numel() + 1, total)
+    visual = start + fastv_keep(scores.flatten(), offsets, (count,) * len(scores)).view(len(scores), count)
+    before, after = (
+        span.expand(len(scores), -1) for span in (torch.arange(start), torch.arange(start + total, length))
+    )
+    results = {"scores": scores, "visual_keep_idx": visual, "keep_idx": torch.cat([before, visual, after], dim=1)}
+    return results if batched else {name: values[0] for name, values in results.items()}
 
 
 def fastv(params: Mapping[str, Any], inputs: Tensors) -> dict[str, Tensor]:

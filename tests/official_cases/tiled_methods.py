@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from official_cases.anyres import anyres_layout, best_crops
-from official_cases.batches import CLIP, make_batch, square_layout
+from official_cases.batches import CLIP, kept_per_image, make_batch, square_layout, stacked
 from official_cases.input_site import CLS_ATTENTION, Run, Tensors, pair, per_token, tile_and_token
 from vlmprune.kernels.row_attention import row_attention
 from vlmprune.layout import VisualLayout
@@ -81,48 +81,74 @@ def hired(params: Mapping[str, Any], inputs: Tensors) -> dict[str, Tensor]:
 def _hired_packed(method: HiRED, layout: VisualLayout, initial: Tensor, final: Tensor) -> Tensor:
     vision = {FIRST_LAYER: per_token(initial, layout), CLS_ATTENTION: per_token(final, layout)}
     batch = make_batch(method, [layout], vision=vision, tile_vision={CLS_ATTENTION: (final,)})
-    return tile_and_token(layout)[method.select(batch).kept]
+    content = method.content_scores(vision[FIRST_LAYER].sum(-1), batch.layouts, tile_segments(batch.layouts))
+    (official,) = method.official_tokens(batch, CLS_ATTENTION, content)
+    (kept,) = kept_per_image(method.select(batch))
+    # The official count may exceed `keep`, which counts no padding; then the method gives a part of it.
+    if len(kept) != min(len(official), batch.budgets[0]) or not torch.isin(kept, official).all():
+        raise AssertionError(f"{kept.tolist()} are not {batch.budgets[0]} of the official tokens {official.tolist()}")
+    return tile_and_token(layout)[official]
 
 
 def _hired_untiled(rate: float, final: Tensor) -> dict[str, Tensor]:
-    layout, method = square_layout(final.shape[1]), HiRED(keep=rate, faithful=True)
-    vision = {FIRST_LAYER: torch.zeros_like(final[0]), CLS_ATTENTION: final[0]}
-    batch = make_batch(method, [layout], vision=vision, tile_vision={CLS_ATTENTION: (final,)})
-    kept = method.select(batch).kept
-    return {"keep_idx": kept, "mask": torch.zeros(layout.total, dtype=torch.bool).index_fill_(0, kept, True)}
+    """Images of one tile each, `[images, N, heads]`; results of several images lie under one more axis in front."""
+    images, tokens = final.shape[:2]
+    method = HiRED(keep=rate, faithful=True)
+    scores = final.flatten(0, 1)
+    vision = {FIRST_LAYER: torch.zeros_like(scores), CLS_ATTENTION: scores}
+    tile_vision = {CLS_ATTENTION: tuple(final.split(1))}
+    batch = make_batch(method, [square_layout(tokens)] * images, vision=vision, tile_vision=tile_vision)
+    kept = kept_per_image(method.select(batch))
+    masks = [torch.zeros(tokens, dtype=torch.bool).index_fill_(0, chosen, True) for chosen in kept]
+    return {"keep_idx": stacked(kept, images > 1), "mask": stacked(masks, images > 1)}
 
 
 def globalcom2(params: Mapping[str, Any], inputs: Tensors) -> dict[str, Tensor]:
-    """Crop ratios and scores, and the sequence that goes to the language model in both orders."""
+    """Crop ratios and scores, and the sequence that goes to the language model in both orders.
+
+    With `num_tiles [images]`, `grid` and `image_size` are `[images, 2]`, and the results of the images follow each other.
+    """
     if "q" in inputs:
         return {"cls_scores": cls_rows(inputs, params["heads"], logits=True).mean(1)}
-    scores = inputs["cls_scores"]
-    columns, rows = pair(inputs["grid"])
-    width, height = pair(inputs["image_size"])
-    layout = anyres_layout((rows, columns), params["tile"] // params["patch"], height, width)
+    tiles = inputs["num_tiles"].tolist() if "num_tiles" in inputs else [len(inputs["cls_scores"])]
+    maps = inputs["cls_scores"].split(tiles)
+    side = params["tile"] // params["patch"]
+    layouts = []
+    for grid, size in zip(inputs["grid"].view(-1, 2), inputs["image_size"].view(-1, 2), strict=True):
+        (columns, rows), (width, height) = pair(grid), pair(size)
+        layouts.append(anyres_layout((rows, columns), side, height, width))
     rate, temperature = float(params["retention_ratio"]), params["temperature"]
-    token_scores = per_token(scores, layout)
-    ids = tile_and_token(layout)
+    token_scores = [per_token(scores, layout) for scores, layout in zip(maps, layouts, strict=True)]
+    method = GlobalCom2(keep=rate, temperature=temperature, faithful=True)
+    batch = make_batch(method, layouts, vision={LAST_LOGITS: torch.cat(token_scores)[:, None]})
+    images = [
+        _globalcom2_image(layout, scores, kept, rate, temperature)
+        for layout, scores, kept in zip(layouts, token_scores, kept_per_image(method.select(batch)), strict=True)
+    ]
+    return {name: torch.cat([image[name] for image in images]) for name in images[0]}
 
-    segments = tile_segments((layout,))
-    crop_tokens = segments.order[segments.offsets[1] : segments.offsets[rows * columns + 1]]
-    boost, view = guide(token_scores, layout, temperature)
-    results = {
+
+def _globalcom2_image(
+    layout: VisualLayout, scores: Tensor, chosen: Tensor, rate: float, temperature: float
+) -> dict[str, Tensor]:
+    assert layout.crops is not None
+    crops, ids, segments = layout.crops[0] * layout.crops[1], tile_and_token(layout), tile_segments((layout,))
+    crop_tokens = segments.order[segments.offsets[1] : segments.offsets[crops + 1]]
+    boost, view = guide(scores, layout, temperature)
+    kept, official = ids[chosen], ids[official_sequence(layout, chosen, scores)]
+    by_crop = [kept[kept[:, 0] == crop, 1] for crop in range(1, crops + 1)]
+    return {
         "scales": crop_shares(boost, rate),
         "n_valid": segments.sizes[0, 1:-1],
         "valid_idx": ids[crop_tokens, 1],
         "global_scores": view[crop_tokens],
-        "combined": holistic_scores(token_scores, view, segments)[crop_tokens],
+        "combined": holistic_scores(scores, view, segments)[crop_tokens],
+        "packed_fixed": kept,
+        "packed_official": official,
+        "counts": torch.tensor([len(tokens) for tokens in by_crop]),
+        "crop_keep": torch.cat(by_crop),
+        "thumb_idx": official[official[:, 0] == 0, 1],
     }
-    method = GlobalCom2(keep=rate, temperature=temperature, faithful=True)
-    selection = method.select(make_batch(method, [layout], vision={LAST_LOGITS: token_scores[:, None]}))
-    kept = results["packed_fixed"] = ids[selection.kept]
-    official = results["packed_official"] = ids[official_sequence(layout, selection.kept, token_scores)]
-    by_crop = [kept[kept[:, 0] == crop, 1] for crop in range(1, rows * columns + 1)]
-    results["counts"] = torch.tensor([len(tokens) for tokens in by_crop])
-    results["crop_keep"] = torch.cat(by_crop)
-    results["thumb_idx"] = official[official[:, 0] == 0, 1]
-    return results
 
 
 RUNS: dict[str, Run] = {"hired": hired, "globalcom2": globalcom2}

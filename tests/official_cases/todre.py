@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from official_cases.batches import CLIP, make_batch, square_layout
+from official_cases.batches import CLIP, kept_per_image, make_batch, square_layout, stacked
 from official_cases.input_site import Tensors
 from vlmprune.layout import unknown_layout
 from vlmprune.methods.batch import VisionSignal
@@ -19,21 +19,26 @@ from vlmprune.methods.layer_method import LayerBatch, ProbedLayer
 
 
 def todre_diversity(params: Mapping[str, Any], inputs: Tensors) -> dict[str, Tensor]:
-    """One image; with attention for fewer tokens than there are, these are its thumbnail."""
-    features, attention = inputs["features"], inputs["cls_attention"].flatten()
-    total, thumbnail = len(features), len(attention)
+    """Features `[N, dim]` of one image or `[images, N, dim]`; with attention for fewer tokens, these are the thumbnail."""
+    features = inputs["features"]
+    batched = features.ndim == 3
+    images, total = (len(features) if batched else 1), features.shape[-2]
+    attention = inputs["cls_attention"].reshape(images, -1)
+    thumbnail = attention.shape[1]
     layout = square_layout(total)
     if total > thumbnail:
         tile = (torch.arange(total) >= thumbnail).long()
         layout = replace(unknown_layout(total), tile=tile, crops=(1, 1))
     method = ToDRE(keep=params["K"], variant="kcenter" if params["variant"] == "kcenter" else "max_sum")
     # The crops are scored too in a model; the highest of all lies there and must not become the pivot.
-    scores = torch.full((total, 1), float(attention.max()) + 1)
-    scores[:thumbnail, 0] = attention
-    batch = make_batch(
-        method, [layout], features=features, vision={VisionSignal("cls_attention", CLIP.layers - 1): scores}
-    )
-    return {"order": method.order(batch), "indices_sorted": method.select(batch).kept}
+    scores = torch.full((images, total), float(attention.max()) + 1)
+    scores[:, :thumbnail] = attention
+    vision = {VisionSignal("cls_attention", CLIP.layers - 1): scores.view(-1, 1)}
+    batch = make_batch(method, [layout] * images, features=features.view(images * total, -1), vision=vision)
+    return {
+        "order": stacked(method.order(batch).split(list(batch.budgets)), batched),
+        "indices_sorted": stacked(kept_per_image(method.select(batch)), batched),
+    }
 
 
 def todre_relevance(params: Mapping[str, Any], inputs: Tensors) -> dict[str, Tensor]:

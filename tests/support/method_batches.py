@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from official_cases.anyres import anyres_layout
-from official_cases.batches import make_batch
+from official_cases.batches import kept_per_image as kept_per_image
+from official_cases.batches import make_batch as make_batch
 from vlmprune.layout import VisualLayout, raster_layout
 from vlmprune.methods.base import Method
 from vlmprune.methods.batch import Selection, TowerFacts, VisualBatch

@@ -33,11 +33,14 @@ class HiRED(Method):
     attention of the layer whose output becomes the visual tokens. Heads are summed. Newlines are dropped; kept tokens
     stay in raster order.
 
+    An image that is not cut in tiles is all thumbnail, as in the official code for LLaVA-1.5: the best of the whole budget.
+
     Source: "HiRED: Attention-Guided Token Dropping for Efficient Inference of High-Resolution Vision-Language
     Models", AAAI 2025, arXiv 2408.10945. By default the budget is spent exactly, on tokens that exist, and a cell is
     a rectangle of the thumbnail. The official code is `HiRED(faithful=True, cells="bands")`: it cuts the thumbnail in
-    bands of consecutive tokens, truncates every budget and selects among padding too, so that it keeps fewer tokens
-    than asked for. (It also stitches crops of wide and tall images transposed, and so loses more; here crops lie
+    bands of consecutive tokens, truncates every budget and selects among padding too. Its budget counts padding as
+    well, so that it keeps fewer tokens than asked for, or more; where more, the lowest scores go here, so that `keep`
+    holds. (It also stitches crops of wide and tall images transposed, and so loses more; here crops lie
     where they belong.) Its paper is `HiRED(faithful=True, content="mass")`.
 
     Attributes:
@@ -133,14 +136,31 @@ class HiRED(Method):
                 "HiRED(faithful=True) selects in whole tiles, padding included, whose attention this model's family does not "
                 "give; allowed: faithful=False."
             )
+        chosen = self.official_tokens(batch, last, weights)
+        scores, kept = batch.vision[last].float().sum(-1).split(list(batch.counts)), []
+        for tokens, values, budget in zip(chosen, scores, batch.budgets, strict=True):
+            if len(tokens) > budget:
+                tokens = tokens[segmented_topk(values[tokens], (0, len(tokens)), (budget,))]
+            kept.append(tokens)
+        return Selection(torch.cat(kept), tuple(len(tokens) for tokens in kept))
+
+    def official_tokens(self, batch: VisualBatch, last: VisionSignal, weights: Tensor) -> list[Tensor]:
+        """Return the tokens that the official code keeps of every image, whose number may exceed `keep`.
+
+        Args:
+            last: the signal that tokens are ranked by.
+            weights: visual content `[images, most crops]`.
+        """
         kept = []
         for layout, final, content in zip(batch.layouts, batch.tile_vision[last], weights, strict=True):
             _, mask = self.tile_masks(final.float().sum(-1), content[: len(final) - 1], layout.total)
-            columns = layout.tile_grid[1] if layout.tile_grid else 1
-            index = to_device(layout.tile * mask.shape[1] + layout.row * columns + layout.column, mask.device)
-            chosen = mask.flatten()[index.clamp(min=0)] & ~to_device(layout.newline, mask.device)
+            index = torch.arange(layout.total)
+            if layout.tile_grid is not None:
+                index = layout.tile * mask.shape[1] + layout.row * layout.tile_grid[1] + layout.column
+            index = to_device(index.clamp(min=0), mask.device)
+            chosen = mask.flatten()[index] & ~to_device(layout.newline, mask.device)
             kept.append(chosen.nonzero().flatten())
-        return Selection(torch.cat(kept), tuple(len(tokens) for tokens in kept))
+        return kept
 
 
 @lru_cache(maxsize=64)

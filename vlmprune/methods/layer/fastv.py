@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from math import floor
 from typing import ClassVar, Literal
 
@@ -28,7 +29,8 @@ class FastV(LayerMethod):
     Attributes:
         layer: the paper's K, 0-based layer at whose input the tokens are dropped, an int >= 1.
         ratio: the paper's R, the share that is dropped, in [0, 1).
-        rounding: "round" keeps `round(N * (1 - R))` tokens as the official code for transformers, "floor" truncates.
+        rounding: "round" keeps `round(N * (1 - R))` tokens as the official code for transformers, "floor" truncates as
+            the one for lmms-eval does, whose argument is the kept share: `int(N * (1 - R))`.
 
     Source: "An Image is Worth 1/2 Tokens After Layer 2: Plug-and-Play Inference Acceleration for Large Vision-Language Models",
     ECCV 2024, arXiv 2403.06764. The official code takes the ranking of row 0 for a whole batch; here every row has its own.
@@ -79,7 +81,9 @@ class FastV(LayerMethod):
         if self.keep >= (total if isinstance(self.keep, int) else 1):
             return ()
         share = share_after_cut(self.keep, self.layer, layers, total)
-        return (LayerCut(self.layer, max(1, round(total * share))),)
+        # A solved share carries rounding errors of its own, which must not cost a token.
+        count = round(total * share) if self.rounding == "round" else floor(total * share + 1e-9)
+        return (LayerCut(self.layer, max(1, count)),)
 
     def select_at_layer(self, batch: LayerBatch) -> Selection:
         """Take the `budgets[i]` highest scores of each image."""
@@ -94,8 +98,14 @@ def fastv_keep(attention: Tensor, offsets: Sequence[int], budgets: Sequence[int]
 
 
 def fastv_count(total: int, ratio: float, rounding: str = "round") -> int:
-    """Return how many of `total` tokens stay when the share `ratio` is dropped."""
-    return round(total * (1 - ratio)) if rounding == "round" else int(total * (1 - ratio))
+    """Return how many of `total` tokens stay when the share `ratio` is dropped.
+
+    "floor" is `int(total * keep)` for the number `keep` that `ratio` was made from: `1 - 0.9` is a little less than
+    0.1, and one token would be lost.
+    """
+    if rounding == "round":
+        return round(total * (1 - ratio))
+    return int(total * float(1 - Decimal(repr(float(ratio)))))
 
 
 def share_after_cut(keep: Keep, cut: int, layers: int, total: int = 1) -> float:
