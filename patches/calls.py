@@ -1,18 +1,27 @@
-"""What belongs to one running call of a patched model, kept per thread."""
+"""What belongs to the running calls of a patched model, kept per thread."""
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
+import torch
 from torch import Tensor
+
+from vlmprune.errors import UnsupportedCallError
+from vlmprune.record import RunRecord
+
+from .cache.state import PrunedCacheState, cache_state
+from .layers.run import LayerRun
+from .prefill.compaction import Compaction
 
 
 @dataclass(eq=False)
 class TowerCall:
-    """What the hooks of a tower reader captured during one run of the vision tower.
+    """One run of the vision tower: what the hooks of a tower reader captured.
 
     Attributes:
         captured: by what it is ("q_proj", say) and layer.
@@ -31,9 +40,7 @@ class ModelCall:
         attention_mask: the caller's 2-D mask as bool on the CPU, or None.
         encoded: per modality what the encoder returned, with the projected features per image in `pooler_output`.
         modality_masks: like `visual_mask`, per modality.
-        compaction: set by the engine between the language model's entry and its exit.
-        record: what the prefill kept before the first layer.
-        layer_run: the running sequence where it differs from layer to layer, else None.
+        language_call: the call of the language model inside it, once that has begun.
     """
 
     inputs: Mapping[str, Any]
@@ -41,17 +48,134 @@ class ModelCall:
     attention_mask: Tensor | None = None
     encoded: dict[str, Any] = field(default_factory=dict)
     modality_masks: dict[str, Tensor] = field(default_factory=dict)
-    compaction: Any = None
-    layer_run: Any = None
-    record: Any = None
+    language_call: LanguageModelCall | None = None
+
+    @property
+    def has_visuals(self) -> bool:
+        """Whether images or videos are put into this call."""
+        return bool(self.encoded) and self.visual_mask is not None
+
+
+@dataclass(eq=False)
+class LanguageModelCall:
+    """One call of the language model: its arguments, read once at the entry, and what the exit must know of it.
+
+    Attributes:
+        model_call: the forward around it.
+        arguments: the keyword arguments that the host passed, in the caller's columns.
+        entry: how the sequence was compacted before the first layer, or None.
+        left_behind: what later calls with the same cache must know, or None.
+        layer_run: the running sequence where it differs from layer to layer, or None.
+        record: what a prefill kept before the first layer.
+    """
+
+    model_call: ModelCall
+    arguments: dict[str, Any]
+    entry: Compaction | None = None
+    left_behind: PrunedCacheState | None = None
+    layer_run: LayerRun | None = None
+    record: RunRecord | None = None
+
+    @cached_property
+    def tokens(self) -> Tensor:
+        """Embeddings `[batch, columns, dim]`, or ids `[batch, columns]` where no embeddings were given."""
+        embeddings = self.arguments.get("inputs_embeds")
+        tokens: Tensor = embeddings if embeddings is not None else self.arguments["input_ids"]
+        return tokens
+
+    @property
+    def batch(self) -> int:
+        """Rows of the call."""
+        return self.tokens.shape[0]
+
+    @property
+    def columns(self) -> int:
+        """Tokens per row of the call, padding included."""
+        return self.tokens.shape[1]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the tokens are."""
+        return self.tokens.device
+
+    @property
+    def cache(self) -> Any:
+        """The KV cache, or None."""
+        return self.arguments.get("past_key_values")
+
+    @cached_property
+    def state(self) -> PrunedCacheState | None:
+        """What earlier prefills left behind with the cache, or None."""
+        return None if self.cache is None else cache_state(self.cache)
+
+    @cached_property
+    def past(self) -> int:
+        """Entries of the first layer's cache before this call."""
+        return 0 if self.cache is None else int(self.cache.get_seq_length())
+
+    @cached_property
+    def caller_past(self) -> int:
+        """Tokens of the caller's sequence before this call."""
+        return self.past if self.state is None else self.state.caller_past(self.cache)
+
+    @property
+    def mask(self) -> Any:
+        """The attention mask as the host passed it; see `check_mask`."""
+        return self.arguments.get("attention_mask")
+
+    def check_mask(self) -> None:
+        """Raise UnsupportedCallError unless the attention mask is `[batch, tokens]` or missing."""
+        mask = self.mask
+        if mask is not None and not (isinstance(mask, Tensor) and mask.ndim == 2):
+            kind = f"{mask.ndim}-D tensor" if isinstance(mask, Tensor) else type(mask).__name__
+            raise UnsupportedCallError(
+                f"attention_mask is a {kind}; a pruned call needs a 2-D mask [batch, tokens] or none. "
+                "Static and other compiled caches prepare a 4-D mask: use the default dynamic cache."
+            )
+
+    @cached_property
+    def visual(self) -> Tensor:
+        """Bool `[batch, columns]` on the CPU, true at visual tokens."""
+        seen = self.model_call.visual_mask
+        return torch.zeros(self.batch, self.columns, dtype=torch.bool) if seen is None else seen
+
+    @cached_property
+    def valid(self) -> Tensor:
+        """Bool `[batch, columns]` on the CPU, false at the padding of this call's tokens."""
+        mask = self.model_call.attention_mask
+        return torch.ones_like(self.visual) if mask is None else mask[:, -self.columns :]
+
+    @cached_property
+    def text(self) -> Tensor:
+        """Bool `[batch, columns]` on the CPU, valid tokens that are not visual."""
+        return self.valid & ~self.visual
+
+    @cached_property
+    def positions(self) -> Tensor:
+        """Position ids `[..., batch, columns]` of this call's tokens in the caller's sequence, int64."""
+        given = self.arguments.get("position_ids")
+        if given is None:
+            given = torch.arange(self.caller_past, self.caller_past + self.columns, device=self.device)[None]
+        elif self.model_call.inputs.get("position_ids") is None:
+            # Made by the multimodal model (M-RoPE): of the whole mask, or without a mask counted on from the cache's length.
+            given = given[..., -self.columns :]
+            if self.model_call.inputs.get("attention_mask") is None and self.cache is not None:
+                given = given + (self.caller_past - self.past)
+        leading = given.shape[:-2] if given.ndim > 1 else ()
+        return given.expand(*leading, self.batch, self.columns)
 
 
 class CallStack(threading.local):
-    """The running frames of one patched model in the current thread, innermost last."""
+    """The running calls of one patched model in the current thread, innermost last."""
 
     def __init__(self) -> None:
         self.model: list[ModelCall] = []
         self.tower: list[TowerCall] = []
+
+    @property
+    def language_call(self) -> LanguageModelCall | None:
+        """The running call of the language model, or None."""
+        return self.model[-1].language_call if self.model else None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CallStack:
         return CallStack()

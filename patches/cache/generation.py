@@ -8,8 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from vlmprune.patches.hooks import HookSet
-
+from ..hooks import HookSet
 from .state import cache_state
 
 

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from vlmprune.errors import LayoutError
 from vlmprune.layout import VisualLayout
-from vlmprune.patches.tower.encoded_visuals import EncodedVisuals
 
+from ..tower.encoded_visuals import EncodedVisuals
 from .anyres import AnyresImage, AnyresLayout
 from .llava import Llava
 

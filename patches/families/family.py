@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from vlmprune.layout import VisualLayout
 from vlmprune.methods.batch import TowerFacts
-from vlmprune.patches.tower.dense import DenseTowerReader
-from vlmprune.patches.tower.encoded_visuals import EncodedVisuals
-from vlmprune.patches.tower.reader import TowerReader
+
+from ..tower.dense import DenseTowerReader
+from ..tower.encoded_visuals import EncodedVisuals
+from ..tower.reader import TowerReader
 
 
 class Family:

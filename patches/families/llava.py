@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from vlmprune.errors import LayoutError, UnsupportedMethodError
 from vlmprune.layout import VisualLayout, raster_layout, unknown_layout
 from vlmprune.methods.batch import TowerFacts
-from vlmprune.patches.tower.encoded_visuals import EncodedVisuals
 
+from ..tower.encoded_visuals import EncodedVisuals
 from .family import Family
 
 

@@ -6,8 +6,7 @@ from typing import ClassVar
 
 import torch
 
-from vlmprune.patches.tower.encoded_visuals import EncodedVisuals
-
+from ..tower.encoded_visuals import EncodedVisuals
 from .anyres import AnyresImage, anyres_image
 from .anyres_family import AnyresFamily
 

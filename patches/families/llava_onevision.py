@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.nn.functional import interpolate, pad
 
 from vlmprune.layout import VisualLayout, raster_layout
-from vlmprune.patches.tower.encoded_visuals import EncodedVisuals
 
+from ..tower.encoded_visuals import EncodedVisuals
 from .anyres import AnyresImage, anyres_image
 from .anyres_family import AnyresFamily, check_counts
 

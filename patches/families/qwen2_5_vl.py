@@ -5,9 +5,8 @@ from __future__ import annotations
 from functools import cached_property
 from typing import ClassVar
 
-from vlmprune.patches.tower.packed import WindowedTowerReader
-from vlmprune.patches.tower.reader import TowerReader
-
+from ..tower.packed import WindowedTowerReader
+from ..tower.reader import TowerReader
 from .qwen_base import QwenVL
 
 

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from vlmprune.errors import LayoutError
 from vlmprune.layout import VisualLayout, raster_layout
 from vlmprune.methods.batch import TowerFacts
-from vlmprune.patches.tower.encoded_visuals import EncodedVisuals
-from vlmprune.patches.tower.packed import PackedTowerReader
-from vlmprune.patches.tower.reader import TowerReader
 
+from ..tower.encoded_visuals import EncodedVisuals
+from ..tower.packed import PackedTowerReader
+from ..tower.reader import TowerReader
 from .family import Family
 
 _PIXELS = {"image": "pixel_values", "video": "pixel_values_videos"}

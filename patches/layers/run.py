@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vlmprune.patches.cache.state import CacheSegment, PrunedCacheState
-from vlmprune.patches.prefill.compaction import Compaction, gather_columns, plan_compaction, restore_columns
-from vlmprune.patches.prefill.position_gaps import dropped_positions
+from ..cache.state import CacheSegment, PrunedCacheState
+from ..prefill.compaction import Compaction, gather_columns, plan_compaction, restore_columns
+from ..prefill.position_gaps import dropped_positions
 
 
 @dataclass(eq=False)

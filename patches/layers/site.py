@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -11,16 +10,18 @@ import torch
 from torch import Tensor, nn
 from transformers.masking_utils import create_causal_mask
 
+from vlmprune.errors import UnsupportedCallError
 from vlmprune.kernels.row_attention import row_attention
 from vlmprune.methods.batch import Selection
 from vlmprune.methods.layer_method import LayerBatch, LayerMethod, ProbedLayer
-from vlmprune.patches.calls import CallStack, ModelCall
-from vlmprune.patches.families.family import Family
-from vlmprune.patches.hooks import HookSet
-from vlmprune.patches.prefill.compaction import Compaction
-from vlmprune.patches.prefill.image_spans import ImageSpans
 from vlmprune.record import RunRecord
 
+from ..cache.state import PrunedCacheState
+from ..calls import CallStack, LanguageModelCall
+from ..families.family import Family
+from ..hooks import HookSet
+from ..prefill.entry_cut import EntryCut
+from ..prefill.visuals import PrefillVisuals
 from .run import LayerRun, VisualTokens
 from .scores import cached_keys, check_decoder, rotary_row, rotate
 
@@ -32,11 +33,14 @@ class LayerSite:
     passes every layer the ones it made for the first. In later calls each group of layers gets those of its own cache.
     """
 
-    def __init__(self, family: Family, method: LayerMethod, frames: CallStack, compact: bool) -> None:
+    def __init__(
+        self, family: Family, method: LayerMethod, calls: CallStack, compact: bool, compact_entry: bool
+    ) -> None:
         self.family = family
         self.method = method
-        self.frames = frames
+        self.calls = calls
         self.compact = compact
+        self.compact_entry = compact_entry
         self.cuts = method.cut_layers(family.decoder_layers)
 
     @property
@@ -77,58 +81,77 @@ class LayerSite:
                 hooks.after(f"decoder layer {layer} k_proj reused", attention.k_proj, partial(self._reuse, layer))
 
     def begin_prefill(
-        self,
-        frame: ModelCall,
-        spans: ImageSpans,
-        columns: Tensor,
-        index: Sequence[Tensor | int],
-        entry: Compaction | None,
-        past: int,
-        call: LayerRun,
-    ) -> LayerRun | None:
-        """Return the run of a prefill with images, or None if nothing changes inside the language model.
+        self, call: LanguageModelCall, visuals: PrefillVisuals, cut: EntryCut, arguments: dict[str, Any]
+    ) -> dict[str, Any]:
+        """Begin the run of a prefill with images, if something changes inside the language model.
 
         Args:
-            frame: the running forward.
-            spans: the images.
-            columns: int64 `[tokens]`, flat columns in the caller's sequence of the visual tokens that enter the language model.
-            index: per image their indices into its own visual token order, or their number if that is all of them.
-            entry: what was dropped before the first layer.
-            past: entries of the first layer's cache.
-            call: the run as the caller's arguments describe it.
+            call: the call in the caller's columns; its `layer_run` is set.
+            visuals: the images.
+            cut: what enters the language model.
+            arguments: the language model's arguments after `cut`.
+
+        Returns:
+            The arguments, without what the site adds itself after the first cut.
         """
-        depth = self.family.decoder_layers
-        counts = [kept if isinstance(kept, int) else len(kept) for kept in index]
-        cuts: list[dict[int, int | None]] = []
-        for count in counts:
-            alive, wanted = count, {}
-            for cut in self.method.schedule(count, depth):
-                if cut.tokens is None or cut.tokens < alive:
-                    wanted[cut.layer] = cut.tokens
-                    alive = cut.tokens or 0
-            cuts.append(wanted)
-        if not any(cuts) and not call.boundaries:
-            return None
-        assert frame.visual_mask is not None
-        device, width = columns.device, frame.visual_mask.shape[1]
-        valid = torch.ones_like(frame.visual_mask)
-        if frame.attention_mask is not None:
-            valid = frame.attention_mask[:, -width:]
-        text = valid & ~frame.visual_mask
-        last = (valid * torch.arange(width)).amax(1)
+        counts = [kept if isinstance(kept, int) else len(kept) for kept in cut.index]
+        schedule = [self._schedule(count) for count in counts]
+        run = self.layer_run(call)
+        if not any(schedule) and not run.boundaries:
+            return arguments
+        device = cut.columns.device
+        last = (call.valid * torch.arange(call.columns)).amax(1)
         images = VisualTokens(
-            rows=spans.rows,
-            columns=list(columns.split(counts)),
-            index=[torch.arange(kept, device=device) if isinstance(kept, int) else kept for kept in index],
-            cuts=cuts,
-            text=text.to(device, non_blocking=True),
-            visual=frame.visual_mask.to(device, non_blocking=True),
-            text_lengths=text.sum(1).tolist(),
-            visual_lengths=frame.visual_mask.sum(1).tolist(),
+            rows=visuals.spans.rows,
+            columns=list(cut.columns.split(counts)),
+            index=[torch.arange(kept, device=device) if isinstance(kept, int) else kept for kept in cut.index],
+            cuts=schedule,
+            text=call.text.to(device, non_blocking=True),
+            visual=call.visual.to(device, non_blocking=True),
+            text_lengths=call.text.sum(1).tolist(),
+            visual_lengths=call.visual.sum(1).tolist(),
         )
-        run = replace(call, images=images, entry=entry, last_column=last.to(device, non_blocking=True))
-        run.segment_inputs(0, past)
-        return run
+        run = replace(run, images=images, entry=cut.compaction, last_column=last.to(device, non_blocking=True))
+        run.segment_inputs(0, call.past)
+        call.layer_run = run
+        call.check_mask()
+        return self.hold_back_deepstack(run, arguments)
+
+    def layer_run(self, call: LanguageModelCall) -> LayerRun:
+        """Return the run of a call as its arguments describe it, nothing dropped yet."""
+        mask = call.mask
+        if isinstance(mask, Tensor):
+            # What lies before `start` is in the cache's own state. The CPU copy spares a wait for the device.
+            start, seen = 0 if call.state is None else call.state.caller_length, call.model_call.attention_mask
+            mask = None if bool((mask if seen is None else seen)[:, start:].all()) else mask.bool()
+        return LayerRun(
+            positions=call.positions,
+            mask=mask,
+            caller_past=call.caller_past,
+            state=call.state,
+            compact_entry=self.compact_entry,
+            compact_layers=self.compact,
+            record=call.record,
+        )
+
+    @staticmethod
+    def check_continues(site: LayerSite | None, state: PrunedCacheState, name: str) -> None:
+        """Raise UnsupportedCallError unless `site` watches the layers that hold other tokens than the first."""
+        first = state.segments[1].first_layer
+        if site is None or site.first_hooked > first:
+            raise UnsupportedCallError(
+                f"The cache was pruned from layer {first} on by another method than {name!r}; "
+                "continue it with the method that made it."
+            )
+
+    def _schedule(self, count: int) -> dict[int, int | None]:
+        """Return the layers at which an image of `count` tokens is cut, and to how many (None: the method decides)."""
+        alive, wanted = count, {}
+        for cut in self.method.schedule(count, self.family.decoder_layers):
+            if cut.tokens is None or cut.tokens < alive:
+                wanted[cut.layer] = cut.tokens
+                alive = cut.tokens or 0
+        return wanted
 
     def hold_back_deepstack(self, run: LayerRun, kwargs: dict[str, Any]) -> dict[str, Any]:
         """Take away the deep visual features that the host would add by its own columns after the first cut."""
@@ -315,4 +338,5 @@ class LayerSite:
         return keys
 
     def _run(self) -> LayerRun | None:
-        return self.frames.model[-1].layer_run if self.frames.model else None
+        call = self.calls.language_call
+        return None if call is None else call.layer_run

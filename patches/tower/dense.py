@@ -12,13 +12,13 @@ from torch import Tensor, nn
 from vlmprune.kernels.received_attention import received_attention
 from vlmprune.kernels.row_attention import row_attention
 from vlmprune.methods.batch import VisionSignal
-from vlmprune.patches.calls import CallStack, TowerCall
-from vlmprune.patches.hooks import HookSet
 
+from ..calls import CallStack, TowerCall
+from ..hooks import HookSet
 from .reader import TowerReader
 
 if TYPE_CHECKING:
-    from vlmprune.patches.families.family import Family
+    from ..families.family import Family
 
 
 class DenseTowerReader(TowerReader):
@@ -26,11 +26,11 @@ class DenseTowerReader(TowerReader):
 
     def __init__(self) -> None:
         self.heads = 1
-        self.frames = CallStack()
+        self.calls = CallStack()
 
-    def install(self, family: Family, signals: Sequence[VisionSignal], frames: CallStack, hooks: HookSet) -> None:
+    def install(self, family: Family, signals: Sequence[VisionSignal], calls: CallStack, hooks: HookSet) -> None:
         """Register hooks on both projections of every layer."""
-        self.heads, self.frames = family.vision_heads, frames
+        self.heads, self.calls = family.vision_heads, calls
         whole_queries = {signal.layer for signal in signals if signal.kind == "received_attention"}
         for layer in sorted({signal.layer for signal in signals}):
             attention = family.vision_attention(layer)
@@ -39,10 +39,10 @@ class DenseTowerReader(TowerReader):
                 hook = partial(self._keep_projection, kind, layer, whole)
                 hooks.after(f"vision layer {layer} {kind}", getattr(attention, kind), hook)
 
-    def read(self, signal: VisionSignal, frame: TowerCall) -> Tensor:
+    def read(self, signal: VisionSignal, call: TowerCall) -> Tensor:
         """Return `[tiles, tokens, heads]`, with the CLS column where the tower has one."""
         query, key = (
-            frame.captured[kind, signal.layer].detach().unflatten(-1, (self.heads, -1)) for kind in ("q_proj", "k_proj")
+            call.captured[kind, signal.layer].detach().unflatten(-1, (self.heads, -1)) for kind in ("q_proj", "k_proj")
         )
         if signal.kind == "received_attention":
             tiles, tokens = key.shape[:2]
@@ -55,5 +55,5 @@ class DenseTowerReader(TowerReader):
     def _keep_projection(
         self, kind: str, layer: int, whole: bool, module: nn.Module, args: Any, kwargs: Any, output: Tensor
     ) -> None:
-        if self.frames.tower:
-            self.frames.tower[-1].captured[kind, layer] = output if whole else output[:, :1]
+        if self.calls.tower:
+            self.calls.tower[-1].captured[kind, layer] = output if whole else output[:, :1]

@@ -12,7 +12,7 @@ from vlmprune.layout import VisualLayout
 from vlmprune.methods.batch import VisionSignal
 
 if TYPE_CHECKING:
-    from vlmprune.patches.families.family import Family
+    from ..families.family import Family
 
 _ATTRIBUTE = "_vlmprune_signals"
 

@@ -9,10 +9,10 @@ from typing import Any
 from torch import nn
 
 from vlmprune.methods.batch import VisionSignal
-from vlmprune.patches.calls import CallStack, TowerCall
-from vlmprune.patches.families.family import Family
-from vlmprune.patches.hooks import HookSet
 
+from ..calls import CallStack, TowerCall
+from ..families.family import Family
+from ..hooks import HookSet
 from .encoded_visuals import EncodedVisuals, encoded_visuals, set_encoded_visuals
 
 
@@ -29,27 +29,27 @@ class EncoderCall:
         modality: str,
         family: Family,
         signals: Sequence[VisionSignal],
-        frames: CallStack,
+        calls: CallStack,
     ) -> None:
         self.encode = encode
         self.modality = modality
         self.family = family
         self.signals = tuple(signals)
-        self.frames = frames
+        self.calls = calls
         self.__signature__ = inspect.signature(encode)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Encode as the host does, and attach `EncodedVisuals` to the output."""
         inputs = self.__signature__.bind_partial(*args, **kwargs).arguments
         self.family.check_encoding(self.modality, inputs)
-        frame = TowerCall()
+        call = TowerCall()
         # Some hosts encode videos by the call for images.
-        nested = bool(self.frames.tower)
-        self.frames.tower.append(frame)
+        nested = bool(self.calls.tower)
+        self.calls.tower.append(call)
         try:
             output = self.encode(*args, **kwargs)
         finally:
-            self.frames.tower.pop()
+            self.calls.tower.pop()
         features = getattr(output, "pooler_output", None)
         if features is None:
             return output
@@ -60,20 +60,20 @@ class EncoderCall:
             counts=self.family.token_counts(self.modality, features),
             vision=inner.vision
             if inner
-            else {signal: self.family.tower_reader.read(signal, frame) for signal in self.signals},
+            else {signal: self.family.tower_reader.read(signal, call) for signal in self.signals},
         )
         set_encoded_visuals(output, visuals)
-        if self.frames.model and not nested:
-            self.frames.model[-1].encoded[self.modality] = output
+        if self.calls.model and not nested:
+            self.calls.model[-1].encoded[self.modality] = output
         return output
 
 
-def watch_encoders(family: Family, signals: Sequence[VisionSignal], frames: CallStack, hooks: HookSet) -> None:
+def watch_encoders(family: Family, signals: Sequence[VisionSignal], calls: CallStack, hooks: HookSet) -> None:
     """Watch the encoding of every modality of the family, and the tower layers that `signals` name."""
     if signals:
-        family.tower_reader.install(family, signals, frames, hooks)
+        family.tower_reader.install(family, signals, calls, hooks)
     model: nn.Module = family.multimodal_model
     for modality in family.modalities:
         name = f"get_{modality}_features"
-        call = EncoderCall(getattr(model, name), modality, family, signals, frames)
+        call = EncoderCall(getattr(model, name), modality, family, signals, calls)
         hooks.replace(f"{modality} encoder", model, name, call)

@@ -14,13 +14,13 @@ from transformers.vision_utils import get_vision_window_index
 from vlmprune.errors import UnsupportedMethodError
 from vlmprune.kernels.received_attention import received_attention
 from vlmprune.methods.batch import VisionSignal
-from vlmprune.patches.calls import CallStack, TowerCall
 
+from ..calls import CallStack, TowerCall
 from .reader import TowerReader
 
 if TYPE_CHECKING:
-    from vlmprune.patches.families.family import Family
-    from vlmprune.patches.hooks import HookSet
+    from ..families.family import Family
+    from ..hooks import HookSet
 
 
 class PackedTowerReader(TowerReader):
@@ -31,18 +31,18 @@ class PackedTowerReader(TowerReader):
     """
 
     def __init__(self) -> None:
-        self.frames = CallStack()
+        self.calls = CallStack()
         self.heads = 1
         self.merged_patches = 1
         self.layers: dict[int, nn.Module] = {}
 
-    def install(self, family: Family, signals: Sequence[VisionSignal], frames: CallStack, hooks: HookSet) -> None:
+    def install(self, family: Family, signals: Sequence[VisionSignal], calls: CallStack, hooks: HookSet) -> None:
         """Register hooks on the attention of every layer.
 
         Raises:
             UnsupportedMethodError: a signal needs a CLS token, or the attention has no `qkv` or no rotary positions.
         """
-        self.frames = frames
+        self.calls = calls
         self.heads = family.vision_heads
         tower: Any = family.vision_tower
         self.merged_patches = int(tower.spatial_merge_size) ** 2
@@ -60,12 +60,12 @@ class PackedTowerReader(TowerReader):
             hooks.before(f"vision layer {layer} bounds", attention, partial(self._keep_arguments, layer))
             hooks.after(f"vision layer {layer} qkv", attention.qkv, partial(self._keep_projection, layer))  # type: ignore[arg-type]
 
-    def read(self, signal: VisionSignal, frame: TowerCall) -> Tensor:
+    def read(self, signal: VisionSignal, call: TowerCall) -> Tensor:
         """Return `[visual tokens, heads]`, raster order in each image or frame, images one after the other."""
         layer = signal.layer
         attention: Any = self.layers[layer]
-        arguments = frame.captured["arguments", layer]
-        projected = frame.captured["qkv", layer].detach()
+        arguments = call.captured["arguments", layer]
+        projected = call.captured["qkv", layer].detach()
         query, key, _ = projected.view(projected.shape[0], 3, self.heads, -1).unbind(1)
         query, key = _rotary_function(attention)(query, key, *arguments["position_embeddings"])  # type: ignore[misc]
         received = received_attention(
@@ -76,20 +76,20 @@ class PackedTowerReader(TowerReader):
             reduce_heads="none",
             max_seqlen=arguments.get("max_seqlen"),
         )
-        return self.raster_order(received.view(-1, self.merged_patches, self.heads).mean(1), frame)
+        return self.raster_order(received.view(-1, self.merged_patches, self.heads).mean(1), call)
 
-    def raster_order(self, tokens: Tensor, frame: TowerCall) -> Tensor:
+    def raster_order(self, tokens: Tensor, call: TowerCall) -> Tensor:
         """Put `[visual tokens, heads]` from the order of the tower's layers in raster order."""
         return tokens
 
     def _keep_arguments(self, layer: int, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        if self.frames.tower:
+        if self.calls.tower:
             names = ("position_embeddings", "cu_seqlens", "max_seqlen")
-            self.frames.tower[-1].captured["arguments", layer] = {name: kwargs.get(name) for name in names}
+            self.calls.tower[-1].captured["arguments", layer] = {name: kwargs.get(name) for name in names}
 
     def _keep_projection(self, layer: int, module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
-        if self.frames.tower:
-            self.frames.tower[-1].captured["qkv", layer] = output
+        if self.calls.tower:
+            self.calls.tower[-1].captured["qkv", layer] = output
 
 
 class WindowedTowerReader(PackedTowerReader):
@@ -100,25 +100,25 @@ class WindowedTowerReader(PackedTowerReader):
     attention score as in an unwindowed tower.
     """
 
-    def install(self, family: Family, signals: Sequence[VisionSignal], frames: CallStack, hooks: HookSet) -> None:
+    def install(self, family: Family, signals: Sequence[VisionSignal], calls: CallStack, hooks: HookSet) -> None:
         """Register hooks on the tower and on the attention of every layer."""
-        super().install(family, signals, frames, hooks)
+        super().install(family, signals, calls, hooks)
         hooks.before("vision windows", family.vision_tower, self._keep_order)
 
-    def raster_order(self, tokens: Tensor, frame: TowerCall) -> Tensor:
+    def raster_order(self, tokens: Tensor, call: TowerCall) -> Tensor:
         """Undo the order by windows."""
-        order = frame.captured["window_index", 0].to(tokens.device, non_blocking=True)
+        order = call.captured["window_index", 0].to(tokens.device, non_blocking=True)
         return torch.empty_like(tokens).index_copy_(0, order, tokens)
 
     def _keep_order(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if not self.frames.tower:
+        if not self.calls.tower:
             return
         # Callers may bring both along; the host then takes theirs.
         order = kwargs.get("window_index") if kwargs.get("cu_window_seqlens") is not None else None
         if order is None:
             grid = kwargs["grid_thw"] if "grid_thw" in kwargs else args[1]
             order, _ = get_vision_window_index(grid, module.spatial_merge_size, module.window_size, module.patch_size)
-        self.frames.tower[-1].captured["window_index", 0] = order
+        self.calls.tower[-1].captured["window_index", 0] = order
 
 
 def _rotary_function(attention: nn.Module) -> Callable[..., tuple[Tensor, Tensor]] | None:

@@ -8,20 +8,21 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from vlmprune.methods.batch import VisionSignal
-from vlmprune.patches.calls import CallStack, TowerCall
-from vlmprune.patches.hooks import HookSet
+
+from ..calls import CallStack, TowerCall
+from ..hooks import HookSet
 
 if TYPE_CHECKING:
-    from vlmprune.patches.families.family import Family
+    from ..families.family import Family
 
 
 class TowerReader:
     """Hooks that capture what a signal is computed from, and the computation; the tower keeps its attention backend."""
 
-    def install(self, family: Family, signals: Sequence[VisionSignal], frames: CallStack, hooks: HookSet) -> None:
+    def install(self, family: Family, signals: Sequence[VisionSignal], calls: CallStack, hooks: HookSet) -> None:
         """Register the hooks on the layers that `signals` name; they fill the innermost `TowerCall`."""
         raise NotImplementedError
 
-    def read(self, signal: VisionSignal, frame: TowerCall) -> Tensor:
+    def read(self, signal: VisionSignal, call: TowerCall) -> Tensor:
         """Return a signal in fp32, in the shape that the family's `token_vision` takes."""
         raise NotImplementedError

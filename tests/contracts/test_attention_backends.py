@@ -97,8 +97,8 @@ def test_no_captured_tensor_outlives_the_call():
     with torch.no_grad(), vlmprune.pruned(model, "fastervlm", keep=0.3):
         model(**inputs)
         engine = model.__dict__["_vlmprune"]
-        assert engine.frames.model == []
-        assert engine.frames.tower == []
+        assert engine.calls.model == []
+        assert engine.calls.tower == []
         run = vlmprune.last_run(model)
     held = [value for value in vars(run).values() if isinstance(value, torch.Tensor)]
     assert held == []

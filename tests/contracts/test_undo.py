@@ -58,8 +58,8 @@ def test_exception_inside_leaves_the_model_usable(method, family):
                     model(**inputs)
             finally:
                 handle.remove()
-            frames = model.__dict__["_vlmprune"].frames
-            assert (frames.model, frames.tower) == ([], []), "the failed call left its state behind"
+            calls = model.__dict__["_vlmprune"].calls
+            assert (calls.model, calls.tower) == ([], []), "the failed call left its state behind"
             assert torch.equal(model(**inputs).logits, pruned_logits)
         with (
             pytest.raises(RuntimeError, match="in the body"),

@@ -30,8 +30,8 @@ def _refused():
             before = run(model, call, sound)
             with pytest.raises(error, match=match):
                 run(model, call, inputs)
-            frames = model.__dict__["_vlmprune"].frames
-            assert (frames.model, frames.tower) == ([], [])
+            calls = model.__dict__["_vlmprune"].calls
+            assert (calls.model, calls.tower) == ([], [])
             assert torch.equal(run(model, call, sound), before)
 
     return check

@@ -1,0 +1,91 @@
+"""Choosing visual tokens before the first layer of the language model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from vlmprune.methods.base import Method
+from vlmprune.methods.batch import VisionSignal, VisualBatch
+
+from ..calls import CallStack, LanguageModelCall
+from ..families.family import Family
+from ..hooks import HookSet
+from ..tower.encoder_calls import watch_encoders
+from .entry_cut import EntryCut, plan_entry, whole_entry
+from .image_spans import columns_of
+from .inputs import compacted_inputs
+from .visuals import PrefillVisuals
+
+
+class InputSite:
+    """The hooks on the encoders, and the selection at the language model's entry.
+
+    Attributes:
+        method: what selects.
+        compact: whether positions close the gaps of dropped tokens.
+    """
+
+    def __init__(self, family: Family, method: Method, calls: CallStack, compact: bool) -> None:
+        self.family = family
+        self.method = method
+        self.calls = calls
+        self.compact = compact
+
+    @property
+    def signals(self) -> tuple[VisionSignal, ...]:
+        """The tower attention that the method reads."""
+        return self.method.vision_signals(self.family.tower_facts)
+
+    @property
+    def signal(self) -> str | None:
+        """What the method scores by, in words."""
+        return ", ".join(f"{signal.kind} layer {signal.layer}" for signal in self.signals) or None
+
+    def install(self, hooks: HookSet) -> None:
+        """Register the hooks on encoders and vision tower."""
+        watch_encoders(self.family, self.signals, self.calls, hooks)
+
+    def begin_prefill(self, call: LanguageModelCall, visuals: PrefillVisuals) -> EntryCut:
+        """Return what enters the language model.
+
+        Raises:
+            UnsupportedCallError: something is to be dropped, and the call's mask is not two-dimensional.
+        """
+        spans = visuals.spans
+        budgets = tuple(self.method.budget(count) for count in spans.counts)
+        if budgets == spans.counts:
+            return whole_entry(call, spans)
+        call.check_mask()
+        with torch.no_grad():
+            selection = self.method.select(self._batch(call, visuals, budgets))
+        return plan_entry(call, spans, selection)
+
+    def compacted(self, call: LanguageModelCall, visuals: PrefillVisuals, cut: EntryCut) -> dict[str, Any]:
+        """Return the language model's arguments after `cut`, which drops something."""
+        call.entry = cut.compaction
+        arguments, call.left_behind = compacted_inputs(
+            call, cut, visuals.spans, close_gaps=self.compact, mrope=self.family.mrope
+        )
+        return arguments
+
+    def _batch(self, call: LanguageModelCall, visuals: PrefillVisuals, budgets: tuple[int, ...]) -> VisualBatch:
+        family, spans = self.family, visuals.spans
+        shown = spans.first_of
+        columns = columns_of(shown, spans).to(call.device, non_blocking=True)
+        vision, tile_vision = {}, {}
+        for signal in self.signals:
+            read = [(encoded.vision[signal], encoded, encoded.layouts(family)) for encoded in visuals.encoded]
+            vision[signal] = torch.cat([family.token_vision(*each).to(call.device) for each in read])
+            if self.method.needs_tiles:
+                tile_vision[signal] = tuple(maps.to(call.device) for each in read for maps in family.tile_vision(*each))
+        return VisualBatch(
+            features=call.tokens.detach().flatten(0, 1)[columns],
+            counts=tuple(spans.counts[image] for image in shown),
+            budgets=tuple(budgets[image] for image in shown),
+            layouts=visuals.layouts,
+            tower=family.tower_facts,
+            vision=vision,
+            tile_vision=tile_vision,
+        )

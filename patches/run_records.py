@@ -1,0 +1,55 @@
+"""The records of prefills that `last_run` returns."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from vlmprune.record import RunRecord
+
+from .calls import LanguageModelCall
+from .prefill.entry_cut import EntryCut
+from .prefill.visuals import PrefillVisuals
+
+
+def entry_record(
+    method: str,
+    signal: str | None,
+    decoder_layers: int,
+    call: LanguageModelCall,
+    visuals: PrefillVisuals,
+    cut: EntryCut,
+) -> RunRecord:
+    """Return the record of a prefill with images, as it is at the language model's entry."""
+    spans, modalities = visuals.spans, visuals.modalities
+    totals = call.visual.sum(1).tolist()
+    removed = cut.removed or (0,) * call.batch
+    return RunRecord(
+        method=method,
+        signal=signal,
+        text_tokens=call.text.sum(1).tolist(),
+        visual_tokens_per_layer=[
+            [total - dropped] * decoder_layers for total, dropped in zip(totals, removed, strict=True)
+        ],
+        image_rows=spans.rows,
+        image_totals=spans.counts,
+        image_layouts=[visuals.layouts[image] for image in spans.unique],
+        image_modalities=[modalities[image] for image in spans.unique],
+        kept_per_image=cut.index,
+    )
+
+
+def text_record(method: str, signal: str | None, decoder_layers: int, call: LanguageModelCall) -> RunRecord:
+    """Return the record of a prefill without images."""
+    mask = call.mask
+    is_plain = isinstance(mask, Tensor) and mask.ndim == 2
+    return RunRecord(
+        method=method,
+        signal=signal,
+        text_tokens=mask[:, -call.columns :].sum(1).tolist() if is_plain else [call.columns] * call.batch,
+        visual_tokens_per_layer=[[0] * decoder_layers for _ in range(call.batch)],
+        image_rows=(),
+        image_totals=(),
+        image_layouts=(),
+        image_modalities=(),
+        kept_per_image=(),
+    )
