@@ -141,7 +141,7 @@ class PruningEngine:
     def _continue(self, call: LanguageModelCall) -> dict[str, Any]:
         arguments = continued_inputs(call)
         assert call.state is not None
-        if len(call.state.segments) > 1 and call.layer_run is None:
+        if len(call.state.layer_groups) > 1 and call.layer_run is None:
             LayerSite.check_continues(self.layer_site, call.state, self.pipeline.name)
             assert self.layer_site is not None
             call.layer_run = self.layer_site.layer_run(call)

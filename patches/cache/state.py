@@ -14,11 +14,11 @@ _ATTRIBUTE = "_vlmprune_state"
 
 
 @dataclass(frozen=True, eq=False)
-class CacheSegment:
+class LayerGroup:
     """Neighbouring layers whose caches hold the same tokens.
 
     Attributes:
-        first_layer: 0-based layer at which the segment begins.
+        first_layer: 0-based layer at which the group begins.
         cache_length: entries of these layers' caches at the end of the latest prefill.
         valid: bool `[batch, cache_length]`, false at padding; None if there is none.
         removed: int64 `[batch, 1]`, how far positions after the prefill move down in these layers.
@@ -53,25 +53,25 @@ class PrunedCacheState:
 
     Attributes:
         caller_length: tokens of the caller's sequence at the end of the latest prefill.
-        segments: groups of layers with equal caches, from layer 0 up.
+        layer_groups: groups of layers with equal caches, from layer 0 up.
     """
 
     caller_length: int
-    segments: tuple[CacheSegment, ...]
+    layer_groups: tuple[LayerGroup, ...]
 
     @property
     def cache_length(self) -> int:
         """Entries of the first layer's cache at the end of the latest prefill."""
-        return self.segments[0].cache_length
+        return self.layer_groups[0].cache_length
 
     @property
     def removed(self) -> Tensor:
         """How far positions after the prefill move down in the first layer, int64 `[batch, 1]`."""
-        return self.segments[0].removed
+        return self.layer_groups[0].removed
 
-    def segment(self, layer: int) -> CacheSegment:
-        """Return the segment that holds `layer`."""
-        return next(segment for segment in reversed(self.segments) if segment.first_layer <= layer)
+    def group(self, layer: int) -> LayerGroup:
+        """Return the group that holds `layer`."""
+        return next(group for group in reversed(self.layer_groups) if group.first_layer <= layer)
 
     def caller_past(self, cache: Any) -> int:
         """Return how many tokens of the caller's sequence the cache stands for now."""
@@ -103,7 +103,7 @@ class PrunedCacheState:
         expected = self.caller_past(cache) + new_columns
         self.check_columns(attention_mask, expected, new_columns)
         later = None if attention_mask is None else attention_mask[:, self.caller_length :]
-        return self.segments[0].extended(later, expected - self.caller_length)
+        return self.layer_groups[0].extended(later, expected - self.caller_length)
 
 
 def cache_state(cache: Any) -> PrunedCacheState | None:

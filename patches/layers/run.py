@@ -8,67 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..cache.state import CacheSegment, PrunedCacheState
-from ..prefill.compaction import Compaction, gather_columns, plan_compaction, restore_columns
+from ..cache.state import LayerGroup, PrunedCacheState
+from ..prefill.compaction import Compaction, gather_columns, restore_columns
 from ..prefill.position_gaps import dropped_positions
-
-
-@dataclass(eq=False)
-class VisualTokens:
-    """The images of a prefill and what is left of them.
-
-    Attributes:
-        rows: batch row per image.
-        columns: per image int64 `[alive]`, `row * columns + column` of the alive tokens in the caller's columns.
-        index: per image int64 `[alive]`, indices into the image's own visual token order.
-        cuts: per image the layers at which it is cut, and to how many tokens (None: the method decides).
-        text: bool `[batch, columns]`, valid tokens that are not visual.
-        visual: bool `[batch, columns]`, placeholders before any pruning.
-        text_lengths: true entries per row of `text`.
-        visual_lengths: true entries per row of `visual`.
-    """
-
-    rows: tuple[int, ...]
-    columns: list[Tensor]
-    index: list[Tensor]
-    cuts: list[dict[int, int | None]]
-    text: Tensor
-    visual: Tensor
-    text_lengths: list[int]
-    visual_lengths: list[int]
-
-    @property
-    def counts(self) -> list[int]:
-        """Alive tokens per image."""
-        return [len(columns) for columns in self.columns]
-
-    @property
-    def row_counts(self) -> list[int]:
-        """Alive tokens per batch row."""
-        counts = [0] * len(self.text_lengths)
-        for row, count in zip(self.rows, self.counts, strict=True):
-            counts[row] += count
-        return counts
-
-    def images_at(self, layer: int) -> list[int]:
-        """Return the images that lose tokens at `layer`."""
-        return [
-            image
-            for image, (cuts, count) in enumerate(zip(self.cuts, self.counts, strict=True))
-            if layer in cuts and count and (cuts[layer] is None or cuts[layer] < count)  # type: ignore[operator]
-        ]
-
-    def plan(self) -> Compaction:
-        """Plan the sequence of text and alive visual tokens."""
-        keep = self.text.flatten().clone()
-        keep[torch.cat(self.columns)] = True
-        counts = self.row_counts
-        return plan_compaction(
-            keep.view_as(self.text),
-            self.visual,
-            tuple(text + count for text, count in zip(self.text_lengths, counts, strict=True)),
-            tuple(total - count for total, count in zip(self.visual_lengths, counts, strict=True)),
-        )
+from .visual_tokens import VisualTokens
 
 
 @dataclass(eq=False)
@@ -89,9 +32,9 @@ class LayerRun:
         deepstack: per layer the features that are added to the visual tokens of its output.
         compaction: the current sequence; None while it is the caller's.
         inputs: what replaces the host's arguments of the layers from here on.
-        segments: the caches' segments up to here.
-        stages: the cuts so far, and the sequence after each.
-        kept: after each cut the indices alive per image.
+        layer_groups: groups of layers with equal caches, up to here.
+        cuts: the layers cut so far, and the sequence after each.
+        kept_by_cut: after each cut the indices alive per image.
         captured: projections of the probed layer.
         projected_keys: a layer and its keys before rotation, which that layer need not project again.
     """
@@ -109,18 +52,18 @@ class LayerRun:
     deepstack: dict[int, Tensor] = field(default_factory=dict)
     compaction: Compaction | None = None
     inputs: dict[str, Any] | None = None
-    segments: list[CacheSegment] = field(default_factory=list)
-    stages: list[tuple[int, Compaction]] = field(default_factory=list)
-    kept: list[tuple[int, list[Tensor]]] = field(default_factory=list)
+    layer_groups: list[LayerGroup] = field(default_factory=list)
+    cuts: list[tuple[int, Compaction]] = field(default_factory=list)
+    kept_by_cut: list[tuple[int, list[Tensor]]] = field(default_factory=list)
     captured: dict[str, Any] = field(default_factory=dict)
     projected_keys: tuple[int, Tensor] | None = None
 
     def __post_init__(self) -> None:
         self.compaction = self.entry
-        inner = self.state.segments[1:] if self.state is not None else ()
-        self.boundaries = {segment.first_layer for segment in inner}
+        inner = self.state.layer_groups[1:] if self.state is not None else ()
+        self.boundaries = {group.first_layer for group in inner}
         if self.images is not None:
-            for cuts in self.images.cuts:
+            for cuts in self.images.schedule:
                 self.boundaries.update(cuts)
             self.entry_columns = torch.cat(self.images.columns).sort().values
 
@@ -165,7 +108,7 @@ class LayerRun:
         self.compaction = planned
         return shorter, source.clamp(min=0)
 
-    def kinds(self, past: int, valid: Tensor | None) -> Tensor:
+    def token_kinds(self, past: int, valid: Tensor | None) -> Tensor:
         """Return the kind of every key, int8 `[batch, past + width]`: 0 padding, 1 system, 2 visual, 3 text."""
         assert self.images is not None
         text, visual = self.images.text, self.images.visual
@@ -175,13 +118,13 @@ class LayerRun:
         kinds = torch.cat([torch.ones(self.batch, past, dtype=kinds.dtype, device=kinds.device), kinds], dim=1)
         return (kinds if valid is None else kinds * valid).to(torch.int8)
 
-    def segment_inputs(self, layer: int, past: int) -> tuple[Tensor, Tensor | None]:
+    def group_inputs(self, layer: int, past: int) -> tuple[Tensor, Tensor | None]:
         """Return positions `[..., batch, width]` and mask `[batch, past + width]` (or None) from `layer` on."""
-        before = self.state.segment(layer) if self.state is not None else None
+        before = self.state.group(layer) if self.state is not None else None
         positions, removed = self._positions(before)
         valid = self.valid_columns(layer, past)
         if self.images is not None:
-            self.segments.append(CacheSegment(layer, past + self.width, valid, removed))
+            self.layer_groups.append(LayerGroup(layer, past + self.width, valid, removed))
         return positions, valid
 
     def valid_columns(self, layer: int, past: int) -> Tensor | None:
@@ -190,7 +133,7 @@ class LayerRun:
         if self.state is not None:
             length = self.state.caller_length
             later = None if self.mask is None else self.mask[:, length : self.caller_past]
-            before = self.state.segment(layer).extended(later, self.caller_past - length)
+            before = self.state.group(layer).extended(later, self.caller_past - length)
         elif self.mask is not None and past:
             before = self.mask[:, :past]
         present = None
@@ -207,20 +150,20 @@ class LayerRun:
     def restored(self, hidden: Tensor, layer: int) -> Tensor:
         """Spread the output `hidden` of `layer` over the caller's columns; as it is where nothing was dropped before."""
         compaction = self.entry
-        for first, planned in self.stages:
+        for first, planned in self.cuts:
             if first <= layer:
                 compaction = planned
         return hidden if compaction is None else restore_columns(hidden, compaction)
 
     def left_behind(self) -> PrunedCacheState:
         """Return what later calls with this cache must know."""
-        return PrunedCacheState(self.caller_past + self.positions.shape[-1], tuple(self.segments))
+        return PrunedCacheState(self.caller_past + self.positions.shape[-1], tuple(self.layer_groups))
 
     def _ones(self, width: int | None = None) -> Tensor:
         size = self.width if width is None else width
         return torch.ones(self.batch, size, dtype=torch.bool, device=self.positions.device)
 
-    def _positions(self, before: CacheSegment | None) -> tuple[Tensor, Tensor]:
+    def _positions(self, before: LayerGroup | None) -> tuple[Tensor, Tensor]:
         positions = self.positions
         removed = torch.zeros(self.batch, 1, dtype=torch.int64, device=positions.device)
         if before is not None:

@@ -22,8 +22,9 @@ from ..families.family import Family
 from ..hooks import HookSet
 from ..prefill.entry_cut import EntryCut
 from ..prefill.visuals import PrefillVisuals
-from .run import LayerRun, VisualTokens
+from .run import LayerRun
 from .scores import cached_keys, check_decoder, rotary_row, rotate
+from .visual_tokens import VisualTokens
 
 
 class LayerSite:
@@ -105,14 +106,14 @@ class LayerSite:
             rows=visuals.spans.rows,
             columns=list(cut.columns.split(counts)),
             index=[torch.arange(kept, device=device) if isinstance(kept, int) else kept for kept in cut.index],
-            cuts=schedule,
+            schedule=schedule,
             text=call.text.to(device, non_blocking=True),
             visual=call.visual.to(device, non_blocking=True),
             text_lengths=call.text.sum(1).tolist(),
             visual_lengths=call.visual.sum(1).tolist(),
         )
         run = replace(run, images=images, entry=cut.compaction, last_column=last.to(device, non_blocking=True))
-        run.segment_inputs(0, call.past)
+        run.group_inputs(0, call.past)
         call.layer_run = run
         call.check_mask()
         return self.hold_back_deepstack(run, arguments)
@@ -137,7 +138,7 @@ class LayerSite:
     @staticmethod
     def check_continues(site: LayerSite | None, state: PrunedCacheState, name: str) -> None:
         """Raise UnsupportedCallError unless `site` watches the layers that hold other tokens than the first."""
-        first = state.segments[1].first_layer
+        first = state.layer_groups[1].first_layer
         if site is None or site.first_hooked > first:
             raise UnsupportedCallError(
                 f"The cache was pruned from layer {first} on by another method than {name!r}; "
@@ -158,7 +159,7 @@ class LayerSite:
         features = kwargs.get("deepstack_visual_embeds")
         if features is None or run.images is None:
             return kwargs
-        first = min((layer for cuts in run.images.cuts for layer in cuts), default=len(features))
+        first = min((layer for cuts in run.images.schedule for layer in cuts), default=len(features))
         run.deepstack = dict(enumerate(features))
         for layer in range(min(first, len(features))):
             del run.deepstack[layer]
@@ -170,16 +171,16 @@ class LayerSite:
         record: RunRecord = run.record
         assert run.images is not None
         per_layer = [list(row) for row in record.visual_tokens_per_layer]
-        for first, compaction in run.stages:
+        for first, compaction in run.cuts:
             for row, (total, removed) in enumerate(zip(run.images.visual_lengths, compaction.removed, strict=True)):
                 per_layer[row][first:] = [total - removed] * (len(per_layer[row]) - first)
-        if not run.stages:
+        if not run.cuts:
             return record
         return replace(
             record,
             visual_tokens_per_layer=per_layer,
             kept_per_image=run.images.index,
-            kept_by_stage=((0, record.kept_per_image), *run.kept),
+            kept_by_stage=((0, record.kept_per_image), *run.kept_by_cut),
         )
 
     def _enter_layer(
@@ -210,12 +211,12 @@ class LayerSite:
             chosen = run.images.images_at(layer)
             if chosen:
                 hidden, cut = self._cut(run, layer, chosen, hidden, kwargs)
-        inner = run.state is not None and run.state.segment(layer).first_layer == layer
+        inner = run.state is not None and run.state.group(layer).first_layer == layer
         if not cut and not inner:
             return hidden, kwargs
         cache = kwargs.get("past_key_values")
         past = 0 if cache is None else int(cache.get_seq_length(layer))
-        positions, valid = run.segment_inputs(layer, past)
+        positions, valid = run.group_inputs(layer, past)
         model: Any = self.family.language_model
         run.inputs = {
             "attention_mask": create_causal_mask(
@@ -255,8 +256,8 @@ class LayerSite:
         self._keep(images, chosen, selection)
         shorter, source = run.compact(hidden)
         assert run.compaction is not None
-        run.stages.append((layer, run.compaction))
-        run.kept.append((layer, list(images.index)))
+        run.cuts.append((layer, run.compaction))
+        run.kept_by_cut.append((layer, list(images.index)))
         if keys is not None and not torch.is_grad_enabled():
             run.projected_keys = (layer, keys[torch.arange(run.batch, device=keys.device)[:, None], source])
         return shorter, True
@@ -297,12 +298,14 @@ class LayerSite:
         batch = LayerBatch(
             layer=layer,
             counts=tuple(images.counts[image] for image in chosen),
-            budgets=tuple(images.cuts[image][layer] for image in chosen),
+            budgets=tuple(images.schedule[image][layer] for image in chosen),
             rows=tuple(images.rows[image] for image in chosen),
         )
         if self.method.reads == "all tokens":
             query = rotate(attention, query_states, embeddings, "q_norm")
-            return replace(batch, probed=ProbedLayer(query, key, run.kinds(past, valid), attention.scaling)), projected
+            return replace(
+                batch, probed=ProbedLayer(query, key, run.token_kinds(past, valid), attention.scaling)
+            ), projected
         query = rotary_row(attention, query_states, embeddings, run.last_tokens())
         scores = row_attention(query, key, scale=attention.scaling, mask=valid, reduce="mean")[:, 0, past:]
         columns = torch.cat([images.columns[image] for image in chosen])

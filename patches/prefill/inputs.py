@@ -9,7 +9,7 @@ from torch import Tensor
 
 from vlmprune.methods.batch import Selection
 
-from ..cache.state import CacheSegment, PrunedCacheState
+from ..cache.state import LayerGroup, PrunedCacheState
 from ..calls import LanguageModelCall
 from .compaction import Compaction, gather_columns
 from .deepstack import compact_deepstack, merging_of
@@ -49,8 +49,8 @@ def compacted_inputs(
 
     valid = _valid_columns(call, compaction)
     length = call.past + compaction.width
-    segment = CacheSegment(first_layer=0, cache_length=length, valid=valid, removed=removed)
-    left_behind = PrunedCacheState(call.caller_past + call.columns, (segment,))
+    group = LayerGroup(first_layer=0, cache_length=length, valid=valid, removed=removed)
+    left_behind = PrunedCacheState(call.caller_past + call.columns, (group,))
     mask = valid
     if mask is None and (cache is None or not close_gaps):
         mask = torch.ones(call.batch, length, dtype=torch.bool, device=call.device)
