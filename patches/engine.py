@@ -77,8 +77,8 @@ class PruningEngine:
     @property
     def signal(self) -> str | None:
         """What the methods score by, in words."""
-        sites = [self.input_site, *([self.layer_site] if self.layer_site is not None else [])]
-        return ", ".join(site.signal for site in sites if site.signal) or None
+        names = [self.input_site.signal, self.layer_site.signal if self.layer_site is not None else None]
+        return ", ".join(name for name in names if name) or None
 
     def _enter_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         inputs = {**dict(zip(self._model_parameters, args, strict=False)), **kwargs} if args else kwargs
