@@ -23,11 +23,19 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from official_cases import hiprune, input_site, layer_site, tiled_methods
+from official_cases import hiprune, holov, input_site, layer_site, textmonkey, tiled_methods
 from official_cases.comparison import differences
 from official_cases.todre import todre
 
-RUNS = {**input_site.RUNS, **tiled_methods.RUNS, **layer_site.RUNS, **hiprune.RUNS, "todre": todre}
+RUNS = {
+    **input_site.RUNS,
+    **tiled_methods.RUNS,
+    **layer_site.RUNS,
+    **hiprune.RUNS,
+    **holov.RUNS,
+    **textmonkey.RUNS,
+    "todre": todre,
+}
 
 
 @dataclass(frozen=True)

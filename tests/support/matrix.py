@@ -22,6 +22,8 @@ METHOD_PARAMETERS: dict[str, dict[str, object]] = {
     "divprune": {},
     "todre": {"tau": 1.0, "layer": 3},
     "hiprune": {"alpha": 0.5},
+    "holov": {"beta": 1.0},
+    "textmonkey": {},
     "fastv": {"layer": 1},
     "pyramiddrop": {},
 }

@@ -2,7 +2,7 @@
 
 from .base import Method
 from .baselines import Pool, Random, Uniform
-from .input import VTCCLS, DivPrune, FasterVLM, GlobalCom2, HiPrune, HiRED, ToDRE
+from .input import VTCCLS, DivPrune, FasterVLM, GlobalCom2, HiPrune, HiRED, HoloV, TextMonkey, ToDRE
 from .layer import FastV, PyramidDrop, ToDRERelevance
 
 __all__ = [
@@ -13,10 +13,12 @@ __all__ = [
     "GlobalCom2",
     "HiPrune",
     "HiRED",
+    "HoloV",
     "Method",
     "Pool",
     "PyramidDrop",
     "Random",
+    "TextMonkey",
     "ToDRE",
     "ToDRERelevance",
     "Uniform",

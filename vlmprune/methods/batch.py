@@ -91,12 +91,15 @@ class Selection:
         features: `[sum(counts), dim]` values that replace the kept tokens' own (merging methods), or None.
         merge: how `features` came from the batch's, for values of the same tokens that the model adds later on (DeepStack):
             `[tokens, dim]` to `[sum(counts), dim]`. Without it those of the token whose place a merged token takes are used.
+        groups: int64 `[tokens]`, for each visual token the index of the kept token of its image that its value went into, -1
+            where it is dropped; None where every kept token has its own value.
     """
 
     kept: Tensor
     counts: tuple[int, ...]
     features: Tensor | None = None
     merge: Callable[[Tensor], Tensor] | None = None
+    groups: Tensor | None = None
 
 
 def check_positive(name: str, value: int) -> None:

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from transformers import PreTrainedConfig
 
 from vlmprune.methods.base import Method
+from vlmprune.methods.input.holov import HoloV
+from vlmprune.methods.input.textmonkey import BLOCK
 from vlmprune.methods.layer_method import LayerMethod
 
 from .families import vision_family
@@ -50,6 +52,27 @@ def _tile_means(method: Method, scored: Scored) -> int:
     return 0 if scored.has_cls else sum(total * scored.dim for total, kept in scored.images if kept < total)
 
 
+def _pairs_in_runs(method: Method, scored: Scored) -> int:
+    """Cosines of all pairs inside every run, shorter runs filled up to the longest."""
+    assert isinstance(method, HoloV)
+    total = 0
+    for tokens, kept in scored.images:
+        if kept < tokens:
+            runs = method.number_of_runs(tokens, kept)
+            total += runs * (-(-tokens // runs)) ** 2 * scored.dim
+    return total
+
+
+def _later_pairs(method: Method, scored: Scored) -> int:
+    """Cosines of each token with those behind the beginning of its block, up to the last."""
+    total = 0
+    for tokens, kept in scored.images:
+        if kept < tokens:
+            blocks = [(first, min(BLOCK, tokens - first)) for first in range(0, tokens, BLOCK)]
+            total += sum(rows * (tokens - first) for first, rows in blocks) * scored.dim
+    return total
+
+
 FEATURE_MACS: dict[str, Callable[[Method, Scored], int]] = {
     "random": _nothing,
     "uniform": _nothing,
@@ -61,6 +84,8 @@ FEATURE_MACS: dict[str, Callable[[Method, Scored], int]] = {
     "divprune": _all_pairs,
     "todre": _from_a_pivot,
     "hiprune": _nothing,
+    "holov": _pairs_in_runs,
+    "textmonkey": _later_pairs,
 }
 """Arithmetic on features by method name; methods inside the language model have none."""
 

@@ -5,9 +5,11 @@ from .fastervlm import FasterVLM
 from .globalcom2 import GlobalCom2
 from .hiprune import HiPrune
 from .hired import HiRED
+from .holov import HoloV
+from .textmonkey import TextMonkey
 from .todre import ToDRE
 from .vtc_cls import VTCCLS
 
-METHODS = (FasterVLM, VTCCLS, HiRED, GlobalCom2, DivPrune, ToDRE, HiPrune)
+METHODS = (FasterVLM, VTCCLS, HiRED, GlobalCom2, DivPrune, ToDRE, HiPrune, HoloV, TextMonkey)
 
-__all__ = ["VTCCLS", "DivPrune", "FasterVLM", "GlobalCom2", "HiPrune", "HiRED", "ToDRE"]
+__all__ = ["VTCCLS", "DivPrune", "FasterVLM", "GlobalCom2", "HiPrune", "HiRED", "HoloV", "TextMonkey", "ToDRE"]

@@ -16,7 +16,8 @@ from vlmprune.layout import VisualLayout
 from vlmprune.methods.base import Method
 from vlmprune.methods.batch import Selection, TowerFacts, VisionSignal, VisualBatch, check_choice
 from vlmprune.methods.layer.todre_relevance import ToDRERelevance
-from vlmprune.methods.shared.tile_segments import local_indices, newline_surplus, tile_segments, to_device
+from vlmprune.methods.shared.patches import patch_budgets, patches_of, select_patches
+from vlmprune.methods.shared.tile_segments import to_device
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,36 +67,21 @@ class ToDRE(Method):
 
     def select(self, batch: VisualBatch) -> Selection:
         """Pick `budgets[i]` tokens of each image."""
-        device, segments = batch.features.device, tile_segments(batch.layouts)
-        patches, newlines, _ = _token_kinds(batch.layouts)
-        picks = self.order(batch)
-        surplus = newline_surplus(segments, batch.budgets)
-        first = segments.patches.cumsum(0) - segments.patches
-        first = first.repeat_interleave(torch.tensor(batch.budgets) - surplus)
-        packed = to_device(patches, device)[picks + to_device(first, device)]
-        if int(surplus.sum()):
-            starts = (segments.sizes[:, -1].cumsum(0) - segments.sizes[:, -1]).tolist()
-            extra = [newlines[start : start + count] for start, count in zip(starts, surplus.tolist(), strict=True)]
-            packed = torch.cat([packed, to_device(torch.cat(extra), device)])
-        return Selection(local_indices(packed.sort().values, segments, batch.budgets), batch.budgets)
+        return select_patches(self.order(batch), batch)
 
     def order(self, batch: VisualBatch) -> Tensor:
         """Return the picks of each image in the order in which they are made, pivot first: int64 indices among its patches."""
-        device, segments = batch.features.device, tile_segments(batch.layouts)
-        patches, _, in_thumbnail = (to_device(kind, device) for kind in _token_kinds(batch.layouts))
+        device, patches = batch.features.device, patches_of(batch.layouts)
+        indices, in_thumbnail = (to_device(kind, device) for kind in (patches.indices, _in_thumbnail(batch.layouts)))
         (signal,) = self.vision_signals(batch.tower)
-        offsets = (0, *segments.patches.cumsum(0).tolist())
-        counts = tuple(min(pair) for pair in zip(batch.budgets, segments.patches.tolist(), strict=True))
-        scores = batch.vision[signal].float().mean(-1)[patches]
-        pivots = segmented_topk(scores.masked_fill(~in_thumbnail, -torch.inf), offsets, [1] * len(counts))
+        counts = patch_budgets(batch)
+        scores = batch.vision[signal].float().mean(-1)[indices]
+        pivots = segmented_topk(scores.masked_fill(~in_thumbnail, -torch.inf), patches.offsets, [1] * len(counts))
         choose = max_sum if self.variant == "max_sum" else max_min
-        return choose(batch.features[patches], offsets, counts, seeds=pivots)
+        return choose(batch.features[indices], patches.offsets, counts, seeds=pivots)
 
 
 @lru_cache(maxsize=64)
-def _token_kinds(layouts: tuple[VisualLayout, ...]) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the packed indices of all patches and of all newlines, and which of the patches lie in a thumbnail."""
-    newline = torch.cat([layout.newline for layout in layouts])
-    tile = torch.cat([layout.tile for layout in layouts])
-    patches = (~newline).nonzero().flatten()
-    return patches, newline.nonzero().flatten(), tile[patches] == 0
+def _in_thumbnail(layouts: tuple[VisualLayout, ...]) -> Tensor:
+    """Return which of the patches lie in a thumbnail."""
+    return torch.cat([layout.tile for layout in layouts])[patches_of(layouts).indices] == 0
