@@ -14,9 +14,10 @@ def merge_scatter(
     sizes: Tensor | None,
     num_outputs: int,
     *,
+    out_dtype: torch.dtype | None = None,
     implementation: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Return the merged tokens `[num_outputs, dim]` in `source`'s dtype and their sizes, fp32 `[num_outputs]`.
+    """Return the merged tokens `[num_outputs, dim]` and their sizes, fp32 `[num_outputs]`.
 
     Row `o` is `sum(size * source) / sum(size)` over the tokens sent to `o`, added up in fp32 in the order of the tokens, so
     two runs agree to the bit. A row that gets no token, or only tokens of size 0, is 0 with size 0.
@@ -27,6 +28,7 @@ def merge_scatter(
             the outputs is not checked and drops its token.
         sizes: `[tokens]`, what each token stands for; None for 1 each.
         num_outputs: number of output rows.
+        out_dtype: dtype of the merged tokens; None for that of `source`.
         implementation: forced "torch" or "triton"; None goes by the device.
 
     Raises:
@@ -45,17 +47,18 @@ def merge_scatter(
     if num_outputs < 0:
         raise ValueError(f"num_outputs={num_outputs} is negative.")
     if choose_implementation(source.device, implementation) == "triton":
-        return _merge_scatter_triton(source, destination_index, sizes, num_outputs)
+        return _merge_scatter_triton(source, destination_index, sizes, num_outputs, out_dtype or source.dtype)
     low, high = (int(bound) for bound in destination_index.aminmax()) if tokens else (0, -1)
     if low < -1 or high >= num_outputs:
         raise ValueError(f"destination_index must lie in -1..{num_outputs - 1}; got {low}..{high}.")
-    return merge_scatter_reference(source, destination_index, sizes, num_outputs, drops=low < 0)
+    merged, total = merge_scatter_reference(source, destination_index, sizes, num_outputs, drops=low < 0)
+    return merged.to(out_dtype or source.dtype), total
 
 
 def merge_scatter_reference(
     source: Tensor, destination_index: Tensor, sizes: Tensor | None, num_outputs: int, *, drops: bool = True
 ) -> tuple[Tensor, Tensor]:
-    """`merge_scatter` in plain torch, for arguments that are already checked; `drops` says whether an index is -1."""
+    """`merge_scatter` in plain torch and fp32, for arguments that are already checked; `drops`: an index may be -1."""
     values = source.to(torch.float32)
     weights = values.new_ones(values.shape[0]) if sizes is None else sizes.to(torch.float32)
     # Dropped tokens go to one more row, which is cut off.
@@ -65,15 +68,15 @@ def merge_scatter_reference(
     share = weights / total.masked_fill(total == 0, 1.0)[rows]
     merged = values.new_zeros(num_outputs + drops, values.shape[1])
     merged.scatter_add_(0, rows[:, None].expand_as(values), values * share[:, None])
-    return merged[:num_outputs].to(source.dtype), total[:num_outputs]
+    return merged[:num_outputs], total[:num_outputs]
 
 
 def _merge_scatter_triton(
-    source: Tensor, destination_index: Tensor, sizes: Tensor | None, num_outputs: int
+    source: Tensor, destination_index: Tensor, sizes: Tensor | None, num_outputs: int, out_dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     device = source.device
     dim = source.shape[1]
-    merged = torch.empty(num_outputs, dim, dtype=source.dtype, device=device)
+    merged = torch.empty(num_outputs, dim, dtype=out_dtype, device=device)
     total = torch.empty(num_outputs, dtype=torch.float32, device=device)
     if num_outputs == 0:
         return merged, total

@@ -6,18 +6,21 @@ import sys
 import pytest
 import torch
 
+from vlmprune.kernels.bipartite_match import bipartite_match
 from vlmprune.kernels.compact import compact
 from vlmprune.kernels.max_min import max_min
 from vlmprune.kernels.max_min_from_distances import max_min_from_distances
 from vlmprune.kernels.max_sum import max_sum
 from vlmprune.kernels.merge_scatter import merge_scatter
+from vlmprune.kernels.merge_to_targets import merge_to_targets
 from vlmprune.kernels.received_attention import received_attention
 from vlmprune.kernels.row_attention import row_attention
 from vlmprune.kernels.segmented_topk import segmented_topk
 from vlmprune.kernels.shared import implementation
 from vlmprune.kernels.shared.implementation import KernelUnavailableError, choose_implementation
+from vlmprune.kernels.unmerge import unmerge
 
-ROWS = torch.ones(4, 8)
+ROWS, ONE = torch.ones(4, 8), torch.ones(1, dtype=torch.int64)
 CALLS = {
     "segmented_topk": lambda name: segmented_topk(torch.ones(4), [0, 4], [2], implementation=name),
     "max_min": lambda name: max_min(ROWS, [0, 4], [2], implementation=name),
@@ -26,6 +29,9 @@ CALLS = {
     "row_attention": lambda name: row_attention(ROWS.view(1, 1, 4, 8), ROWS.view(1, 1, 4, 8), implementation=name),
     "received_attention": lambda name: received_attention(ROWS[:, None], ROWS[:, None], [0, 4], implementation=name),
     "compact": lambda name: compact([ROWS[None]], torch.zeros(1, 2, dtype=torch.int64), implementation=name),
+    "bipartite_match": lambda name: bipartite_match(ROWS, ROWS, [0, 4], [0, 4], implementation=name),
+    "merge_to_targets": lambda name: merge_to_targets(ROWS, ROWS, [0, 4], ONE, [0, 1], implementation=name),
+    "unmerge": lambda name: unmerge(ROWS[None], ONE[None], implementation=name),
     "merge_scatter": lambda name: merge_scatter(ROWS, torch.zeros(4, dtype=torch.int64), None, 1, implementation=name),
 }
 
