@@ -13,7 +13,7 @@ from vlmprune.kernels.shared.implementation import choose_implementation, dot_ne
 from vlmprune.kernels.shared.segments import check_offsets, on_device
 
 # Elements of the similarity matrix that the reference holds at a time: they stay in the cache until their row is read.
-BLOCK_ELEMENTS = 2**18
+BLOCK_ELEMENTS = 2**20
 
 # Side of the tiles, and how many destinations one program looks at.
 TILE, SPAN = 64, 512
@@ -67,25 +67,30 @@ def bipartite_match_reference(
     sources: Tensor, destinations: Tensor, bounds: Sequence[int], ends: Sequence[int]
 ) -> tuple[Tensor, Tensor]:
     """`bipartite_match` in plain torch, for arguments that are already checked."""
-    partners = torch.zeros(sources.shape[0], dtype=torch.int64, device=sources.device)
-    scores = torch.full((sources.shape[0],), -torch.inf, device=sources.device)
-    rows, broken = unit_rows(sources)
-    columns, unusable = unit_rows(destinations)
+    # The best of a row does not depend on its length: only its score is divided by it.
+    rows = sources.to(torch.float32)
+    norms = torch.linalg.vector_norm(rows, dim=1)
+    columns, hidden = unit_rows(destinations)
+    best = []
     for (begin, end), (first, last) in zip(pairwise(bounds), pairwise(ends), strict=True):
-        if first == last:
-            continue
-        hidden = unusable[first:last] if unusable is not None else None
-        block = max(1, BLOCK_ELEMENTS // (last - first))
+        block = max(1, BLOCK_ELEMENTS // max(1, last - first))
         for start in range(begin, end, block):
-            stop = min(start + block, end)
-            cosines = rows[start:stop] @ columns[first:last].T
+            part = rows[start : min(start + block, end)]
+            if first == last:
+                best.append((part.new_full(part.shape[:1], -torch.inf), norms.new_zeros(len(part), dtype=torch.int64)))
+                continue
+            products = part @ columns[first:last].T
             if hidden is not None:
-                cosines.masked_fill_(hidden, -torch.inf)
-            torch.max(cosines, 1, out=(scores[start:stop], partners[start:stop]))
-    if broken is not None:
-        scores.masked_fill_(broken, -torch.inf)
-        partners.masked_fill_(broken, 0)
-    return partners, scores
+                products.masked_fill_(hidden[first:last], -torch.inf)
+            best.append(products.max(1))
+    if len(best) == 1:
+        scores, partners = best[0]
+    else:
+        scores = torch.cat([part[0] for part in best]) if best else norms
+        partners = torch.cat([part[1] for part in best]) if best else norms.to(torch.int64)
+    broken = ~norms.isfinite()
+    scores = scores.div_(norms.masked_fill_(norms == 0, 1.0)).masked_fill_(broken, -torch.inf)
+    return partners.masked_fill_(broken, 0), scores
 
 
 def bipartite_match_triton(
