@@ -14,7 +14,8 @@ from torch import Tensor
 from vlmprune.errors import UnsupportedCallError
 from vlmprune.record import RunRecord
 
-from .cache.state import PrunedCacheState, cache_state
+from .cache.pruned_cache import cache_state
+from .cache.state import PrunedCacheState
 from .layers.run import LayerRun
 from .prefill.compaction import Compaction
 
@@ -157,10 +158,8 @@ class LanguageModelCall:
         if given is None:
             given = torch.arange(self.caller_past, self.caller_past + self.columns, device=self.device)[None]
         elif self.model_call.inputs.get("position_ids") is None:
-            # Made by the multimodal model (M-RoPE): of the whole mask, or without a mask counted on from the cache's length.
+            # Made by the multimodal model (M-RoPE), of the whole mask where there is one.
             given = given[..., -self.columns :]
-            if self.model_call.inputs.get("attention_mask") is None and self.cache is not None:
-                given = given + (self.caller_past - self.past)
         leading = given.shape[:-2] if given.ndim > 1 else ()
         return given.expand(*leading, self.batch, self.columns)
 

@@ -14,8 +14,8 @@ from vlmprune.methods.pipeline import Pipeline, check_serves_videos
 from vlmprune.record import RunRecord
 
 from .cache.continuation import continued_inputs
-from .cache.generation import patch_generation_inputs
-from .cache.state import set_cache_state
+from .cache.generation import patch_generation
+from .cache.pruned_cache import close_cache, open_cache, set_cache_state
 from .calls import CallStack, LanguageModelCall, ModelCall
 from .families.family import Family
 from .hooks import HookSet
@@ -63,7 +63,7 @@ class PruningEngine:
             hooks.after("language model exit", family.language_model, self._leave_language_model)
             if self.layer_site is not None:
                 self.layer_site.install(hooks)
-            patch_generation_inputs(family.model, hooks)
+            patch_generation(family.model, hooks)
         except BaseException:
             hooks.remove()
             raise
@@ -98,7 +98,9 @@ class PruningEngine:
 
     def _leave_model(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         if self.calls.model:
-            self.calls.model.pop()
+            call = self.calls.model.pop().language_call
+            if call is not None and call.cache is not None:
+                close_cache(call.cache)
 
     def _placeholders(self, inputs: Mapping[str, Any], modality: str) -> Tensor:
         placeholder = self.family.placeholder_id(modality)
@@ -113,6 +115,9 @@ class PruningEngine:
             return None
         model_call = self.calls.model[-1]
         call = model_call.language_call = LanguageModelCall(model_call, kwargs)
+        if call.state is not None:
+            open_cache(call.cache)
+            call.state.check_entries(call.cache)
         if model_call.has_visuals:
             return args, self._prefill(call)
         if call.state is not None:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from vlmprune.errors import UnsupportedCallError
-
-_ATTRIBUTE = "_vlmprune_state"
 
 
 @dataclass(frozen=True, eq=False)
@@ -22,12 +21,16 @@ class LayerGroup:
         cache_length: entries of these layers' caches at the end of the latest prefill.
         valid: bool `[batch, cache_length]`, false at padding; None if there is none.
         removed: int64 `[batch, 1]`, how far positions after the prefill move down in these layers.
+        columns: int64 `[batch, cache_length]`, the caller's column that each entry stands for; -1 where it stands for none.
+        lowered: int64 `[batch, caller_length]`, how far positions have moved down up to each of the caller's columns.
     """
 
     first_layer: int
     cache_length: int
     valid: Tensor | None
     removed: Tensor
+    columns: Tensor
+    lowered: Tensor
 
     def extended(self, later: Tensor | None, count: int) -> Tensor | None:
         """Return the mask `[batch, cache_length + count]` once `count` later tokens follow, or None if nothing is masked.
@@ -46,18 +49,50 @@ class LayerGroup:
         tail = later if later is not None else torch.ones(batch, count, dtype=torch.bool, device=device)
         return torch.cat([head, tail.to(head)], dim=1)
 
+    def cropped(self, caller_length: int) -> LayerGroup:
+        """Return the group once everything from the caller's column `caller_length` on is taken away.
+
+        Rows that lose fewer entries than others keep them behind the mask.
+        """
+        left = (self.columns >= 0) & (self.columns < caller_length)
+        width = int((left * torch.arange(1, self.cache_length + 1, device=left.device)).max()) if left.numel() else 0
+        valid = left[:, :width] if self.valid is None else (left & self.valid)[:, :width]
+        return replace(
+            self,
+            cache_length=width,
+            valid=None if bool(valid.all()) else valid,
+            removed=self.lowered[:, caller_length - 1 : caller_length],
+            columns=self.columns[:, :width].masked_fill(~left[:, :width], -1),
+            lowered=self.lowered[:, :caller_length],
+        )
+
+    def with_rows(self, change: Callable[[Tensor], Tensor]) -> LayerGroup:
+        """Return the group after `change` was made to the rows of its cache."""
+        return replace(
+            self,
+            valid=None if self.valid is None else change(self.valid),
+            removed=change(self.removed),
+            columns=change(self.columns),
+            lowered=change(self.lowered),
+        )
+
 
 @dataclass(frozen=True, eq=False)
 class PrunedCacheState:
     """How a cache relates to the sequence that the caller believes to be in it.
 
     Attributes:
+        method: the name of the method that pruned it.
         caller_length: tokens of the caller's sequence at the end of the latest prefill.
         layer_groups: groups of layers with equal caches, from layer 0 up.
+        highest: int64 `[batch, caller_length]`, the highest position id up to each of the caller's columns, before any moved
+            down; -1 where there is only padding.
     """
 
+    method: str
     caller_length: int
     layer_groups: tuple[LayerGroup, ...]
+    highest: Tensor
 
     @property
     def cache_length(self) -> int:
@@ -69,19 +104,35 @@ class PrunedCacheState:
         """How far positions after the prefill move down in the first layer, int64 `[batch, 1]`."""
         return self.layer_groups[0].removed
 
+    @property
+    def rows(self) -> int:
+        """Rows of the cache."""
+        return self.highest.shape[0]
+
     def group(self, layer: int) -> LayerGroup:
         """Return the group that holds `layer`."""
         return next(group for group in reversed(self.layer_groups) if group.first_layer <= layer)
 
     def caller_past(self, cache: Any) -> int:
         """Return how many tokens of the caller's sequence the cache stands for now."""
-        return self.caller_length + int(cache.get_seq_length()) - self.cache_length
+        return self.caller_length + int(cache.layers[0].get_seq_length()) - self.cache_length
+
+    def check_entries(self, cache: Any) -> None:
+        """Raise UnsupportedCallError if layers of the cache were shortened or exchanged behind its back."""
+        added = [
+            int(cache.layers[group.first_layer].get_seq_length()) - group.cache_length for group in self.layer_groups
+        ]
+        if min(added) < 0 or min(added) != max(added):
+            raise UnsupportedCallError(
+                f"The layers of a cache pruned by {self.method!r} hold {added} entries more than its prefill left in them; "
+                "they must have grown alike. Shorten it with `cache.crop(-tokens)`, never layer by layer."
+            )
 
     def check_batch(self, batch: int) -> None:
         """Raise UnsupportedCallError if the cache was made with another number of rows."""
-        if self.removed.shape[0] != batch:
+        if self.rows != batch:
             raise UnsupportedCallError(
-                f"A pruned cache of {self.removed.shape[0]} rows was continued with {batch} rows; allowed: the same rows."
+                f"A pruned cache of {self.rows} rows was continued with {batch} rows; allowed: the same rows."
             )
 
     def check_columns(self, attention_mask: Tensor | None, expected: int, new_columns: int) -> None:
@@ -105,15 +156,16 @@ class PrunedCacheState:
         later = None if attention_mask is None else attention_mask[:, self.caller_length :]
         return self.layer_groups[0].extended(later, expected - self.caller_length)
 
+    def cropped(self, caller_length: int) -> PrunedCacheState:
+        """Return the state once everything from the caller's column `caller_length` on is taken away; 0 is not allowed."""
+        return replace(
+            self,
+            caller_length=caller_length,
+            layer_groups=tuple(group.cropped(caller_length) for group in self.layer_groups),
+            highest=self.highest[:, :caller_length],
+        )
 
-def cache_state(cache: Any) -> PrunedCacheState | None:
-    """Return the state of a pruned cache; None for a cache that was never pruned, or was reset since."""
-    state = getattr(cache, _ATTRIBUTE, None)
-    if state is None or int(cache.get_seq_length()) < state.cache_length:
-        return None
-    return state
-
-
-def set_cache_state(cache: Any, state: PrunedCacheState) -> None:
-    """Attach the state to the cache object, with which it lives, is copied and dies."""
-    setattr(cache, _ATTRIBUTE, state)
+    def with_rows(self, change: Callable[[Tensor], Tensor]) -> PrunedCacheState:
+        """Return the state after `change` was made to the rows of the cache."""
+        groups = tuple(group.with_rows(change) for group in self.layer_groups)
+        return replace(self, layer_groups=groups, highest=change(self.highest))

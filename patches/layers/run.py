@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..cache.state import LayerGroup, PrunedCacheState
+from ..cache.trace import columns_held, highest_positions, positions_lowered
 from ..prefill.compaction import Compaction, gather_columns, restore_columns
 from ..prefill.position_gaps import dropped_positions
 from .visual_tokens import VisualTokens
@@ -23,6 +24,7 @@ class LayerRun:
         mask: the caller's mask `[batch, caller_past + columns]` as bool, None where it masks nothing.
         caller_past: tokens of the caller's sequence before this call.
         state: what earlier prefills left behind, or None.
+        method: the name of the method that cuts.
         images: the images of a prefill that is cut, or None.
         entry: what was dropped before the first layer, or None.
         last_column: int64 `[batch]`, column of the last prompt token at the entry.
@@ -43,6 +45,7 @@ class LayerRun:
     mask: Tensor | None
     caller_past: int
     state: PrunedCacheState | None
+    method: str
     images: VisualTokens | None = None
     entry: Compaction | None = None
     last_column: Tensor | None = None
@@ -121,10 +124,19 @@ class LayerRun:
     def group_inputs(self, layer: int, past: int) -> tuple[Tensor, Tensor | None]:
         """Return positions `[..., batch, width]` and mask `[batch, past + width]` (or None) from `layer` on."""
         before = self.state.group(layer) if self.state is not None else None
-        positions, removed = self._positions(before)
+        positions, removed, lower = self._positions(before)
         valid = self.valid_columns(layer, past)
         if self.images is not None:
-            self.layer_groups.append(LayerGroup(layer, past + self.width, valid, removed))
+            index = None if self.compaction is None else self.compaction.index
+            group = LayerGroup(
+                first_layer=layer,
+                cache_length=past + self.width,
+                valid=valid,
+                removed=removed,
+                columns=columns_held(before, self.caller_past, self.batch, index, self.width).to(positions.device),
+                lowered=positions_lowered(before, self.caller_past, lower, self.positions),
+            )
+            self.layer_groups.append(group)
         return positions, valid
 
     def valid_columns(self, layer: int, past: int) -> Tensor | None:
@@ -157,24 +169,27 @@ class LayerRun:
 
     def left_behind(self) -> PrunedCacheState:
         """Return what later calls with this cache must know."""
-        return PrunedCacheState(self.caller_past + self.positions.shape[-1], tuple(self.layer_groups))
+        assert self.images is not None
+        highest = highest_positions(self.state, self.caller_past, self.positions, self.images.text | self.images.visual)
+        length = self.caller_past + self.positions.shape[-1]
+        return PrunedCacheState(self.method, length, tuple(self.layer_groups), highest)
 
     def _ones(self, width: int | None = None) -> Tensor:
         size = self.width if width is None else width
         return torch.ones(self.batch, size, dtype=torch.bool, device=self.positions.device)
 
-    def _positions(self, before: LayerGroup | None) -> tuple[Tensor, Tensor]:
+    def _positions(self, before: LayerGroup | None) -> tuple[Tensor, Tensor, Tensor | None]:
         positions = self.positions
         removed = torch.zeros(self.batch, 1, dtype=torch.int64, device=positions.device)
         if before is not None:
             positions, removed = positions - before.removed, before.removed
         if self.compaction is None:
-            return positions, removed
+            return positions, removed, None
         dropped, gone = self._gaps(positions)
         index = self.compaction.index.clamp(min=0)
         positions = (positions - dropped).take_along_dim(index.expand(*positions.shape[:-1], -1), -1)
         positions = positions * (self.compaction.index >= 0)
-        return positions, removed + gone
+        return positions, removed + gone, dropped if isinstance(dropped, Tensor) else None
 
     def _gaps(self, positions: Tensor) -> tuple[Tensor | int, Tensor | int]:
         """Return how far positions go down to close gaps, and how far those after this call do."""

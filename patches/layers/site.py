@@ -130,6 +130,7 @@ class LayerSite:
             mask=mask,
             caller_past=call.caller_past,
             state=call.state,
+            method=self.method.name,
             compact_entry=self.compact_entry,
             compact_layers=self.compact,
             record=call.record,

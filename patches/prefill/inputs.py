@@ -10,6 +10,7 @@ from torch import Tensor
 from vlmprune.methods.batch import Selection
 
 from ..cache.state import LayerGroup, PrunedCacheState
+from ..cache.trace import columns_held, highest_positions, positions_lowered
 from ..calls import LanguageModelCall
 from .compaction import Compaction, gather_columns
 from .deepstack import compact_deepstack, merging_of
@@ -19,7 +20,7 @@ from .position_gaps import dropped_positions
 
 
 def compacted_inputs(
-    call: LanguageModelCall, cut: EntryCut, spans: ImageSpans, *, close_gaps: bool, mrope: bool
+    call: LanguageModelCall, cut: EntryCut, spans: ImageSpans, method: str, *, close_gaps: bool, mrope: bool
 ) -> tuple[dict[str, Any], PrunedCacheState]:
     """Return the arguments for the shorter sequence, and what later calls with its cache must know.
 
@@ -27,6 +28,7 @@ def compacted_inputs(
         call: the call in the caller's columns.
         cut: which visual tokens stay; some are dropped.
         spans: the images.
+        method: the name of the method.
         close_gaps: whether positions of later tokens move down by what was dropped before them.
         mrope: whether one visual token may share its position ids with others.
     """
@@ -37,6 +39,8 @@ def compacted_inputs(
     if state is not None:
         state.check_batch(call.batch)
     positions = call.positions
+    highest = highest_positions(state, call.caller_past, positions, call.valid.to(call.device, non_blocking=True))
+    lower: Tensor | None = None
     removed = torch.zeros(call.batch, 1, dtype=torch.int64, device=call.device)
     if state is not None:
         positions, removed = positions - state.removed, state.removed
@@ -49,8 +53,16 @@ def compacted_inputs(
 
     valid = _valid_columns(call, compaction)
     length = call.past + compaction.width
-    group = LayerGroup(first_layer=0, cache_length=length, valid=valid, removed=removed)
-    left_behind = PrunedCacheState(call.caller_past + call.columns, (group,))
+    before = None if state is None else state.group(0)
+    group = LayerGroup(
+        first_layer=0,
+        cache_length=length,
+        valid=valid,
+        removed=removed,
+        columns=columns_held(before, call.caller_past, call.batch, compaction.index, compaction.width),
+        lowered=positions_lowered(before, call.caller_past, lower, call.positions),
+    )
+    left_behind = PrunedCacheState(method, call.caller_past + call.columns, (group,), highest)
     mask = valid
     if mask is None and (cache is None or not close_gaps):
         mask = torch.ones(call.batch, length, dtype=torch.bool, device=call.device)

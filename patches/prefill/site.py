@@ -66,7 +66,7 @@ class InputSite:
         """Return the language model's arguments after `cut`, which drops something."""
         call.entry = cut.compaction
         arguments, call.left_behind = compacted_inputs(
-            call, cut, visuals.spans, close_gaps=self.compact, mrope=self.family.mrope
+            call, cut, visuals.spans, self.method.name, close_gaps=self.compact, mrope=self.family.mrope
         )
         return arguments
 

@@ -1,0 +1,187 @@
+"""A cache that knows it was pruned: its own class with the host's class behind it."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import DynamicLayer
+
+from vlmprune.errors import UnsupportedCallError
+
+from .state import PrunedCacheState
+
+_STATE = "_vlmprune_state"
+_RUNNING = "_vlmprune_running"
+
+
+class PrunedCache:
+    """What a cache becomes once a prefill has left fewer entries in it than the prompt has tokens.
+
+    Outside of a patched model's forward it speaks of the caller's sequence: `get_seq_length` counts the caller's tokens, `crop`
+    takes the caller's tokens away (each layer loses those of its entries that stand for them), rows are reordered, selected
+    and repeated together with what is known of them, `reset` makes it an ordinary cache again. Nothing but a patched model
+    can put keys and values in it: anything else raises UnsupportedCallError. Copies and pickles stay pruned. What a layer
+    holds is `cache.layers[layer].keys`.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        # Hosts that gather the outputs of replicas build a new object of this class, whose state is lost.
+        self.__dict__[_RUNNING] = True
+        super().__init__(*args, **kwargs)
+        self.__dict__[_RUNNING] = False
+
+    def get_seq_length(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the number of tokens of the caller's sequence; inside a patched forward, the layer's entries."""
+        held = super().get_seq_length(*args, **kwargs)  # type: ignore[misc]
+        state = self.__dict__.get(_STATE)
+        if self.__dict__.get(_RUNNING) or state is None:
+            return held
+        return self.layers[0].get_seq_length() + (state.caller_length - state.cache_length)  # type: ignore[attr-defined]
+
+    def get_mask_sizes(self, *args: Any, **kwargs: Any) -> Any:
+        """Return what the host makes masks from; only inside a patched forward."""
+        self._check_running()
+        return super().get_mask_sizes(*args, **kwargs)  # type: ignore[misc]
+
+    def update(self, *args: Any, **kwargs: Any) -> Any:
+        """Add keys and values of one layer; only inside a patched forward."""
+        self._check_running()
+        return super().update(*args, **kwargs)  # type: ignore[misc]
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Take the last tokens of the caller's sequence away, as the host's cache does; their number is negative.
+
+        Raises:
+            UnsupportedCallError: layers of this kind cannot be shortened.
+        """
+        state, layers = self._known(), self.layers  # type: ignore[attr-defined]
+        if tokens_to_remove > 0:
+            # An empty layer says whether this version of the host still takes a length here.
+            DynamicLayer().crop(tokens_to_remove)
+            tokens_to_remove = min(0, tokens_to_remove - state.caller_past(self))
+        if tokens_to_remove == 0:
+            super().crop(0)  # type: ignore[misc]
+            return
+        if not all(layer.is_croppable and not hasattr(layer, "_quantized_keys") for layer in layers):
+            raise UnsupportedCallError(
+                f"A {type(self).__name__} pruned by {state.method!r} cannot be cropped: its layers "
+                f"({', '.join(sorted({type(layer).__name__ for layer in layers}))}) do not give entries back. "
+                "Use the default dynamic cache, or start with a fresh one."
+            )
+        state.check_entries(self)
+        left = state.caller_past(self) + tokens_to_remove
+        if left >= state.caller_length:
+            super().crop(tokens_to_remove)  # type: ignore[misc]
+            return
+        if left <= 0:
+            for layer in layers:
+                layer.crop(-int(layer.get_seq_length()))
+            self._forget()
+            return
+        shorter = state.cropped(left)
+        for index, layer in enumerate(layers):
+            layer.crop(shorter.group(index).cache_length - int(layer.get_seq_length()))
+        self.__dict__[_STATE] = shorter
+
+    def reset(self) -> None:
+        """Empty the cache; it is an ordinary one again."""
+        super().reset()  # type: ignore[misc]
+        self._forget()
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Put the rows in the order `beam_idx`."""
+        super().reorder_cache(beam_idx)  # type: ignore[misc]
+        self._change_rows(lambda rows: rows.index_select(0, beam_idx.to(rows.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every row."""
+        super().batch_repeat_interleave(repeats)  # type: ignore[misc]
+        self._change_rows(lambda rows: rows.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep only these rows."""
+        super().batch_select_indices(indices)  # type: ignore[misc]
+        chosen = torch.as_tensor(indices)
+        self._change_rows(lambda rows: rows[chosen.to(rows.device), ...])
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return _rebuild, (_host_class(self),), dict(self.__dict__)
+
+    def __repr__(self) -> str:
+        state = self.__dict__.get(_STATE)
+        kind = _host_class(self).__name__
+        if state is None:
+            return f"{kind}(pruned by vlmprune, its state lost)"
+        held = [int(layer.get_seq_length()) for layer in self.layers]  # type: ignore[attr-defined]
+        return f"{kind}(pruned by {state.method!r}: {state.caller_past(self)} tokens, entries per layer {held})"
+
+    def _change_rows(self, change: Any) -> None:
+        state = self.__dict__.get(_STATE)
+        if state is not None:
+            self.__dict__[_STATE] = state.with_rows(change)
+
+    def _forget(self) -> None:
+        self.__dict__.pop(_STATE, None)
+        self.__dict__.pop(_RUNNING, None)
+        self.__class__ = _host_class(self)  # type: ignore[assignment]
+
+    def _known(self) -> PrunedCacheState:
+        state: PrunedCacheState | None = self.__dict__.get(_STATE)
+        if state is None:
+            raise UnsupportedCallError(
+                "This KV cache was gathered from pruned ones and no longer knows what was dropped; start with a fresh cache."
+            )
+        return state
+
+    def _check_running(self) -> None:
+        if not self.__dict__.get(_RUNNING):
+            state = self._known()
+            raise UnsupportedCallError(
+                f"This KV cache was pruned by {state.method!r}: it holds fewer entries than the {state.caller_past(self)} "
+                "tokens it stands for, and the model that was called with it does not know which. Apply a method to the model "
+                "(vlmprune.apply) and call the whole model, or start with a fresh cache."
+            )
+
+
+@cache
+def _pruned_class(host_class: type) -> type:
+    return type(f"Pruned{host_class.__name__}", (PrunedCache, host_class), {"__module__": __name__})
+
+
+def _host_class(cache: PrunedCache) -> type:
+    return type(cache).__mro__[2]
+
+
+def _rebuild(host_class: type) -> Any:
+    made = _pruned_class(host_class)
+    return made.__new__(made)
+
+
+def cache_state(cache: Any) -> PrunedCacheState | None:
+    """Return the state of a pruned cache; None for a cache that was never pruned, or was reset since.
+
+    Raises:
+        UnsupportedCallError: the cache was pruned, and its state was lost.
+    """
+    return cache._known() if isinstance(cache, PrunedCache) else None
+
+
+def set_cache_state(cache: Any, state: PrunedCacheState) -> None:
+    """Let a cache know that it was pruned, and how. The object stays the same."""
+    cache.__dict__.update({_STATE: state, _RUNNING: False})
+    if not isinstance(cache, PrunedCache):
+        cache.__class__ = _pruned_class(type(cache))
+
+
+def open_cache(cache: Any) -> None:
+    """Let a patched forward use a pruned cache."""
+    cache.__dict__[_RUNNING] = True
+
+
+def close_cache(cache: Any) -> None:
+    """End what `open_cache` began."""
+    if cache.__dict__.get(_RUNNING):
+        cache.__dict__[_RUNNING] = False
