@@ -126,7 +126,7 @@ class PrunedCache:
     def _forget(self) -> None:
         self.__dict__.pop(_STATE, None)
         self.__dict__.pop(_RUNNING, None)
-        self.__class__ = _host_class(self)  # type: ignore[assignment]
+        self.__class__ = _host_class(self)
 
     def _known(self) -> PrunedCacheState:
         state: PrunedCacheState | None = self.__dict__.get(_STATE)
@@ -156,7 +156,7 @@ def _host_class(cache: PrunedCache) -> type:
 
 
 def _rebuild(host_class: type) -> Any:
-    made = _pruned_class(host_class)
+    made: Any = _pruned_class(host_class)
     return made.__new__(made)
 
 
@@ -173,7 +173,8 @@ def set_cache_state(cache: Any, state: PrunedCacheState) -> None:
     """Let a cache know that it was pruned, and how. The object stays the same."""
     cache.__dict__.update({_STATE: state, _RUNNING: False})
     if not isinstance(cache, PrunedCache):
-        cache.__class__ = _pruned_class(type(cache))
+        host_class: Any = type(cache)
+        cache.__class__ = _pruned_class(host_class)
 
 
 def open_cache(cache: Any) -> None:
