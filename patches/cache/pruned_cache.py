@@ -170,7 +170,13 @@ def cache_state(cache: Any) -> PrunedCacheState | None:
 
 
 def set_cache_state(cache: Any, state: PrunedCacheState) -> None:
-    """Let a cache know that it was pruned, and how. The object stays the same."""
+    """Let a cache know that it was pruned, and how. The object stays the same.
+
+    Raises:
+        UnsupportedCallError: the cache is a static one.
+    """
+    if cache.is_compileable:
+        raise UnsupportedCallError(f"A {type(cache).__name__} cannot be pruned: use the default dynamic cache.")
     cache.__dict__.update({_STATE: state, _RUNNING: False})
     if not isinstance(cache, PrunedCache):
         host_class: Any = type(cache)
