@@ -6,6 +6,7 @@ import torch
 import vlmprune
 from support.layerwise import check_greedy, default_positions, language_model_inputs, row_by_layers
 from support.matrix import LAYER_METHODS, METHOD_PARAMETERS, few_tokens, over_matrix
+from support.merging import given_merged
 from vlmprune.methods.registry import get_method
 
 ROWS = {
@@ -54,32 +55,4 @@ def test_pruned_forward_equals_the_layers_by_hand_in_bf16(method, family):
 def given_to_layers(model, method, inputs, run):
     """What the host hands to its language model, with the visual tokens of a merging method merged by hand."""
     given = language_model_inputs(model, inputs)
-    if get_method(method).merges:
-        token, visual = model.config.image_token_id, inputs["input_ids"] == model.config.image_token_id
-        given["inputs_embeds"] = merged_by_hand(given["inputs_embeds"], inputs, run, token)
-        deep = [torch.zeros_like(given["inputs_embeds"]) for _ in given.get("deepstack_visual_embeds") or ()]
-        for plane, features in zip(deep, given.get("deepstack_visual_embeds") or (), strict=True):
-            plane[visual] = features
-        given["deepstack_visual_embeds"] = [merged_by_hand(plane, inputs, run, token)[visual] for plane in deep]
-    return given
-
-
-def merged_by_hand(embeddings, inputs, run, image_token):
-    """Replace the kept tokens by the averages of the cells that they stand for."""
-    merged = embeddings.clone()
-    for row in range(len(embeddings)):
-        placeholders, start = (inputs["input_ids"][row] == image_token).nonzero().flatten(), 0
-        for image in (image for image in run.images if image.batch_index == row):
-            mine = placeholders[start : start + image.total]
-            grid = embeddings[row, mine].view(*image.grid, -1)
-            cell_rows = (image.kept // image.grid[1]).unique().numel()
-            cell_columns = image.kept.numel() // cell_rows
-            for cell, token in enumerate(image.kept.tolist()):
-                top, left = divmod(cell, cell_columns)
-                spans = [
-                    slice(index * size // cells, -(-(index + 1) * size // cells))
-                    for index, size, cells in ((top, image.grid[0], cell_rows), (left, image.grid[1], cell_columns))
-                ]
-                merged[row, mine[token]] = grid[spans[0], spans[1]].flatten(0, 1).mean(0)
-            start += image.total
-    return merged
+    return given_merged(given, inputs, run, model.config.image_token_id) if get_method(method).merges else given

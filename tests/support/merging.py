@@ -1,0 +1,49 @@
+"""Visual tokens merged by hand, as a method that averages cells of the grid must merge them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def given_merged(given: dict[str, Any], inputs: dict[str, Tensor], record: Any, token: int) -> dict[str, Any]:
+    """Return what the host hands to its language model, with the kept visual tokens merged.
+
+    Args:
+        given: what an unpatched model hands to its language model.
+        inputs: the model inputs of the batch.
+        record: what was kept.
+        token: id of the placeholder.
+    """
+    visual, embeddings = inputs["input_ids"] == token, given["inputs_embeds"]
+    deep = [torch.zeros_like(embeddings) for _ in given.get("deepstack_visual_embeds") or ()]
+    for plane, features in zip(deep, given.get("deepstack_visual_embeds") or (), strict=True):
+        plane[visual] = features
+    return {
+        **given,
+        "inputs_embeds": merged_by_hand(embeddings, inputs, record, token),
+        "deepstack_visual_embeds": [merged_by_hand(plane, inputs, record, token)[visual] for plane in deep],
+    }
+
+
+def merged_by_hand(embeddings: Tensor, inputs: dict[str, Tensor], record: Any, image_token: int) -> Tensor:
+    """Replace the kept tokens by the averages of the cells that they stand for."""
+    merged = embeddings.clone()
+    for row in range(len(embeddings)):
+        placeholders, start = (inputs["input_ids"][row] == image_token).nonzero().flatten(), 0
+        for image in (image for image in record.images if image.batch_index == row):
+            mine = placeholders[start : start + image.total]
+            grid = embeddings[row, mine].view(*image.grid, -1)
+            cell_rows = (image.kept // image.grid[1]).unique().numel()
+            cell_columns = image.kept.numel() // cell_rows
+            for cell, token in enumerate(image.kept.tolist()):
+                top, left = divmod(cell, cell_columns)
+                spans = [
+                    slice(index * size // cells, -(-(index + 1) * size // cells))
+                    for index, size, cells in ((top, image.grid[0], cell_rows), (left, image.grid[1], cell_columns))
+                ]
+                merged[row, mine[token]] = grid[spans[0], spans[1]].flatten(0, 1).mean(0)
+            start += image.total
+    return merged
