@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 TYPED := build/typed/vlmprune
 
-.PHONY: help setup test test-gpu lint format demo tiny bench-gpu clean
+.PHONY: help setup test fuzz test-gpu lint format demo tiny bench-gpu clean
 
 help:  ## Show the targets.
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*## /\t/' | expand -t 12
@@ -20,6 +20,10 @@ $(STAMP): pyproject.toml
 
 test: setup  ## Run the whole test suite on the CPU.
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+
+MINUTES ?= 60
+fuzz: setup  ## Random call sequences on one cache for MINUTES (60), against logits made without one.
+	OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz/run.py --minutes $(MINUTES) --seed $(shell date +%s)
 
 test-gpu: setup  ## Run the kernel tests on a GPU.
 	$(BIN)/python -m pytest tests/kernels

@@ -97,7 +97,9 @@ def layers_seen(record: Any, image: int, depth: int) -> Tensor:
 
 
 @torch.no_grad()
-def row_logits(model: Any, sequence: CallerSequence, row: int, closing: Positions, first: int = 0) -> tuple[Tensor, Tensor]:
+def row_logits(
+    model: Any, sequence: CallerSequence, row: int, closing: Positions, first: int = 0
+) -> tuple[Tensor, Tensor]:
     """Run one row through the unpatched layers, each on the tokens that are alive there, without a cache.
 
     Args:
