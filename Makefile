@@ -28,12 +28,13 @@ fuzz: setup  ## Random call sequences on one cache for MINUTES (60), against log
 test-gpu: setup  ## Run the kernel tests on a GPU.
 	$(BIN)/python -m pytest tests/kernels
 
-lint: setup  ## Check style and types.
+lint: setup  ## Check style, types and the directions of imports.
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	@rm -rf build/typed && mkdir -p build/typed && cp -r vlmprune build/typed/
-	@cp -r kernels patches eval $(TYPED)/
+	@cp -r kernels patches eval $(TYPED)/ && find $(TYPED) -type d -exec touch {}/__init__.py \;
 	cd build/typed && MYPYPATH=. ../../$(BIN)/mypy --config-file ../../pyproject.toml -p vlmprune
+	cd build/typed && PYTHONPATH=. ../../$(BIN)/lint-imports --config ../../pyproject.toml --no-logo
 
 format:  ## Reformat the code.
 	$(BIN)/ruff check --fix .

@@ -6,7 +6,7 @@ import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -14,10 +14,10 @@ from torch import Tensor
 from vlmprune.errors import UnsupportedCallError
 from vlmprune.record import RunRecord
 
-from .cache.pruned_cache import cache_state
-from .cache.state import PrunedCacheState
-from .layers.run import LayerRun
-from .prefill.compaction import Compaction
+if TYPE_CHECKING:
+    from .cache.state import PrunedCacheState
+    from .layers.run import LayerRun
+    from .prefill.compaction import Compaction
 
 
 @dataclass(eq=False)
@@ -64,6 +64,7 @@ class LanguageModelCall:
     Attributes:
         model_call: the forward around it.
         arguments: the keyword arguments that the host passed, in the caller's columns.
+        state: what earlier prefills left behind with the cache, or None.
         entry: how the sequence was compacted before the first layer, or None.
         left_behind: what later calls with the same cache must know, or None.
         layer_run: the running sequence where it differs from layer to layer, or None.
@@ -72,6 +73,7 @@ class LanguageModelCall:
 
     model_call: ModelCall
     arguments: dict[str, Any]
+    state: PrunedCacheState | None = None
     entry: Compaction | None = None
     left_behind: PrunedCacheState | None = None
     layer_run: LayerRun | None = None
@@ -103,11 +105,6 @@ class LanguageModelCall:
     def cache(self) -> Any:
         """The KV cache, or None."""
         return self.arguments.get("past_key_values")
-
-    @cached_property
-    def state(self) -> PrunedCacheState | None:
-        """What earlier prefills left behind with the cache, or None."""
-        return None if self.cache is None else cache_state(self.cache)
 
     @cached_property
     def past(self) -> int:

@@ -15,7 +15,7 @@ from vlmprune.record import RunRecord
 
 from .cache.continuation import continued_inputs
 from .cache.generation import patch_generation
-from .cache.pruned_cache import close_cache, open_cache, set_cache_state
+from .cache.pruned_cache import cache_state, close_cache, open_cache, set_cache_state
 from .calls import CallStack, LanguageModelCall, ModelCall
 from .families.family import Family
 from .hooks import HookSet
@@ -114,7 +114,9 @@ class PruningEngine:
         if not self.calls.model:
             return None
         model_call = self.calls.model[-1]
-        call = model_call.language_call = LanguageModelCall(model_call, kwargs)
+        cache = kwargs.get("past_key_values")
+        state = None if cache is None else cache_state(cache)
+        call = model_call.language_call = LanguageModelCall(model_call, kwargs, state)
         if call.state is not None:
             open_cache(call.cache)
             call.state.check_entries(call.cache)

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from vlmprune.methods.batch import VisionSignal
 
 from ..calls import CallStack, TowerCall
-from ..families.family import Family
 from ..hooks import HookSet
 from .encoded_visuals import EncodedVisuals, encoded_visuals, set_encoded_visuals
+
+if TYPE_CHECKING:
+    from ..families.family import Family
 
 
 class EncoderCall:
