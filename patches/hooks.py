@@ -62,7 +62,8 @@ class HookSet:
         """Return `(path of the module in model, kind, name)` of every hook, in the order in which they were added."""
         paths = {module: path for path, module in model.named_modules(remove_duplicate=True)}
         return [
-            (paths.get(hook.module) or type(hook.module).__name__, hook.kind, hook.name) for hook in self._hooks.values()
+            (paths.get(hook.module) or type(hook.module).__name__, hook.kind, hook.name)
+            for hook in self._hooks.values()
         ]
 
     def _add(self, name: str, kind: str, module: nn.Module, undo: Callable[[], None]) -> None:

@@ -16,7 +16,7 @@ if (_root := Path(__file__).resolve().parent.parent).joinpath("kernels", "segmen
 
 if TYPE_CHECKING:
     from . import errors, methods
-    from .api import apply, last_run, list_methods, pruned, remove
+    from .api import apply, describe, last_run, list_methods, pruned, remove
     from .record import ImageRecord, RunRecord
 
 __version__ = "0.1.0"
@@ -24,6 +24,7 @@ __all__ = [
     "ImageRecord",
     "RunRecord",
     "apply",
+    "describe",
     "errors",
     "last_run",
     "list_methods",
@@ -33,7 +34,7 @@ __all__ = [
 ]
 
 _HOMES = {
-    **dict.fromkeys(("apply", "last_run", "list_methods", "pruned", "remove"), "vlmprune.api"),
+    **dict.fromkeys(("apply", "describe", "last_run", "list_methods", "pruned", "remove"), "vlmprune.api"),
     **dict.fromkeys(("ImageRecord", "RunRecord"), "vlmprune.record"),
 }
 

@@ -119,6 +119,18 @@ def last_run(model: nn.Module) -> RunRecord:
     return record
 
 
+def describe(model: nn.Module) -> str:
+    """Return what is applied to a model, as text for bug reports: versions, method, and the hooks in order.
+
+    Raises:
+        NotAppliedError: no method is applied.
+    """
+    from .description import describe_engine
+
+    engine = _engine(model)
+    return describe_engine(engine.family.model, engine)
+
+
 def list_methods(model: nn.Module | None = None) -> list[str]:
     """Return the names of all methods, or of those that this model can be served with.
 
@@ -177,4 +189,4 @@ def _engine(model: Any) -> PruningEngine:
     return engine
 
 
-__all__ = ["UnsupportedFamilyError", "apply", "last_run", "list_methods", "pruned", "remove"]
+__all__ = ["UnsupportedFamilyError", "apply", "describe", "last_run", "list_methods", "pruned", "remove"]
