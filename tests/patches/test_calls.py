@@ -66,7 +66,7 @@ def test_positions_of_the_host_are_cut_to_the_new_tokens():
 def test_other_masks_are_refused_by_what_they_are(mask):
     call = language_call()
     call.arguments["attention_mask"] = mask
-    with pytest.raises(UnsupportedCallError, match="4-D tensor|dict"):
+    with pytest.raises(UnsupportedCallError, match=r"4-D tensor|dict"):
         call.check_mask()
 
 
