@@ -46,7 +46,7 @@ PLOTS: dict[str, tuple[Callable[[Row], float | None], str]] = {
 
 @dataclass(frozen=True)
 class BenchOptions:
-    """What to run. ``limit`` is a number of items per task; ``timing_seconds`` 0 measures no time."""
+    """What to run. `limit` is a number of items per task; `timing_seconds` 0 measures no time."""
 
     model: str
     methods: Sequence[tuple[str, dict[str, Any]]]
@@ -65,9 +65,9 @@ class BenchOptions:
 
 
 def run_bench(options: BenchOptions, console: Console | None = None) -> list[Row]:
-    """Run what is not yet in ``options.out``, write its results there, print the tables.
+    """Run what is not yet in `options.out`, write its results there, print the tables.
 
-    Raises ``ResultFolderError`` where the folder holds another configuration; a cell is stored as soon as it is
+    Raises `ResultFolderError` where the folder holds another configuration; a cell is stored as soon as it is
     finished, so an interrupted run loses at most one. Of several processes only the first writes, prints and returns rows.
     Cells that the model cannot give have no row, but a note beside the tables and under "left_out" in results.json.
     """
@@ -128,14 +128,14 @@ def print_tables(rows: Sequence[Row], folder: Path, left_out: Sequence[LeftOut] 
 
 
 def run_on_data(options: BenchOptions, data: Path, new_tokens: int = 32) -> list[Fidelity]:
-    """Compare every cell with the unpruned model on prompts without labels (see ``run_fidelity``) instead of scoring tasks."""
+    """Compare every cell with the unpruned model on prompts without labels (see `run_fidelity`) instead of scoring tasks."""
     loaded, cells, left_out = load_with_cells(options)
     wanted = FidelityOptions(data, cells, options.out, options.limit, options.batch_size, new_tokens, left_out)
     return run_fidelity(loaded, wanted)
 
 
 def load_with_cells(options: BenchOptions) -> tuple[LoadedModel, list[Cell], list[LeftOut]]:
-    """The model, the cells asked for, and those of them that it cannot give; raises as ``usable_cells``."""
+    """The model, the cells asked for, and those of them that it cannot give; raises as `usable_cells`."""
     logging.disable_progress_bar()
     datasets.disable_progress_bars()
     loaded = load_model(options.model, options.dtype, options.device, options.batch_size)

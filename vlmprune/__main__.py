@@ -1,4 +1,4 @@
-"""``python -m vlmprune``."""
+"""`python -m vlmprune`."""
 
 from vlmprune.cli import main
 

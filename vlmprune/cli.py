@@ -1,4 +1,4 @@
-"""The command line. Heavy imports happen inside commands, so that ``--help`` is quick."""
+"""The command line. Heavy imports happen inside commands, so that `--help` is quick."""
 
 from __future__ import annotations
 
@@ -229,5 +229,5 @@ def report(
 
 
 def main() -> None:
-    """Entry point of the ``vlmprune`` command."""
+    """Entry point of the `vlmprune` command."""
     sys.exit(app())

@@ -66,7 +66,7 @@ class Agreement:
 
 @dataclass(frozen=True)
 class Fidelity:
-    """Agreement with the unpruned model. ``kl`` is the mean of KL(unpruned || pruned) of the first token, in nats."""
+    """Agreement with the unpruned model. `kl` is the mean of KL(unpruned || pruned) of the first token, in nats."""
 
     title: str
     keep: float | int | None
@@ -79,10 +79,10 @@ class Fidelity:
 
 
 def read_prompts(path: Path, limit: int | None = None) -> list[Prompt]:
-    """Prompts of a folder of pictures (all asked ``DEFAULT_PROMPT``, or the lines of its ``prompts.txt``) or of a JSONL file.
+    """Prompts of a folder of pictures (all asked `DEFAULT_PROMPT`, or the lines of its `prompts.txt`) or of a JSONL file.
 
-    A line of the file is ``{"image": path or list of paths, "prompt": text}``; relative paths start at the file's folder.
-    Raises ``PromptDataError`` naming the file and line.
+    A line of the file is `{"image": path or list of paths, "prompt": text}`; relative paths start at the file's folder.
+    Raises `PromptDataError` naming the file and line.
     """
     if path.is_dir():
         return _folder_prompts(path)[:limit]
@@ -129,7 +129,7 @@ def _line_prompt(line: str, file: Path, number: int) -> Prompt:
 
 @dataclass(frozen=True)
 class FidelityOptions:
-    """What ``run_fidelity`` compares; ``left_out`` is what was asked for and is known to be impossible."""
+    """What `run_fidelity` compares; `left_out` is what was asked for and is known to be impossible."""
 
     data: Path
     cells: Sequence[Cell]
@@ -145,7 +145,7 @@ def run_fidelity(loaded: LoadedModel, options: FidelityOptions, console: Console
 
     Finished cells of an interrupted run are kept; the unpruned replies are made again where some cell is missing. Several
     processes share the batches, which are those of one process, and only the first writes, prints and returns rows.
-    Budgets that some picture does not allow are left out with a note; raises ``BudgetError`` where nothing else was asked for.
+    Budgets that some picture does not allow are left out with a note; raises `BudgetError` where nothing else was asked for.
     """
     ranks = Ranks()
     console = console or Console(stderr=True, quiet=not ranks.is_main)
@@ -234,7 +234,7 @@ def replies(
 ) -> list[Reply]:
     """Greedy token ids and first-token log-probabilities (on the CPU) of every prompt, as the model stands.
 
-    ``batches`` come with the number of their first prompt.
+    `batches` come with the number of their first prompt.
     """
     found: list[Reply] = []
     for start, batch in batches:
@@ -246,7 +246,7 @@ def replies(
 
 
 def agreement(full: Sequence[Reply], pruned: Sequence[Reply], records: Sequence[RequestRecord]) -> list[Agreement]:
-    """Prompt by prompt, two runs over the same prompts; ``records`` are those of the pruned one."""
+    """Prompt by prompt, two runs over the same prompts; `records` are those of the pruned one."""
     return [
         Agreement(
             prompt=after.prompt,

@@ -1,6 +1,6 @@
 """An lmms-eval model around a live Hugging Face model, pruned or not.
 
-Only this module and ``accuracy`` import lmms-eval. Differences from lmms-eval's own wrappers: ``clean`` leaves the
+Only this module and `accuracy` import lmms-eval. Differences from lmms-eval's own wrappers: `clean` leaves the
 model alone (one model serves many runs), errors in generation are raised and never scored as empty answers, batches
 of any size, and the token counts of every request are recorded.
 """
@@ -31,7 +31,7 @@ MAX_NEW_TOKENS = 256
 class RequestRecord:
     """Token counts of one request: visual ones before pruning and by layer of the LLM, and the tower's work.
 
-    ``images``: visual tokens of each image before and after the input of the language model; empty for the unpruned model.
+    `images`: visual tokens of each image before and after the input of the language model; empty for the unpruned model.
     """
 
     task: str
@@ -46,7 +46,7 @@ class RequestRecord:
 
 @dataclass
 class _Question:
-    """One request as a conversation: ``messages`` with placeholders, ``images`` in order."""
+    """One request as a conversation: `messages` with placeholders, `images` in order."""
 
     position: int
     task: str
@@ -59,11 +59,11 @@ class _Question:
 
 
 class LiveModel(lmms):
-    """``model`` and ``processor`` as lmms-eval wants them; ``pruned`` says whether ``vlmprune.apply`` was called on
+    """`model` and `processor` as lmms-eval wants them; `pruned` says whether `vlmprune.apply` was called on
     the model.
 
-    ``on_progress`` is called with the number of requests answered after every batch. ``records`` holds what was
-    counted since the last ``reset``; ``model_seconds`` the time spent inside the model.
+    `on_progress` is called with the number of requests answered after every batch. `records` holds what was
+    counted since the last `reset`; `model_seconds` the time spent inside the model.
     """
 
     is_simple = False
@@ -92,7 +92,7 @@ class LiveModel(lmms):
         return self._model.device
 
     def reset(self, pruned: bool | None = None) -> None:
-        """Forget the records; ``pruned`` as in the constructor."""
+        """Forget the records; `pruned` as in the constructor."""
         self.records: list[RequestRecord] = []
         self.model_seconds = 0.0
         if pruned is not None:
@@ -138,7 +138,7 @@ class LiveModel(lmms):
     def reply(
         self, turns: Sequence[tuple[list[dict[str, Any]], list[Image.Image]]], new_tokens: int
     ) -> tuple[list[tuple[int, ...]], torch.Tensor]:
-        """Greedy token ids of every turn (see ``user_turn``), and log-probabilities [turns, vocabulary] of the first token."""
+        """Greedy token ids of every turn (see `user_turn`), and log-probabilities [turns, vocabulary] of the first token."""
         batch = [_Question(i, "", i, messages, images, True) for i, (messages, images) in enumerate(turns)]
         inputs = self._encode(self._prompts(batch), batch)
         settings = generation_settings({"max_new_tokens": new_tokens})
@@ -290,9 +290,9 @@ class LiveModel(lmms):
 
 
 def entering_images(run: RunRecord, rows: int, expansion: int = 1) -> list[tuple[tuple[int, int], ...]]:
-    """Visual tokens of every image of ``rows`` prompts before and after the input of the language model.
+    """Visual tokens of every image of `rows` prompts before and after the input of the language model.
 
-    ``expansion`` is the number of beams that each prompt was repeated for.
+    `expansion` is the number of beams that each prompt was repeated for.
     """
     kept = run.kept_by_stage[0][1] if run.kept_by_stage else run.kept_per_image
     found: list[list[tuple[int, int]]] = [[] for _ in range(rows)]
@@ -307,7 +307,7 @@ def _key(question: _Question) -> str:
 
 
 def generation_settings(settings: dict[str, Any]) -> dict[str, Any]:
-    """Arguments of ``generate`` from a task's ``generation_kwargs``; greedy unless the task asks for sampling."""
+    """Arguments of `generate` from a task's `generation_kwargs`; greedy unless the task asks for sampling."""
     temperature = float(settings.get("temperature") or 0)
     sampling = bool(settings.get("do_sample", temperature > 0)) and temperature > 0
     chosen: dict[str, Any] = {
@@ -328,7 +328,7 @@ def end_tokens(model: PreTrainedModel) -> set[int]:
 
 
 def cut_at(answer: str, until: str | Sequence[str] | None) -> str:
-    """``answer`` up to the first of the strings that end it."""
+    """`answer` up to the first of the strings that end it."""
     for stop in [until] if isinstance(until, str) else until or []:
         if stop:
             answer = answer.split(stop)[0]

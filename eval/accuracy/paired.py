@@ -13,7 +13,7 @@ RESAMPLES = 2000
 def compare_paired(tasks: Mapping[str, Any], full: Mapping[str, Any], seed: int = 0) -> dict[str, Any] | None:
     """Difference and ratio to the unpruned model with 95 % bootstrap intervals, and how many items turned right or wrong.
 
-    ``tasks`` and ``full`` are stored results by task, with ``samples`` of ``doc_id`` and ``score``. Items are resampled within
+    `tasks` and `full` are stored results by task, with `samples` of `doc_id` and `score`. Items are resampled within
     each task, the same ones for both models; tasks weigh equally. None where some item has no score of its own, or where the
     two runs did not answer the same items.
     """

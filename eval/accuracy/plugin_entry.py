@@ -1,4 +1,4 @@
-"""lmms-eval's plug-in entry point: ``lmms-eval --model vlmprune --model_args pretrained=...,method=...,keep=...``."""
+"""lmms-eval's plug-in entry point: `lmms-eval --model vlmprune --model_args pretrained=...,method=...,keep=...`."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""The model that ``lmms-eval --model vlmprune`` runs.
+"""The model that `lmms-eval --model vlmprune` runs.
 
-Everything that decides how tokens are pruned is part of ``--model_args``, which lmms-eval's response cache has in its key, so a
+Everything that decides how tokens are pruned is part of `--model_args`, which lmms-eval's response cache has in its key, so a
 cache can never hand the answers of one method or budget to another.
 """
 
@@ -17,10 +17,10 @@ from .live_model import LiveModel
 
 
 class Vlmprune(LiveModel):
-    """A pruned model built from ``--model_args``.
+    """A pruned model built from `--model_args`.
 
-    ``pretrained`` is a shipped name, folder or hub name; ``method`` a method's name or "full"; ``keep`` a share or count;
-    ``dtype`` and ``device`` as for ``vlmprune bench``; all else goes to the method. Each process of several takes its own GPU.
+    `pretrained` is a shipped name, folder or hub name; `method` a method's name or "full"; `keep` a share or count;
+    `dtype` and `device` as for `vlmprune bench`; all else goes to the method. Each process of several takes its own GPU.
     """
 
     def __init__(
@@ -46,6 +46,6 @@ class Vlmprune(LiveModel):
 
 
 class SimpleVlmprune(Vlmprune):
-    """The same for ``--force_simple``, which lmms-eval needs for multiple-choice tasks."""
+    """The same for `--force_simple`, which lmms-eval needs for multiple-choice tasks."""
 
     is_simple = True

@@ -1,4 +1,4 @@
-"""One accuracy run through lmms-eval's ``simple_evaluate``."""
+"""One accuracy run through lmms-eval's `simple_evaluate`."""
 
 from __future__ import annotations
 
@@ -40,9 +40,9 @@ class TaskScore:
 def evaluate_tasks(
     model: LiveModel, tasks: Mapping[str, Any], limit: int | None, seed: int
 ) -> dict[str, TaskScore] | None:
-    """Scores by task of ``model`` as it stands; None on every rank but the first.
+    """Scores by task of `model` as it stands; None on every rank but the first.
 
-    ``limit`` is the number of items of each task. lmms-eval's response cache stays off: its key does not know how the
+    `limit` is the number of items of each task. lmms-eval's response cache stays off: its key does not know how the
     model is pruned.
     """
     with quiet_lmms_eval():

@@ -23,7 +23,7 @@ SHORT_DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model in evaluation mode with its processor; ``source`` is the folder or hub name it came from."""
+    """A model in evaluation mode with its processor; `source` is the folder or hub name it came from."""
 
     model: PreTrainedModel
     processor: Any
@@ -56,11 +56,11 @@ def load_model(
     batch_size: int = 1,
     image_size: tuple[int, int] = TYPICAL_IMAGE,
 ) -> LoadedModel:
-    """Load the model that ``name`` means (see ``resolve_model``) with its processor.
+    """Load the model that `name` means (see `resolve_model`) with its processor.
 
-    ``dtype`` "auto" takes what the checkpoint stores; ``device`` "auto" takes a GPU where there is one; ``batch_size`` and
-    ``image_size`` (width, height) say what it will be asked. Raises ``ModelLoadError`` where anything about the folder or hub
-    name is wrong and, before the weights are read, ``DeviceError`` where model and requests cannot fit.
+    `dtype` "auto" takes what the checkpoint stores; `device` "auto" takes a GPU where there is one; `batch_size` and
+    `image_size` (width, height) say what it will be asked. Raises `ModelLoadError` where anything about the folder or hub
+    name is wrong and, before the weights are read, `DeviceError` where model and requests cannot fit.
     """
     target = pick_device(device)
     wanted = pick_dtype(dtype)
@@ -101,7 +101,7 @@ def _load_message(source: str, error: Exception) -> str:
 
 
 def pick_device(name: str) -> torch.device:
-    """The device of that name, of several processes each its own GPU; raises ``DeviceError`` if it is not there."""
+    """The device of that name, of several processes each its own GPU; raises `DeviceError` if it is not there."""
     if name in ("auto", "cuda") and torch.cuda.is_available():
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
     if name == "auto":

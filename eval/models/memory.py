@@ -26,7 +26,7 @@ class DeviceError(VlmpruneError, RuntimeError):
 
 @dataclass(frozen=True)
 class MemoryNeed:
-    """Bytes that a model needs to answer ``batch_size`` prompts of ``tokens`` tokens each; all but the weights are estimates."""
+    """Bytes that a model needs to answer `batch_size` prompts of `tokens` tokens each; all but the weights are estimates."""
 
     weights: int
     cache: int
@@ -50,9 +50,9 @@ def require_memory(
     text_tokens: int = TYPICAL_TEXT,
     weights: int | None = None,
 ) -> None:
-    """Raise ``DeviceError`` with what is needed and what is free, before anything large is loaded.
+    """Raise `DeviceError` with what is needed and what is free, before anything large is loaded.
 
-    ``image_size`` (width, height) and ``text_tokens`` are those of the prompts to expect; ``weights`` are bytes where known.
+    `image_size` (width, height) and `text_tokens` are those of the prompts to expect; `weights` are bytes where known.
     """
     free = free_memory(device)
     if free is None:
@@ -97,7 +97,7 @@ def memory_need(
 
 
 def parameter_count(config: PreTrainedConfig) -> int:
-    """Parameters of the model that ``config`` describes, tied ones once; builds it on the meta device."""
+    """Parameters of the model that `config` describes, tied ones once; builds it on the meta device."""
     with torch.device("meta"):
         model = AutoModelForImageTextToText.from_config(config)
     model.tie_weights()
@@ -113,7 +113,7 @@ def stored_bytes(source: str) -> int | None:
 
 
 def free_memory(device: torch.device) -> int | None:
-    """Bytes that can be had on ``device``; None where the system does not tell."""
+    """Bytes that can be had on `device`; None where the system does not tell."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     found = [amount for amount in (_available_memory(), _container_memory()) if amount is not None]
@@ -144,7 +144,7 @@ def _kilobytes(file: Path, name: str) -> int | None:
 
 
 class PeakMemory:
-    """The highest memory use since ``start``: of the GPU's allocator, or of the whole process where there is no GPU."""
+    """The highest memory use since `start`: of the GPU's allocator, or of the whole process where there is no GPU."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device

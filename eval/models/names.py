@@ -1,4 +1,4 @@
-"""What ``--model`` can name: a shipped model, a local folder or a hub name."""
+"""What `--model` can name: a shipped model, a local folder or a hub name."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ def shipped_models() -> list[str]:
 def resolve_model(name: str) -> str:
     """Folder of a shipped model or local folder (absolute), or the hub name as it is.
 
-    Raises ``UnknownNameError`` for a name that is none of them and ``ModelLoadError`` for a folder without a readable
-    ``config.json``.
+    Raises `UnknownNameError` for a name that is none of them and `ModelLoadError` for a folder without a readable
+    `config.json`.
     """
     if name in shipped_models():
         return str(CHECKPOINTS / name)
@@ -40,7 +40,7 @@ def resolve_model(name: str) -> str:
 
 
 def check_folder(path: Path) -> None:
-    """Raise ``ModelLoadError`` unless ``path`` is a folder with a readable ``config.json`` and weights."""
+    """Raise `ModelLoadError` unless `path` is a folder with a readable `config.json` and weights."""
     if not path.is_dir():
         raise ModelLoadError(f"Model folder {str(path)!r} does not exist or is no folder.")
     try:

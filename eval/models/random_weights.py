@@ -26,12 +26,12 @@ def preset_names() -> list[str]:
 
 
 def preset_config(name: str) -> PreTrainedConfig:
-    """The configuration of a preset; raises ``UnknownNameError`` if there is none of that name."""
+    """The configuration of a preset; raises `UnknownNameError` if there is none of that name."""
     return AutoConfig.for_model(**_read(name)["config"])
 
 
 def preset_image_processor(name: str) -> Any:
-    """The image processor of a preset with the published settings; raises ``UnknownNameError`` as ``preset_config``."""
+    """The image processor of a preset with the published settings; raises `UnknownNameError` as `preset_config`."""
     return default_image_processor(preset_config(name), **_read(name)["image_processor"])
 
 
@@ -52,8 +52,8 @@ def open_preset(
 ) -> tuple[PreTrainedModel, Any]:
     """A preset with random weights and its image processor.
 
-    Raises ``UnknownNameError`` for a name that is none and ``DeviceError``, before anything large is made, where the model and
-    ``batch_size`` requests of ``image_size`` (width, height) and ``text_tokens`` do not fit.
+    Raises `UnknownNameError` for a name that is none and `DeviceError`, before anything large is made, where the model and
+    `batch_size` requests of `image_size` (width, height) and `text_tokens` do not fit.
     """
     config = preset_config(name)
     require_memory(name, config, random_dtype(dtype), pick_device(device), batch_size, image_size, text_tokens)
@@ -65,7 +65,7 @@ def build_random(
 ) -> PreTrainedModel:
     """A model of that architecture in evaluation mode, its matrices filled from one block of random numbers.
 
-    The caller makes sure that it fits (see ``require_memory``).
+    The caller makes sure that it fits (see `require_memory`).
     """
     target, chosen = pick_device(device), random_dtype(dtype)
     with no_init_weights(), torch.device(target):

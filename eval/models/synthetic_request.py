@@ -31,7 +31,7 @@ KINDS = {
     "qwen3_vl": ("Qwen3VLProcessor", "Qwen2VLImageProcessor", PACKED_MARK),
     "qwen3_vl_moe": ("Qwen3VLProcessor", "Qwen2VLImageProcessor", PACKED_MARK),
 }
-"""Processor, image processor and what stands for a picture in a prompt, by ``config.model_type``."""
+"""Processor, image processor and what stands for a picture in a prompt, by `config.model_type`."""
 VIDEO_PROCESSORS = {
     "LlavaOnevisionProcessor": "LlavaOnevisionVideoProcessor",
     "Qwen2VLProcessor": "Qwen2VLVideoProcessor",
@@ -42,9 +42,9 @@ WORD = "word"
 
 
 def parse_sizes(text: str) -> list[tuple[int, int]]:
-    """Picture sizes (width, height) from ``"336,640x480"``; one number is a square.
+    """Picture sizes (width, height) from `"336,640x480"`; one number is a square.
 
-    Raises ``ParameterError`` for anything else.
+    Raises `ParameterError` for anything else.
     """
     sizes = []
     for item in filter(None, (part.strip() for part in text.split(","))):
@@ -65,10 +65,10 @@ def synthetic_request(
     image_processor: Any = None,
     seed: int = 0,
 ) -> dict[str, Tensor]:
-    """Inputs of ``batch_size`` rows of one random picture of ``image_size`` (width, height) and ``text_tokens`` other tokens.
+    """Inputs of `batch_size` rows of one random picture of `image_size` (width, height) and `text_tokens` other tokens.
 
-    ``image_processor`` is that of the checkpoint; by default one of the model type's class with the sizes of ``config``. Raises
-    ``UnknownNameError`` for a model type that is not supported and ``ParameterError`` for a prompt too short for its markers.
+    `image_processor` is that of the checkpoint; by default one of the model type's class with the sizes of `config`. Raises
+    `UnknownNameError` for a model type that is not supported and `ParameterError` for a prompt too short for its markers.
     """
     if config.model_type not in KINDS:
         raise unknown("model type", config.model_type, KINDS)
@@ -98,7 +98,7 @@ def synthetic_request(
 
 
 def default_image_processor(config: PreTrainedConfig, **settings: Any) -> Any:
-    """The model type's image processor with the sizes of ``config``; ``settings`` come on top."""
+    """The model type's image processor with the sizes of `config`; `settings` come on top."""
     name = KINDS[config.model_type][1]
     vision = config.vision_config
     if name == "Qwen2VLImageProcessor":
@@ -143,7 +143,7 @@ def stand_in_tokenizer(config: PreTrainedConfig) -> PreTrainedTokenizerFast:
 
 
 def special_ids(config: PreTrainedConfig) -> set[int]:
-    """Ids that mean something in ``config`` and its text part: placeholders, markers, begin, end, padding."""
+    """Ids that mean something in `config` and its text part: placeholders, markers, begin, end, padding."""
     found: set[int] = set()
     for part in (config, config.get_text_config()):
         for name, value in part.to_dict().items():

@@ -16,7 +16,7 @@ def pareto_front(points: Sequence[tuple[float, float]]) -> list[bool]:
 
 
 def plot_pareto(rows: Sequence[Row], path: Path, cost: Callable[[Row], float | None], label: str, title: str) -> bool:
-    """Draw average accuracy against ``cost`` of every row, one line a method, points on the Pareto front ringed.
+    """Draw average accuracy against `cost` of every row, one line a method, points on the Pareto front ringed.
 
     Returns False, and draws nothing, where the cost of some row is unknown.
     """

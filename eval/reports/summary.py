@@ -31,7 +31,7 @@ def summarise_requests(
 ) -> dict[str, Any]:
     """Means over requests: token counts, MACs and FLOPs by stage, KV-cache bytes, the papers' formulas.
 
-    ``method`` is what chose the tokens, None for the unpruned model. The papers' formulas are given visual tokens only, as the
+    `method` is what chose the tokens, None for the unpruned model. The papers' formulas are given visual tokens only, as the
     papers do; everything else counts visual and text tokens.
     """
     shape = LanguageShape.from_config(config)
@@ -75,7 +75,7 @@ def cell_result(
 
 @dataclass(frozen=True)
 class Row:
-    """One row of the tables. ``relative`` is the mean over tasks of score divided by the unpruned model's score."""
+    """One row of the tables. `relative` is the mean over tasks of score divided by the unpruned model's score."""
 
     title: str
     keep: float | int | None
@@ -103,7 +103,7 @@ class Row:
 
 
 def make_rows(results: Sequence[Mapping[str, Any]], timing: Mapping[str, Any]) -> list[Row]:
-    """Rows of finished cells, the unpruned one first in ``results``."""
+    """Rows of finished cells, the unpruned one first in `results`."""
     full = next((result for result in results if result["method"] == FULL), None)
     rows = []
     for result in results:
@@ -143,7 +143,7 @@ def relative_score(tasks: Mapping[str, Any], full: Mapping[str, Any]) -> float |
 
 
 def interval(row: Row) -> tuple[float, float] | tuple[None, None]:
-    """The 95 % interval of ``relative``, where there is one."""
+    """The 95 % interval of `relative`, where there is one."""
     low_high = (row.paired or {}).get("relative_95")
     return (low_high[0], low_high[1]) if low_high else (None, None)
 

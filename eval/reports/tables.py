@@ -126,12 +126,12 @@ def _count(value: float) -> str:
 
 
 def flops_unit(largest: float) -> tuple[str, float]:
-    """The unit in which ``largest`` FLOPs are a number of readable size, and its divisor."""
+    """The unit in which `largest` FLOPs are a number of readable size, and its divisor."""
     return next(((name, size) for name, size in FLOPS_UNITS if largest >= size), FLOPS_UNITS[-1])
 
 
 def three_figures(value: float) -> str:
-    """``value`` with three figures, at most three of them after the point."""
+    """`value` with three figures, at most three of them after the point."""
     return f"{value:,.0f}" if value >= 100 else f"{value:.{1 if value >= 10 else 2 if value >= 1 else 3}f}"
 
 

@@ -27,7 +27,7 @@ BASELINES = ("random", "uniform", "pool")
 class Cell:
     """One row of the table: a method with parameters at a budget, or the unpruned model.
 
-    ``keep`` is None for the unpruned model and where the parameters themselves fix the budget.
+    `keep` is None for the unpruned model and where the parameters themselves fix the budget.
     """
 
     method: str = FULL
@@ -41,7 +41,7 @@ class Cell:
 
     @property
     def title(self) -> str:
-        """The method with those of its parameters that were asked for, as ``parse_methods`` reads it."""
+        """The method with those of its parameters that were asked for, as `parse_methods` reads it."""
         shown = [f"{name}={_text(value)}" for name, value in self.parameters if name != "seed"]
         return ":".join([self.method, *shown])
 
@@ -62,7 +62,7 @@ class Cell:
         return None if self.is_full else make_method(self.method, self.keep, **dict(self.parameters))
 
     def applied_to(self, model: PreTrainedModel) -> AbstractContextManager[Any]:
-        """A context in which ``model`` is pruned as this cell says."""
+        """A context in which `model` is pruned as this cell says."""
         if self.is_full:
             return nullcontext(model)
         return vlmprune.pruned(model, self.method, keep=self.keep, **dict(self.parameters))
@@ -72,8 +72,8 @@ class Cell:
 class LeftOut:
     """A row that was asked for and that this model cannot give.
 
-    ``kind`` is "not reachable" (the method cannot keep so few tokens) or "not served" (the method needs what the model does
-    not have, layers included); ``reason`` names what is allowed.
+    `kind` is "not reachable" (the method cannot keep so few tokens) or "not served" (the method needs what the model does
+    not have, layers included); `reason` names what is allowed.
     """
 
     title: str
@@ -97,9 +97,9 @@ def _text(value: Any) -> str:
 
 
 def parse_methods(text: str) -> list[tuple[str, dict[str, Any]]]:
-    """Names with parameters from ``"pool,fastervlm:layer=-2"``: methods by comma, parameters by colon; "all" is every method.
+    """Names with parameters from `"pool,fastervlm:layer=-2"`: methods by comma, parameters by colon; "all" is every method.
 
-    Raises ``UnknownNameError`` for a method or parameter that does not exist, ``ParameterError`` for a value that
+    Raises `UnknownNameError` for a method or parameter that does not exist, `ParameterError` for a value that
     does not fit.
     """
     methods: list[tuple[str, dict[str, Any]]] = []
@@ -125,7 +125,7 @@ def parse_methods(text: str) -> list[tuple[str, dict[str, Any]]]:
 
 
 def parse_value(text: str) -> Any:
-    """``text`` as an int, float, bool, None, or tuple of these ("8+16+24", of one part "8+"), else as it is."""
+    """`text` as an int, float, bool, None, or tuple of these ("8+16+24", of one part "8+"), else as it is."""
     named = {"true": True, "false": False, "none": None}
     if text.lower() in named:
         return named[text.lower()]
@@ -138,7 +138,7 @@ def parse_value(text: str) -> Any:
 
 
 def parse_keeps(text: str) -> list[Keep]:
-    """Budgets from ``"0.5,0.25,64"``: numbers with a point are shares, whole numbers are counts."""
+    """Budgets from `"0.5,0.25,64"`: numbers with a point are shares, whole numbers are counts."""
     keeps: list[Keep] = []
     for item in filter(None, (part.strip() for part in text.split(","))):
         try:
@@ -157,9 +157,9 @@ def parse_keeps(text: str) -> list[Keep]:
 def make_cells(
     methods: Iterable[tuple[str, dict[str, Any]]], keeps: Iterable[Keep], seed: int, baselines: Iterable[str] = ()
 ) -> list[Cell]:
-    """The unpruned cell, then ``baselines`` not named among the methods and every method, each at every budget.
+    """The unpruned cell, then `baselines` not named among the methods and every method, each at every budget.
 
-    ``seed`` goes to the methods that take one and were given none.
+    `seed` goes to the methods that take one and were given none.
     """
     wanted = list(methods)
     named = {name for name, _ in wanted}
@@ -186,8 +186,8 @@ def usable_cells(
     """Put every cell's method on and off once; returns the cells that the model can give, and those that it cannot.
 
     Budgets out of reach are left out, and so are methods that cannot serve the model where all methods were asked for.
-    Raises ``UnsupportedMethodError`` or ``ParameterError`` for a method asked for by name that cannot serve the model, and the
-    first error where nothing of ``methods`` is left.
+    Raises `UnsupportedMethodError` or `ParameterError` for a method asked for by name that cannot serve the model, and the
+    first error where nothing of `methods` is left.
     """
     usable: list[Cell] = []
     left_out: dict[tuple[str, str], LeftOut] = {}

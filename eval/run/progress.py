@@ -7,7 +7,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 
 def progress_bar(console: Console) -> Progress:
-    """What is done, elapsed and remaining time; silent where ``console`` is no terminal."""
+    """What is done, elapsed and remaining time; silent where `console` is no terminal."""
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(bar_width=24),

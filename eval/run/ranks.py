@@ -1,4 +1,4 @@
-"""Several processes that share one benchmark (``accelerate launch -m vlmprune bench ...``)."""
+"""Several processes that share one benchmark (`accelerate launch -m vlmprune bench ...`)."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Ranks:
         return self.rank == 0
 
     def on_main(self, call: Callable[[], T]) -> T:
-        """``call`` in the first process only; every process gets its value, or raises its error."""
+        """`call` in the first process only; every process gets its value, or raises its error."""
         if self.count == 1:
             return call()
         box: list[Any] = [None, None]
@@ -61,7 +61,7 @@ class Ranks:
         return value
 
     def main_first(self, call: Callable[[], T]) -> T:
-        """``call`` in every process, in the first one before the others (which then find its caches)."""
+        """`call` in every process, in the first one before the others (which then find its caches)."""
         if self.count == 1:
             return call()
         if self.is_main:
@@ -81,7 +81,7 @@ class Ranks:
         return [item for part in parts for item in part]
 
     def require_same(self, what: str, value: Any) -> None:
-        """Raise ``RankError`` in every process unless all of them have the same ``value``."""
+        """Raise `RankError` in every process unless all of them have the same `value`."""
         values = self.gathered([value])
         if any(other != values[0] for other in values):
             shown = "; ".join(f"process {rank}: {other!r}" for rank, other in enumerate(values))

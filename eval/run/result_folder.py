@@ -18,7 +18,7 @@ class ResultFolderError(VlmpruneError, RuntimeError):
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write ``content`` so that the file is either the old or the new one, whatever happens."""
+    """Write `content` so that the file is either the old or the new one, whatever happens."""
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -31,7 +31,7 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """Read a result file; raises ``ResultFolderError`` naming the file where it is damaged."""
+    """Read a result file; raises `ResultFolderError` naming the file where it is damaged."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -41,9 +41,9 @@ def read_json(path: Path) -> Any:
 
 
 class ResultFolder:
-    """``configuration.json``, one file a finished cell under ``cells/``, and ``timing.json``.
+    """`configuration.json`, one file a finished cell under `cells/`, and `timing.json`.
 
-    Raises ``ResultFolderError`` where ``path`` holds results of another configuration, or other files.
+    Raises `ResultFolderError` where `path` holds results of another configuration, or other files.
     """
 
     def __init__(self, path: str | Path, configuration: Mapping[str, Any], write: bool = True) -> None:
@@ -79,7 +79,7 @@ class ResultFolder:
         return self.path / "cells" / f"{cell.slug}.json"
 
     def has(self, cell: Cell) -> bool:
-        """Whether the cell is finished; raises ``ResultFolderError`` for a damaged file, before anything else is run."""
+        """Whether the cell is finished; raises `ResultFolderError` for a damaged file, before anything else is run."""
         return self.cell_file(cell).exists() and bool(self.read(cell))
 
     def read(self, cell: Cell) -> dict[str, Any]:

@@ -20,7 +20,7 @@ LEAST_ROUNDS, MOST_ROUNDS = 3, 15
 
 
 class _Clock(BaseStreamer):
-    """Notes the time of every token; the first ``put`` is the prompt's."""
+    """Notes the time of every token; the first `put` is the prompt's."""
 
     def __init__(self) -> None:
         self.times: list[float] = []
@@ -35,9 +35,9 @@ class _Clock(BaseStreamer):
 def time_generation(
     model: PreTrainedModel, inputs: dict[str, Any], new_tokens: int = NEW_TOKENS
 ) -> tuple[float, list[float]]:
-    """Seconds from the call of ``generate`` to the first token, and from each token to the next.
+    """Seconds from the call of `generate` to the first token, and from each token to the next.
 
-    Greedy, ``new_tokens`` tokens exactly. A token counts when it has reached the host, which waits for the device.
+    Greedy, `new_tokens` tokens exactly. A token counts when it has reached the host, which waits for the device.
     """
     clock = _Clock()
     start = time.perf_counter()
@@ -59,8 +59,8 @@ def time_cells(
     """Medians and quartiles in milliseconds by cell label, from rounds over all cells.
 
     Every round visits every cell, in an order of its own, so that a machine that slows down or speeds up does so for
-    all of them. The first round warms up and sets how many follow within about ``seconds`` (3 to 15). After a method
-    is put on, one untimed pass goes first. ``on_progress`` gets (rounds done, rounds planned).
+    all of them. The first round warms up and sets how many follow within about `seconds` (3 to 15). After a method
+    is put on, one untimed pass goes first. `on_progress` gets (rounds done, rounds planned).
     """
     prefills: dict[str, list[float]] = {cell.label: [] for cell in cells}
     decodes: dict[str, list[float]] = {cell.label: [] for cell in cells}

@@ -13,7 +13,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 
 def encode_images(model: PreTrainedModel, inputs: Mapping[str, Any]) -> Any:
-    """Tower and projector for all pictures of ``inputs``, as the model's own ``get_image_features`` gives them."""
+    """Tower and projector for all pictures of `inputs`, as the model's own `get_image_features` gives them."""
     call = model.model.get_image_features
     names = inspect.signature(type(model.model).get_image_features).parameters
     return call(**{name: inputs[name] for name in names if name in inputs}, return_dict=True)
@@ -21,10 +21,10 @@ def encode_images(model: PreTrainedModel, inputs: Mapping[str, Any]) -> Any:
 
 @dataclass(frozen=True)
 class IdealPrefill:
-    """A prefill of made-up embeddings of the right number; ``run`` is what is timed.
+    """A prefill of made-up embeddings of the right number; `run` is what is timed.
 
-    ``embeddings`` [batch, tokens, dim] hold the text and the visual tokens that enter the first layer, ``visual`` [batch, tokens]
-    says which are which; before each layer the sequence is cut to its length in ``lengths`` [layers].
+    `embeddings` [batch, tokens, dim] hold the text and the visual tokens that enter the first layer, `visual` [batch, tokens]
+    says which are which; before each layer the sequence is cut to its length in `lengths` [layers].
     """
 
     model: PreTrainedModel
@@ -35,7 +35,7 @@ class IdealPrefill:
 
     @classmethod
     def prepare(cls, model: PreTrainedModel, inputs: Mapping[str, Any], visual_tokens: Sequence[int]) -> IdealPrefill:
-        """From a request whose rows have one picture of one size each; layers see ``visual_tokens`` [layers] of each row's."""
+        """From a request whose rows have one picture of one size each; layers see `visual_tokens` [layers] of each row's."""
         ids = inputs["input_ids"]
         is_visual = ids == model.config.image_token_id
         columns = ~is_visual[0] | (is_visual[0].cumsum(0) <= visual_tokens[0])

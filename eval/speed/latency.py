@@ -28,9 +28,9 @@ LEAST_ROUNDS, MOST_ROUNDS = 3, 30
 class Measurement:
     """One cell at one batch size and picture size. Times are milliseconds (median and quartiles).
 
-    ``prefill`` is one forward, tower included; ``ideal`` the same work without the dropped tokens and without selecting them;
-    ``selection`` their difference; ``overhead`` their ratio; ``first_token`` is the time of ``generate`` until the first token.
-    ``peak_bytes``: of the GPU's allocator, or of the whole process on a CPU.
+    `prefill` is one forward, tower included; `ideal` the same work without the dropped tokens and without selecting them;
+    `selection` their difference; `overhead` their ratio; `first_token` is the time of `generate` until the first token.
+    `peak_bytes`: of the GPU's allocator, or of the whole process on a CPU.
     """
 
     title: str
@@ -65,11 +65,11 @@ def measure(
 ) -> list[Measurement]:
     """Measure every cell on the same inputs, in rounds over all cells so that a drifting machine drifts for all of them.
 
-    ``ideal`` is the unpatched model given as many tokens as the pruned one kept: vision tower and projector, then the language
-    model on that many embeddings. It is timed next to the prefill of its cell, and ``overhead`` is the median of the ratios
+    `ideal` is the unpatched model given as many tokens as the pruned one kept: vision tower and projector, then the language
+    model on that many embeddings. It is timed next to the prefill of its cell, and `overhead` is the median of the ratios
     within rounds. For methods that drop inside the language model its sequence is cut short before the same layers. The first
-    round warms up and sets how many follow within about ``seconds`` (3 to 30). A cell whose budget a picture of that size does
-    not allow is left out, and ``on_left_out`` told.
+    round warms up and sets how many follow within about `seconds` (3 to 30). A cell whose budget a picture of that size does
+    not allow is left out, and `on_left_out` told.
     """
     probes = [_Probe(model, inputs, image_size, cell, new_tokens) for cell in cells]
     turns, order = list(probes), random.Random(0)
@@ -95,7 +95,7 @@ def measure(
 
 
 class _Probe:
-    """Times one cell; every ``run`` is one round."""
+    """Times one cell; every `run` is one round."""
 
     def __init__(
         self,

@@ -27,7 +27,7 @@ from .latency import Measurement, measure
 
 @dataclass(frozen=True)
 class LatencyOptions:
-    """What ``run_latency`` measures; ``seconds`` is the time for each batch size and picture size (width, height)."""
+    """What `run_latency` measures; `seconds` is the time for each batch size and picture size (width, height)."""
 
     cells: Sequence[Cell]
     batch_sizes: Sequence[int]
@@ -47,7 +47,7 @@ def run_latency(
 ) -> list[Measurement]:
     """Measure every cell at every batch size and picture size, print a table for each, write latency.json and latency.csv.
 
-    ``image_processor`` is the checkpoint's; by default one with the sizes of the model's configuration. Each table is stored
+    `image_processor` is the checkpoint's; by default one with the sizes of the model's configuration. Each table is stored
     as soon as it is measured, and is not measured again. Of several processes all measure at the same time and must agree on
     what was kept; the first prints and writes its own times.
     """

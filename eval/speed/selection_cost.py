@@ -42,9 +42,9 @@ REPEATS = 2
 class SelectionCost:
     """One method. Times are milliseconds (median and quartiles) of the language model's prefill, tower and projector excluded.
 
-    ``selection``: all that the method adds to a call (reading the tower, scores, picking, compaction, handing back);
-    ``full`` and ``pruned`` prefill, the latter with the selection; ``saved`` their difference; ``share`` selection over saved;
-    ``ideal`` the unpatched layers on the tokens that each of them sees; ``overhead`` pruned over ideal.
+    `selection`: all that the method adds to a call (reading the tower, scores, picking, compaction, handing back);
+    `full` and `pruned` prefill, the latter with the selection; `saved` their difference; `share` selection over saved;
+    `ideal` the unpatched layers on the tokens that each of them sees; `overhead` pruned over ideal.
     """
 
     title: str
@@ -74,7 +74,7 @@ def measure_selection(
     A method that acts before the language model is measured with its layers taken out, which do the same whoever chose the
     tokens; its prefill is that of the layers on as many tokens, timed once a round for all methods that keep as many, and its
     selection. A method that drops inside is measured in the whole call, and its ideal right after. A cell whose budget the
-    request does not allow is left out, and ``on_left_out`` told.
+    request does not allow is left out, and `on_left_out` told.
     """
     bench = _SelectionBench(model, inputs, cells)
     order = random.Random(0)
@@ -200,7 +200,7 @@ def without_layers(model: PreTrainedModel) -> Iterator[None]:
 
 
 def with_short_tower(config: PreTrainedConfig, layers: int = TOWER_LAYERS) -> PreTrainedConfig:
-    """``config`` with that many layers in a CLIP or SigLIP tower: they run alike with and without pruning, and cost time here."""
+    """`config` with that many layers in a CLIP or SigLIP tower: they run alike with and without pruning, and cost time here."""
     vision = config.vision_config
     if hasattr(vision, "num_hidden_layers"):
         vision.num_hidden_layers = min(vision.num_hidden_layers, layers)
@@ -208,7 +208,7 @@ def with_short_tower(config: PreTrainedConfig, layers: int = TOWER_LAYERS) -> Pr
 
 
 def write_selection_csv(path: Path, rows: Sequence[SelectionCost], about: dict[str, Any]) -> None:
-    """One line a method and request, medians and quartiles, ``about`` in columns of its own."""
+    """One line a method and request, medians and quartiles, `about` in columns of its own."""
     machine = describe_machine()
     described = {**about, "cpu": machine["cpu"], "threads": machine["torch_threads"], "date": machine["date"]}
     lines = []
@@ -257,9 +257,9 @@ def selection_table(rows: Sequence[SelectionCost]) -> Table:
 def open_request(
     name: str, dtype: str, device: str, image_sizes: str, text_tokens: int
 ) -> tuple[PreTrainedModel, list[dict[str, Tensor]]]:
-    """A preset with random weights and a short tower, and a request for each picture size of ``"336,640x480"``.
+    """A preset with random weights and a short tower, and a request for each picture size of `"336,640x480"`.
 
-    Raises ``UnknownNameError`` for a name that is none, ``ParameterError`` for bad sizes, ``DeviceError`` where it does not fit.
+    Raises `UnknownNameError` for a name that is none, `ParameterError` for bad sizes, `DeviceError` where it does not fit.
     """
     sizes = parse_sizes(image_sizes)
     config, target = with_short_tower(preset_config(name)), pick_device(device)
@@ -285,7 +285,7 @@ def run_selection_cost(
     name: str,
     console: Console | None = None,
 ) -> list[SelectionCost]:
-    """Measure all cells on every request, print a table for each, and add their lines to the CSV file ``out``."""
+    """Measure all cells on every request, print a table for each, and add their lines to the CSV file `out`."""
     output = console or Console(width=100)
     found: list[SelectionCost] = []
     about = {"model": name, "dtype": str(model.dtype).removeprefix("torch."), "device": model.device.type}

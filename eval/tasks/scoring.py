@@ -25,7 +25,7 @@ def scene_image(document: Document) -> list[Image.Image]:
 
 
 def exact_match(question: str) -> Callable[[Document, Sequence[str]], dict[str, float]]:
-    """A scorer that gives 1 if the first answer equals the wanted one after ``normalise``, else 0."""
+    """A scorer that gives 1 if the first answer equals the wanted one after `normalise`, else 0."""
 
     def score(document: Document, answers: Sequence[str]) -> dict[str, float]:
         return {"exact_match": float(normalise(answers[0]) == normalise(str(document[f"{question}_answer"])))}

@@ -2,7 +2,7 @@
 
 Counts are multiply-accumulates (MACs) of matrix products, convolutions and attention products; FLOPs are twice that.
 Attention is counted in full (not halved for causality), as fused kernels and
-``torch.utils.flop_counter.FlopCounterMode`` count it. Norms, activations, softmax, rotary embeddings, resizing and pooling are
+`torch.utils.flop_counter.FlopCounterMode` count it. Norms, activations, softmax, rotary embeddings, resizing and pooling are
 not counted.
 """
 

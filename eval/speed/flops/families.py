@@ -20,9 +20,9 @@ from .vision_work import VisionWork, grids, one_crop_each, tiles, tiles_of_singl
 class VisionFamily:
     """Cost functions of a model type.
 
-    ``work(config, inputs, images)`` reads from the processor's ``inputs`` of a batch, with ``images`` pictures in each row,
-    what every row gives the tower. ``macs(config, work)`` gives (tower, projector) MACs, ``segments(config, work, layer)``
-    the numbers of tower tokens that attend to each other, ``facts(config)`` what methods ask of the tower.
+    `work(config, inputs, images)` reads from the processor's `inputs` of a batch, with `images` pictures in each row,
+    what every row gives the tower. `macs(config, work)` gives (tower, projector) MACs, `segments(config, work, layer)`
+    the numbers of tower tokens that attend to each other, `facts(config)` what methods ask of the tower.
     """
 
     work: Callable[[PreTrainedConfig, Mapping[str, Any], Sequence[int]], list[VisionWork]]
@@ -49,11 +49,11 @@ VISION_FAMILIES: dict[str, VisionFamily] = {
     "qwen3_vl": _PACKED,
     "qwen3_vl_moe": _PACKED,
 }
-"""By ``config.model_type``."""
+"""By `config.model_type`."""
 
 
 def vision_family(config: PreTrainedConfig) -> VisionFamily:
-    """The family of a configuration; raises ``UnknownNameError`` for a model type that is not among them."""
+    """The family of a configuration; raises `UnknownNameError` for a model type that is not among them."""
     if config.model_type not in VISION_FAMILIES:
         raise unknown("model type", config.model_type, VISION_FAMILIES)
     return VISION_FAMILIES[config.model_type]

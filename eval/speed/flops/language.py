@@ -30,7 +30,7 @@ PLAIN_FFN_TYPES = frozenset(
 class LanguageShape:
     """The sizes of a decoder-only language model that decide its cost.
 
-    ``ffn`` is the width of a dense feed-forward block; ``ffn_macs`` [layers] what one token costs in that of each layer,
+    `ffn` is the width of a dense feed-forward block; `ffn_macs` [layers] what one token costs in that of each layer,
     which in a mixture of experts are the router and the experts that a token goes to.
     """
 
@@ -66,7 +66,7 @@ class LanguageShape:
         return 2 * self.hidden * self.head_dim * (self.heads + self.kv_heads)
 
     def prefill_macs(self, tokens: Sequence[int]) -> int:
-        """MACs of the decoder layers for ``tokens`` [layers], all tokens (visual and text) entering each layer."""
+        """MACs of the decoder layers for `tokens` [layers], all tokens (visual and text) entering each layer."""
         self._check(tokens)
         return sum(
             n * (self.attention_weights + ffn) + 2 * n * n * self.heads * self.head_dim
@@ -74,18 +74,18 @@ class LanguageShape:
         )
 
     def decode_macs(self, tokens: Sequence[int], steps: int) -> int:
-        """MACs of ``steps`` single-token passes with output head, after a prefill that cached ``tokens`` [layers]."""
+        """MACs of `steps` single-token passes with output head, after a prefill that cached `tokens` [layers]."""
         self._check(tokens)
         keys = sum(steps * n + steps * (steps + 1) // 2 for n in tokens)
         fixed = steps * (self.layers * self.attention_weights + sum(self.ffn_macs) + self.head_macs())
         return fixed + 2 * keys * self.heads * self.head_dim
 
     def head_macs(self, positions: int = 1) -> int:
-        """MACs of the output head on ``positions`` tokens."""
+        """MACs of the output head on `positions` tokens."""
         return positions * self.hidden * self.vocab
 
     def cache_bytes(self, tokens: Sequence[int], element_size: int) -> int:
-        """Bytes of keys and values of one sequence with ``tokens`` [layers] in its cache."""
+        """Bytes of keys and values of one sequence with `tokens` [layers] in its cache."""
         self._check(tokens)
         return 2 * sum(tokens) * self.kv_heads * self.head_dim * element_size
 

@@ -19,7 +19,7 @@ STAGES = ("vision", "projector", "selection", "prefill", "head", "decode")
 
 @dataclass(frozen=True)
 class Cost:
-    """MACs of one request by stage; ``flops`` are twice the MACs."""
+    """MACs of one request by stage; `flops` are twice the MACs."""
 
     vision: int = 0
     projector: int = 0
@@ -54,9 +54,9 @@ def request_cost(
 ) -> Cost:
     """Cost of one request.
 
-    ``visual_tokens`` [layers of the language model] are the visual tokens each layer saw, ``text_tokens`` all other prompt
-    tokens, ``new_tokens`` the generated ones (the first comes from the prefill). ``method`` and its ``images`` (visual tokens
-    before and after the input of the language model, of each) give the cost of selecting. Raises ``UnknownNameError`` for
+    `visual_tokens` [layers of the language model] are the visual tokens each layer saw, `text_tokens` all other prompt
+    tokens, `new_tokens` the generated ones (the first comes from the prefill). `method` and its `images` (visual tokens
+    before and after the input of the language model, of each) give the cost of selecting. Raises `UnknownNameError` for
     a model type whose vision tower is not known here.
     """
     vision, projector = vision_family(config).macs(config, work)

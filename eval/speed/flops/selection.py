@@ -98,7 +98,7 @@ def selection_macs(
     visual_tokens: Sequence[int],
     text_tokens: int,
 ) -> int:
-    """MACs of choosing for one request; the arguments are those of ``request_cost``."""
+    """MACs of choosing for one request; the arguments are those of `request_cost`."""
     total = 0
     for part in method.parts():
         if isinstance(part, LayerMethod):

@@ -10,7 +10,7 @@ from .vision_work import VisionWork
 
 
 def dense_tower_macs(config: PreTrainedConfig, work: VisionWork) -> tuple[int, int]:
-    """MACs of a CLIP or SigLIP tower and of a two-layer projector for ``work.crops`` pictures.
+    """MACs of a CLIP or SigLIP tower and of a two-layer projector for `work.crops` pictures.
 
     The whole tower runs, layers after the one that gives the features included, as in transformers.
     """

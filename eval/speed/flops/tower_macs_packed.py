@@ -14,7 +14,7 @@ from .vision_work import VisionWork
 
 @dataclass(frozen=True)
 class PackedTower:
-    """Sizes of a tower. ``window`` is the side of a window in patches; layers in ``whole`` attend to the whole frame."""
+    """Sizes of a tower. `window` is the side of a window in patches; layers in `whole` attend to the whole frame."""
 
     layers: int
     hidden: int
@@ -48,7 +48,7 @@ class PackedTower:
         )
 
     def segments(self, work: VisionWork, layer: int) -> Iterator[int]:
-        """Lengths of the runs of patches that attend to each other in ``layer``: frames, or windows of them."""
+        """Lengths of the runs of patches that attend to each other in `layer`: frames, or windows of them."""
         for frames, rows, columns in work.grids:
             if self.window is None or layer in self.whole:
                 yield from frames * [rows * columns]
@@ -74,7 +74,7 @@ def _steps(size: int, step: int) -> list[int]:
 
 
 def packed_tower_macs(config: PreTrainedConfig, work: VisionWork) -> tuple[int, int]:
-    """MACs of a Qwen tower and its mergers for the pictures and videos of ``work.grids``."""
+    """MACs of a Qwen tower and its mergers for the pictures and videos of `work.grids`."""
     return PackedTower.from_config(config).macs(work)
 
 

@@ -15,7 +15,7 @@ from transformers.models.llava_next.modeling_llava_next import image_size_to_num
 class VisionWork:
     """Pictures of one request as the tower sees them.
 
-    ``crops``: pictures of the tower's fixed size (tiles and video frames included). ``grids``: (frames, rows, columns) of
+    `crops`: pictures of the tower's fixed size (tiles and video frames included). `grids`: (frames, rows, columns) of
     patches of every picture or video, for towers that take any size.
     """
 
@@ -37,7 +37,7 @@ def tiles(config: PreTrainedConfig, inputs: Mapping[str, Any], images: Sequence[
 def tiles_of_single_images(
     config: PreTrainedConfig, inputs: Mapping[str, Any], images: Sequence[int]
 ) -> list[VisionWork]:
-    """As ``tiles``, but the images of a prompt with several are one crop each (LLaVA-OneVision)."""
+    """As `tiles`, but the images of a prompt with several are one crop each (LLaVA-OneVision)."""
     counts = _tiles_by_image(config, inputs)
     spans = pairwise(accumulate(images, initial=0))
     return [VisionWork(crops=sum(counts[start:end]) if end - start == 1 else end - start) for start, end in spans]

@@ -15,7 +15,7 @@ import torch
 def stage_parser(
     prog: str, description: str | None, stages: Sequence[str], threads: int = 0
 ) -> argparse.ArgumentParser:
-    """The options that every training script has; ``threads`` is the default (0: as many as the machine has)."""
+    """The options that every training script has; `threads` is the default (0: as many as the machine has)."""
     parser = argparse.ArgumentParser(prog=prog, description=description)
     parser.add_argument("--out", type=Path, required=True, help="folder for stage files, logs and the checkpoint")
     parser.add_argument("--resume", action="store_true", help="go on from the stage files in the folder")
@@ -34,7 +34,7 @@ def run_stages(open_workshop: Callable[[], Any], stages: Sequence[str], threads:
 def run_chains(open_workshop: Callable[[], Any], steps: Sequence[Sequence[Sequence[str]]], threads: int) -> None:
     """Run all stages; chains that do not wait for each other run at the same time where there are threads for it.
 
-    ``open_workshop`` is sent to other processes, so it must be something that can be pickled.
+    `open_workshop` is sent to other processes, so it must be something that can be pickled.
     """
     context = multiprocessing.get_context("spawn")
     for chains in steps:

@@ -22,7 +22,7 @@ def greedy_decoding(tokenizer: PreTrainedTokenizerFast) -> GenerationConfig:
 
 
 def save_folder(model: PreTrainedModel, processor: ProcessorMixin, folder: Path) -> None:
-    """Write model (bf16), processor and tokenizer as an ordinary checkpoint folder; ``model`` itself stays as it is."""
+    """Write model (bf16), processor and tokenizer as an ordinary checkpoint folder; `model` itself stays as it is."""
     folder.mkdir(parents=True, exist_ok=True)
     processor.save_pretrained(folder)
     copy = type(model)(model.config)

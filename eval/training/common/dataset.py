@@ -1,4 +1,4 @@
-"""Write and read the test set: ``python -m vlmprune.eval.training.common.dataset [--out FILE]``.
+"""Write and read the test set: `python -m vlmprune.eval.training.common.dataset [--out FILE]`.
 
 Every row is one picture (JPEG) with a question and its answer for each of the five tasks. The scenes come from seeds that no
 training stage uses, and the printed strings from the part of all strings that no training picture shows.
@@ -25,7 +25,7 @@ TEST_SHA256 = "19e94db019c7980176c6c34674d14a9eb1fae6d7b6e16eca75bbced4edf0a407"
 
 
 def make_rows(rows: int = ROWS, seed: int = TEST_SEED) -> Dataset:
-    """The first ``rows`` test scenes for which all five tasks have a question."""
+    """The first `rows` test scenes for which all five tasks have a question."""
     columns: dict[str, list[object]] = {"image": []}
     columns |= {f"{task}_{part}": [] for task in TASKS for part in ("question", "answer")}
     index = 0
@@ -45,13 +45,13 @@ def make_rows(rows: int = ROWS, seed: int = TEST_SEED) -> Dataset:
 
 
 def as_dataset(columns: dict[str, list[object]]) -> Dataset:
-    """Columns of pictures (``image``) and strings (all others) as a ``datasets.Dataset``."""
+    """Columns of pictures (`image`) and strings (all others) as a `datasets.Dataset`."""
     features = Features({name: Image() if name == "image" else Value("string") for name in columns})
     return Dataset.from_dict(columns, features=features)
 
 
 def load_rows(file: Path = TEST_FILE) -> Dataset:
-    """The test set as a ``datasets.Dataset``."""
+    """The test set as a `datasets.Dataset`."""
     return Dataset.from_parquet(str(file))
 
 
@@ -68,7 +68,7 @@ def write_set(
     rows: int,
     arguments: list[str] | None = None,
 ) -> None:
-    """Write what ``make`` gives for a number of rows and print its checksum; ``file`` and ``rows`` are the defaults."""
+    """Write what `make` gives for a number of rows and print its checksum; `file` and `rows` are the defaults."""
     parser = argparse.ArgumentParser(prog=prog, description=description)
     parser.add_argument("--out", type=Path, default=file)
     parser.add_argument("--rows", type=int, default=rows)

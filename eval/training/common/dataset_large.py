@@ -1,4 +1,4 @@
-"""Write the second test set, of larger pictures: ``python -m vlmprune.eval.training.common.dataset_large [--out FILE]``.
+"""Write the second test set, of larger pictures: `python -m vlmprune.eval.training.common.dataset_large [--out FILE]`.
 
 Every row is one picture (JPEG, 288 x 192) and the question what its text says. A glyph is as many pixels as in the first
 test set, so it takes a smaller part of the picture.
@@ -20,7 +20,7 @@ LARGE_FILE = TEST_FILE.with_name("scenes_large.parquet")
 
 
 def make_rows(rows: int = ROWS, seed: int = TEST_SEED + 1_000_000) -> Dataset:
-    """The first ``rows`` scenes of larger pictures."""
+    """The first `rows` scenes of larger pictures."""
     columns: dict[str, list[object]] = {"image": [], "reading_question": [], "reading_answer": []}
     for index in range(rows):
         rng = np.random.default_rng([seed, index])

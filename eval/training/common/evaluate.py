@@ -1,6 +1,6 @@
 """Accuracy of a tiny model on the test set: with all visual tokens, blind, and with a few random tokens.
 
-``python -m vlmprune.eval.training.common.evaluate CHECKPOINT [--limit N]``
+`python -m vlmprune.eval.training.common.evaluate CHECKPOINT [--limit N]`
 """
 
 from __future__ import annotations
@@ -46,10 +46,10 @@ def measure(
     batch_size: int = 32,
     tasks: Sequence[str] = tuple(TASKS),
 ) -> dict[str, float]:
-    """Share of right answers of each of the ``tasks``.
+    """Share of right answers of each of the `tasks`.
 
-    ``blind`` replaces every picture by uniform grey; ``random`` keeps a random share ``keep`` of each picture's visual tokens
-    (drawn from ``seed``) and leaves the others out of the sequence.
+    `blind` replaces every picture by uniform grey; `random` keeps a random share `keep` of each picture's visual tokens
+    (drawn from `seed`) and leaves the others out of the sequence.
     """
     if mode not in MODES:
         raise ValueError(f"mode is {mode!r}, not one of {', '.join(MODES)}")
@@ -73,7 +73,7 @@ def measure(
 def keep_random(
     model: PreTrainedModel, inputs: dict[str, Tensor], keep: float, generator: torch.Generator
 ) -> dict[str, Tensor]:
-    """Inputs for ``generate`` in which each row has lost all but a random share of its visual tokens."""
+    """Inputs for `generate` in which each row has lost all but a random share of its visual tokens."""
     ids, attention = inputs["input_ids"], inputs["attention_mask"]
     embeds = model.get_input_embeddings()(ids)
     visual_inputs = {name: inputs[name] for name in ("pixel_values", "image_sizes") if name in inputs}

@@ -43,9 +43,9 @@ class Grounding(nn.Module):
         return fits & ((colour == 0)[..., None] | (labels[:, None, 1] == colour[..., None]))
 
     def forward(self, model: LlamaForCausalLM, answers: Answers, ids: Tensor, labels: Tensor) -> Tensor:
-        """Mean of -log(attention paid to the named patches) over the shapes' words, for ``HEADS`` heads of ``LAYER``.
+        """Mean of -log(attention paid to the named patches) over the shapes' words, for `HEADS` heads of `LAYER`.
 
-        A word that names nothing in the picture is left out or, with ``nothing``, is to look at the tokens in front of
+        A word that names nothing in the picture is left out or, with `nothing`, is to look at the tokens in front of
         the picture.
         """
         layer, hidden = model.model.layers[LAYER], answers.hidden[LAYER]

@@ -60,7 +60,7 @@ class Prompts:
         return tuple(self.tokenizer(text, add_special_tokens=False).input_ids)
 
     def slot(self, question: str, answer: str) -> tuple[list[int], list[int]]:
-        """Ids and labels of one slot; a label stands at the position that predicts it, all others are ``IGNORE``."""
+        """Ids and labels of one slot; a label stands at the position that predicts it, all others are `IGNORE`."""
         asked, said = self._ids(f"{question} ASSISTANT:"), self._ids(f"{answer}{EOS}")
         ids = [*asked, *said]
         if len(ids) > SLOT:
@@ -85,7 +85,7 @@ def slot_layout(prefix: int, slots: int) -> tuple[Tensor, Tensor]:
 
 
 EARLY = 3
-"""How many tokens before an answer stands the question's last word (``circle ? ASSISTANT :``)."""
+"""How many tokens before an answer stands the question's last word (`circle ? ASSISTANT :`)."""
 
 
 def early_labels(labels: Tensor) -> Tensor:
@@ -103,7 +103,7 @@ def early_labels(labels: Tensor) -> Tensor:
 
 @dataclass
 class Answers:
-    """What ``answer`` gives: loss over answer tokens, loss of answering early, which slots are right, hidden states."""
+    """What `answer` gives: loss over answer tokens, loss of answering early, which slots are right, hidden states."""
 
     loss: Tensor
     early: Tensor
@@ -118,8 +118,8 @@ def answer(
 ) -> Answers:
     """Answer all questions about a batch of pictures.
 
-    ``visual`` is (batch, patches, width); ``ids`` and ``labels`` are (batch, slots, ``SLOT``). With ``early`` the loss of
-    answering at the end of the question already (``early_labels``) and the hidden states of all layers come too.
+    `visual` is (batch, patches, width); `ids` and `labels` are (batch, slots, `SLOT`). With `early` the loss of
+    answering at the end of the question already (`early_labels`) and the hidden states of all layers come too.
     """
     batch, slots, _ = ids.shape
     embed = model.get_input_embeddings()

@@ -25,7 +25,7 @@ Step = Callable[[Any, bool], tuple[Tensor, Metrics]]
 
 @dataclass(frozen=True)
 class Phase:
-    """So many steps on batches of one plan (a ``BatchPlan``, or what the caller's stream takes)."""
+    """So many steps on batches of one plan (a `BatchPlan`, or what the caller's stream takes)."""
 
     steps: int
     plan: Any
@@ -35,7 +35,7 @@ class Phase:
 class Stage:
     """A stage's name, its phases, its peak learning rates (one for each group of parameters) and its seed.
 
-    ``horizon`` is the length of the cosine where the stage ends before it does (0: as long as the stage).
+    `horizon` is the length of the cosine where the stage ends before it does (0: as long as the stage).
     """
 
     name: str
@@ -53,7 +53,7 @@ class Stage:
         return sum(phase.steps for phase in self.phases)
 
     def scale(self, step: int) -> float:
-        """Share of the peak learning rate at a step: linear warm-up, then a cosine down to ``floor``."""
+        """Share of the peak learning rate at a step: linear warm-up, then a cosine down to `floor`."""
         if step < self.warmup:
             return (step + 1) / self.warmup
         done = (step - self.warmup) / max(1, (self.horizon or self.steps) - self.warmup)
@@ -79,11 +79,11 @@ def run_stage(
     source: Callable[[Any, int, int], Iterator[Any]] = stream,
     make_optimizer: Callable[[list[list[nn.Parameter]], Stage], Any] | None = None,
 ) -> None:
-    """Train, and write ``out/{stage}.pt`` every ``every_s`` seconds and at the end.
+    """Train, and write `out/{stage}.pt` every `every_s` seconds and at the end.
 
-    ``parts`` are all modules whose weights the file keeps; ``groups`` are the ones that learn, one group for each rate.
-    ``source`` gives the batches of a plan and a seed from a number on; ``make_optimizer`` takes the place of AdamW.
-    A finished stage that is run again with ``resume`` only loads its weights.
+    `parts` are all modules whose weights the file keeps; `groups` are the ones that learn, one group for each rate.
+    `source` gives the batches of a plan and a seed from a number on; `make_optimizer` takes the place of AdamW.
+    A finished stage that is run again with `resume` only loads its weights.
     """
     path, log = out / f"{stage.name}.pt", _logger(out, stage.name)
     members = [[p for module in group for p in module.parameters()] for group in groups]
@@ -158,7 +158,7 @@ def load_parts(parts: Mapping[str, nn.Module], states: Mapping[str, Mapping[str,
 
 
 class Parts:
-    """The parts of a model in training, by name (``part_names``), as the stage files in ``out`` keep them."""
+    """The parts of a model in training, by name (`part_names`), as the stage files in `out` keep them."""
 
     part_names: ClassVar[tuple[str, ...]]
     out: Path

@@ -96,5 +96,5 @@ def ask_turns(scene: Scene, turns: Iterable[tuple[str, int]], rng: np.random.Gen
 
 
 def plural(word: str) -> str:
-    """``"circles"`` for ``"circle"``, ``"crosses"`` for ``"cross"``."""
+    """`"circles"` for `"circle"`, `"crosses"` for `"cross"`."""
     return word + ("es" if word.endswith("s") else "s")

@@ -1,7 +1,7 @@
 """Procedural scenes: coloured shapes and one printed string on a textured background, with labels for every patch.
 
-A scene is plain data made from a seeded generator. ``render`` draws it with numpy alone (no font, no drawing library), so
-every machine draws the same picture; ``patch_labels`` tells what each patch shows and ``presence`` what the picture contains.
+A scene is plain data made from a seeded generator. `render` draws it with numpy alone (no font, no drawing library), so
+every machine draws the same picture; `patch_labels` tells what each patch shows and `presence` what the picture contains.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ MAX_STRING = 4
 MAX_COUNT = 4
 JPEG_QUALITY = 85
 TEST_SHARE = 10
-"""One string in ``TEST_SHARE`` is kept for the test set and never printed in a training picture."""
+"""One string in `TEST_SHARE` is kept for the test set and never printed in a training picture."""
 
 
 @dataclass(frozen=True)
 class Thing:
-    """One coloured shape: indices into ``SHAPES`` and ``COLOUR_NAMES``, its centre and its half size in pixels."""
+    """One coloured shape: indices into `SHAPES` and `COLOUR_NAMES`, its centre and its half size in pixels."""
 
     shape: int
     colour: int
@@ -51,15 +51,15 @@ class Thing:
 
     @property
     def name(self) -> str:
-        """Colour and shape as words, ``"red circle"``."""
+        """Colour and shape as words, `"red circle"`."""
         return f"{COLOUR_NAMES[self.colour]} {SHAPES[self.shape]}"
 
 
 @dataclass(frozen=True)
 class Scene:
-    """What a picture shows. ``text_x`` and ``text_y`` are the upper left corner of the first glyph's cell.
+    """What a picture shows. `text_x` and `text_y` are the upper left corner of the first glyph's cell.
 
-    ``size`` is the picture's width and, where ``tall`` is 0, also its height.
+    `size` is the picture's width and, where `tall` is 0, also its height.
     """
 
     size: int
@@ -115,7 +115,7 @@ def make_scene(
 ) -> Scene:
     """Draw one scene: a main shape that occurs one to four times, one shape that occurs once, others at random.
 
-    ``tall`` is the height in pixels of a picture that is not square (0: as high as it is wide).
+    `tall` is the height in pixels of a picture that is not square (0: as high as it is wide).
     """
     while True:
         shapes = _choose_shapes(rng, int(rng.integers(things[0], things[1] + 1)))
@@ -182,7 +182,7 @@ def signed_distance(shape: int, x: np.ndarray, y: np.ndarray, radius: float) -> 
 
 @lru_cache(maxsize=8)
 def _blend(size: int, knots: int) -> np.ndarray:
-    """Matrix that interpolates ``knots`` values linearly to ``size`` values."""
+    """Matrix that interpolates `knots` values linearly to `size` values."""
     at = np.linspace(0, knots - 1, size)
     low = np.minimum(at.astype(int), knots - 2)
     matrix = np.zeros((size, knots), np.float32)
@@ -210,7 +210,7 @@ def _background(rng: np.random.Generator, width: int, height: int) -> np.ndarray
 
 
 def render(scene: Scene) -> np.ndarray:
-    """Draw a scene: ``uint8`` array of height, width, 3."""
+    """Draw a scene: `uint8` array of height, width, 3."""
     rng = np.random.default_rng(scene.texture_seed)
     image = _background(rng, scene.size, scene.height)
     for thing in scene.things:
@@ -238,7 +238,7 @@ def encode_jpeg(image: np.ndarray) -> bytes:
 
 
 def decode_jpeg(data: bytes) -> np.ndarray:
-    """The picture that stored bytes hold, as ``uint8`` array of height, width, 3."""
+    """The picture that stored bytes hold, as `uint8` array of height, width, 3."""
     return np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
 
 
@@ -253,7 +253,7 @@ LABEL_SIZES: dict[str, int] = {
 
 
 def patch_labels(scene: Scene) -> np.ndarray:
-    """What each patch shows: ``int64`` array (labels in the order of ``LABEL_SIZES``, patches in reading order)."""
+    """What each patch shows: `int64` array (labels in the order of `LABEL_SIZES`, patches in reading order)."""
     labels = np.zeros((len(LABEL_SIZES), scene.height // PATCH_SIZE, scene.size // PATCH_SIZE), np.int64)
     down, along = ((np.arange(cells) + 0.5) * PATCH_SIZE for cells in labels.shape[1:])
     for thing in scene.things:

@@ -28,7 +28,7 @@ CHAT_TEMPLATE = (
     "{% endfor %}"
     "{% if add_generation_prompt %}ASSISTANT:{% endif %}"
 )
-"""``USER: <image>\\n{question} ASSISTANT: {answer}</s>`` and so on."""
+"""`USER: <image>\\n{question} ASSISTANT: {answer}</s>` and so on."""
 
 
 def vocabulary() -> list[str]:
@@ -45,7 +45,7 @@ def glyph_tokens() -> tuple[list[str], list[str]]:
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """A word-piece tokenizer over ``vocabulary`` that puts ``<s>`` in front."""
+    """A word-piece tokenizer over `vocabulary` that puts `<s>` in front."""
     vocab = {token: i for i, token in enumerate(vocabulary())}
     core = Tokenizer(
         models.WordPiece(vocab, unk_token=UNK, continuing_subword_prefix="##", max_input_chars_per_word=64)

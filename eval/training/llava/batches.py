@@ -53,7 +53,7 @@ class BatchPlan:
 
 @dataclass
 class Batch:
-    """``pixels`` (batch, height, width, 3), labels, presence, questions in slots, and where the window lies.
+    """`pixels` (batch, height, width, 3), labels, presence, questions in slots, and where the window lies.
 
     What the plan leaves out is empty.
     """
@@ -101,7 +101,7 @@ def make_batch(plan: BatchPlan, prompts: Prompts, rng: np.random.Generator, test
 
 
 class BatchStream(IterableDataset[AnyBatch]):
-    """What ``make`` draws as batches ``start``, ``start + 1``, ... of a seed; batch n is the same however the stream is cut."""
+    """What `make` draws as batches `start`, `start + 1`, ... of a seed; batch n is the same however the stream is cut."""
 
     def __init__(self, make: Callable[[np.random.Generator], AnyBatch], seed: int, start: int = 0) -> None:
         if seed >= TEST_SEED:
@@ -116,10 +116,10 @@ class BatchStream(IterableDataset[AnyBatch]):
 
 
 def stream_from(make: Callable[[np.random.Generator], AnyBatch], seed: int, start: int = 0) -> Iterator[AnyBatch]:
-    """Iterate over a ``BatchStream`` in a worker process."""
+    """Iterate over a `BatchStream` in a worker process."""
     return iter(DataLoader(BatchStream(make, seed, start), batch_size=None, num_workers=1, prefetch_factor=4))
 
 
 def stream(plan: BatchPlan, seed: int, start: int = 0) -> Iterator[Batch]:
-    """The batches of a plan and a seed from number ``start`` on."""
+    """The batches of a plan and a seed from number `start` on."""
     return stream_from(partial(make_batch, plan, Prompts(build_tokenizer())), seed, start)

@@ -92,7 +92,7 @@ QUESTIONS = {
 
 
 def finish(out: Path, folder: Path | None = None, last: str = "joint_more", seeds: int = 1) -> dict[str, Any]:
-    """Export the weights of the last stage to ``folder`` (``out/tiny-llava``), measure the exported files, write the card."""
+    """Export the weights of the last stage to `folder` (`out/tiny-llava`), measure the exported files, write the card."""
     folder = folder or out / "tiny-llava"
     shop = Workshop(out)
     shop.load(last)
@@ -131,7 +131,7 @@ def write_card(figures: dict[str, Any], folder: Path, machine: str | None = None
 
 
 def accuracy_row(figures: dict[str, Any], task: str, name: str = "", prefix: str = "") -> str:
-    """A task's row of the accuracy table, from the figures whose modes' names begin with ``prefix``."""
+    """A task's row of the accuracy table, from the figures whose modes' names begin with `prefix`."""
     shares = " | ".join(f"{100 * figures[prefix + mode][task]:.1f}" for mode in MODES)
     return f"| {name or task} | {QUESTIONS[task]} | {shares} | {CHANCE[task]} |"
 

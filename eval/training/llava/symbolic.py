@@ -39,9 +39,9 @@ class SymbolicTokens(nn.Module):
             nn.init.normal_(weight, std=deviation)
 
     def forward(self, labels: Tensor, words: Tensor, window: Tensor) -> Tensor:
-        """Tokens (batch, patches, width) for labels (batch, labels, patches) at the patches ``window`` of the grid.
+        """Tokens (batch, patches, width) for labels (batch, labels, patches) at the patches `window` of the grid.
 
-        ``words`` is the embedding matrix of the language model.
+        `words` is the embedding matrix of the language model.
         """
         shape, colour, glyph, order, centre = labels.unbind(1)
         glyph_ids = torch.where(order == 1, self.first_ids[glyph], self.later_ids[glyph])

@@ -51,7 +51,7 @@ def looking_at(tower: CLIPVisionModel, window: Tensor) -> Iterator[None]:
 
 
 def normalise(pixels: Tensor) -> Tensor:
-    """``uint8`` pixels (batch, height, width, 3) as the processor would hand them to the tower."""
+    """`uint8` pixels (batch, height, width, 3) as the processor would hand them to the tower."""
     return (pixels.permute(0, 3, 1, 2).float() / 255 - 0.5) / 0.5
 
 
@@ -66,13 +66,13 @@ class TowerHeads(nn.Module):
         self.presence_early = nn.Linear(WIDTH, PRESENCE_SIZE)
 
     def patch_logits(self, features: Tensor) -> tuple[Tensor, ...]:
-        """Logits of every label (in the order of ``LABEL_SIZES``) from patch features."""
+        """Logits of every label (in the order of `LABEL_SIZES`) from patch features."""
         return self.patch(self.norm(features)).split(tuple(LABEL_SIZES.values()), dim=-1)
 
     def forward(self, hidden: Tensor, pooled: Tensor, labels: Tensor, presence: Tensor) -> dict[str, Tensor]:
         """Losses from the hidden states of the feature layer, the pooled CLS of the last layer, and the labels.
 
-        ``labels`` is (batch, labels, patches). The CLS token of the feature layer is trained on the same target as the
+        `labels` is (batch, labels, patches). The CLS token of the feature layer is trained on the same target as the
         last layer's, so the attention it pays in both is a trained signal.
         """
         losses = {}

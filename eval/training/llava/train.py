@@ -1,8 +1,8 @@
-"""Train tiny-llava from nothing: ``python -m vlmprune.eval.training.llava.train --out DIR [--resume]``.
+"""Train tiny-llava from nothing: `python -m vlmprune.eval.training.llava.train --out DIR [--resume]`.
 
-Each stage writes its weights to ``DIR/{stage}.pt`` every two minutes and its figures to ``DIR/{stage}.log``. The tower
+Each stage writes its weights to `DIR/{stage}.pt` every two minutes and its figures to `DIR/{stage}.log`. The tower
 learns alone on labels of the patches while the language model learns alone on symbolic tokens; then come the projector and
-everything together. The finished checkpoint, measured on the test set, is ``DIR/tiny-llava``.
+everything together. The finished checkpoint, measured on the test set, is `DIR/tiny-llava`.
 """
 
 from __future__ import annotations

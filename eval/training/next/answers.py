@@ -22,7 +22,7 @@ def _question_layout(start: int, slots: int) -> tuple[Tensor, Tensor]:
 def answer_in_two(
     model: LlamaForCausalLM, prefix_ids: list[int], visual: Tensor, ids: Tensor, labels: Tensor
 ) -> Answers:
-    """What ``vlmprune.eval.training.common.language.answer`` gives (but for ``early``), for less work where pictures are long."""
+    """What `vlmprune.eval.training.common.language.answer` gives (but for `early`), for less work where pictures are long."""
     batch, slots, _ = ids.shape
     embed = model.get_input_embeddings()
     prefix = embed(torch.tensor(prefix_ids)).expand(batch, -1, -1)

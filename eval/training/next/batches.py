@@ -39,7 +39,7 @@ COARSE_GRIDS = ((2, 2), (2, 2), (1, 2), (2, 3))
 
 @dataclass(frozen=True)
 class TilePlan:
-    """What a batch holds: pictures of one of the ``grids`` (rows, columns of crops), ``cells`` patches a side of a crop."""
+    """What a batch holds: pictures of one of the `grids` (rows, columns of crops), `cells` patches a side of a crop."""
 
     size: int
     grids: tuple[tuple[int, int], ...] = SQUARE
@@ -56,9 +56,9 @@ class TilePlan:
 class TileBatch:
     """One batch.
 
-    ``pixels`` (batch, tiles, height, width, 3); ``tile_labels`` (batch, tiles, labels, patches) and ``presence`` (batch,
-    tiles, pairs and glyphs) as each tile shows them; ``labels`` (batch, labels, tokens) of the whole sequence, where a
-    string counts on from crop to crop; ``places`` (batch, slots, tokens, 2) say where in the picture (0 to 1) the thing lies
+    `pixels` (batch, tiles, height, width, 3); `tile_labels` (batch, tiles, labels, patches) and `presence` (batch,
+    tiles, pairs and glyphs) as each tile shows them; `labels` (batch, labels, tokens) of the whole sequence, where a
+    string counts on from crop to crop; `places` (batch, slots, tokens, 2) say where in the picture (0 to 1) the thing lies
     that a word names, nan where it names none or several.
     """
 
@@ -150,5 +150,5 @@ def name_places(scene: Scene, ids: list[int], prompts: Prompts) -> list[tuple[fl
 
 
 def stream(plan: TilePlan, seed: int, start: int = 0) -> Iterator[TileBatch]:
-    """The batches of a plan and a seed from number ``start`` on."""
+    """The batches of a plan and a seed from number `start` on."""
     return stream_from(partial(make_batch, plan, Prompts(build_tokenizer())), seed, start)

@@ -89,7 +89,7 @@ understand free questions, only the five forms in the table.{limits}
 
 
 def finish(start: Path, out: Path, folder: Path | None = None, **words: str) -> dict[str, Any]:
-    """Export the weights of the last stage to ``folder`` (``out/tiny-llava-next``), measure them and write the card."""
+    """Export the weights of the last stage to `folder` (`out/tiny-llava-next`), measure them and write the card."""
     folder = folder or out / "tiny-llava-next"
     shop = Workshop(start, out)
     shop.load(STAGES[-1])

@@ -20,7 +20,7 @@ SPREAD = 3.5
 
 
 class Insight(nn.Module):
-    """Linear heads on the hidden states after ``LAYER`` layers."""
+    """Linear heads on the hidden states after `LAYER` layers."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -31,7 +31,7 @@ class Insight(nn.Module):
         self.place = nn.Linear(WIDTH, 2)
 
     def forward(self, answers: Answers, labels: Tensor, places: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Losses and figures from ``labels`` (batch, labels, tokens) of the picture and ``places`` of the words."""
+        """Losses and figures from `labels` (batch, labels, tokens) of the picture and `places` of the words."""
         hidden = self.norm(answers.hidden[LAYER])
         asked = hidden[:, answers.start :]
         place, wanted = self.place(asked), (places.flatten(1, 2) - 0.5) * SPREAD

@@ -88,7 +88,7 @@ STAGES = ("tower", "tower_more", "language", "language_more", "bridge", "joint",
 
 
 class Workshop(Parts):
-    """All parts of the model in training, and one method for each stage; ``start`` is the folder of tiny-llava's training."""
+    """All parts of the model in training, and one method for each stage; `start` is the folder of tiny-llava's training."""
 
     part_names = ("tower", "heads", "language", "symbolic", "projector", "stitcher", "insight")
 

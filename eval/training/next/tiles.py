@@ -21,7 +21,7 @@ FIRST = (GRID - CELLS) // 2
 
 
 def cut(picture: np.ndarray) -> Tensor:
-    """Tiles ``uint8`` (1 + rows * columns, ``TILE``, ``TILE``, 3) of a picture whose sides are multiples of ``TILE``.
+    """Tiles `uint8` (1 + rows * columns, `TILE`, `TILE`, 3) of a picture whose sides are multiples of `TILE`.
 
     The first is the whole picture squeezed into one tile, as the processor does it.
     """
@@ -58,7 +58,7 @@ def cut_labels(labels: np.ndarray, cells: int) -> np.ndarray:
 
 
 def tile_presence(labels: np.ndarray) -> np.ndarray:
-    """Which pairs of shape and colour and which glyphs each tile shows on two patches or more (tiles, ``PRESENCE_SIZE``)."""
+    """Which pairs of shape and colour and which glyphs each tile shows on two patches or more (tiles, `PRESENCE_SIZE`)."""
     hot = np.zeros((len(labels), PRESENCE_SIZE), np.float32)
     for row, (shape, colour, glyph) in zip(hot, labels[:, :3].reshape(len(labels), 3, -1), strict=True):
         row[: len(SHAPES) * len(COLOURS)] = np.bincount(
@@ -73,7 +73,7 @@ def tile_presence(labels: np.ndarray) -> np.ndarray:
 def stitch(tiles: Tensor, grid: tuple[int, int], newline: Tensor) -> Tensor:
     """One sequence (batch, tokens, width) of tile tokens (batch, tiles, cells * cells, width) on a grid of crops.
 
-    The thumbnail's tokens come first, then the crops' in reading order of the whole picture, ``newline`` after every row.
+    The thumbnail's tokens come first, then the crops' in reading order of the whole picture, `newline` after every row.
     """
     cells = int(tiles.shape[2] ** 0.5)
     crops = tiles[:, 1:].unflatten(2, (cells, cells)).unflatten(1, grid)
@@ -83,7 +83,7 @@ def stitch(tiles: Tensor, grid: tuple[int, int], newline: Tensor) -> Tensor:
 
 
 class Stitcher(nn.Module):
-    """``stitch`` with the newline embedding that the model learns."""
+    """`stitch` with the newline embedding that the model learns."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,8 +1,8 @@
-"""Grow tiny-llava into tiny-llava-next: ``python -m vlmprune.eval.training.next.train --start DIR --out DIR [--resume]``.
+"""Grow tiny-llava into tiny-llava-next: `python -m vlmprune.eval.training.next.train --start DIR --out DIR [--resume]`.
 
-``--start`` is the folder of ``vlmprune.eval.training.llava.train``. Each stage writes its weights to ``{out}/{stage}.pt`` every
-two minutes and its figures to ``{out}/{stage}.log``. The finished checkpoint, measured on the test set, is
-``{out}/tiny-llava-next``.
+`--start` is the folder of `vlmprune.eval.training.llava.train`. Each stage writes its weights to `{out}/{stage}.pt` every
+two minutes and its figures to `{out}/{stage}.log`. The finished checkpoint, measured on the test set, is
+`{out}/tiny-llava-next`.
 """
 
 from __future__ import annotations

@@ -20,9 +20,9 @@ from .tokenizer import VisionPrompts, build_tokenizer
 
 @dataclass(frozen=True)
 class SizedPlan:
-    """What a batch holds: about ``tokens`` visual tokens, all pictures of one of the sizes (rows, columns of tokens).
+    """What a batch holds: about `tokens` visual tokens, all pictures of one of the sizes (rows, columns of tokens).
 
-    ``things`` are the fewest and the most shapes in 144 tokens' space; smaller and larger pictures hold in proportion.
+    `things` are the fewest and the most shapes in 144 tokens' space; smaller and larger pictures hold in proportion.
     """
 
     tokens: int
@@ -76,5 +76,5 @@ def make_batch(plan: SizedPlan, prompts: VisionPrompts, rng: np.random.Generator
 
 
 def stream(plan: SizedPlan, seed: int, start: int = 0) -> Iterator[SizedBatch]:
-    """The batches of a plan and a seed from number ``start`` on."""
+    """The batches of a plan and a seed from number `start` on."""
     return stream_from(partial(make_batch, plan, VisionPrompts(build_tokenizer())), seed, start)

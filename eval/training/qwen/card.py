@@ -102,7 +102,7 @@ with all tokens, {random:.1f} with 5 % random.
 
 
 def finish(out: Path, folder: Path | None = None, stage: str = STAGES[-1], rows: int | None = None) -> dict[str, Any]:
-    """Export the weights of a stage (the last) to ``folder`` (``out/tiny-qwen2.5-vl``), measure the files, write the card."""
+    """Export the weights of a stage (the last) to `folder` (`out/tiny-qwen2.5-vl`), measure the files, write the card."""
     folder = folder or out / NAME
     shop = Workshop(out)
     shop.load(stage)
@@ -133,7 +133,7 @@ def measure_folder(folder: Path, limit: int | None = None) -> dict[str, Any]:
 def measure_blind(
     model: PreTrainedModel, processor: ProcessorMixin, rows: Dataset, batch_size: int = 32
 ) -> dict[str, float]:
-    """What ``measure`` gives with ``mode="blind"``, but every question is asked once: the grey pictures are all the same."""
+    """What `measure` gives with `mode="blind"`, but every question is asked once: the grey pictures are all the same."""
     grey, shares = Image.new("RGB", (IMAGE_SIZE, IMAGE_SIZE), GREY), {}
     for task in TASKS:
         wanted = Counter(zip(rows[f"{task}_question"], rows[f"{task}_answer"], strict=True))

@@ -28,7 +28,7 @@ SEED = 11_000_000
 
 
 def one_hot(labels: Tensor) -> Tensor:
-    """Indicators (..., sum of ``KINDS``) of labels (..., 6) in the order of ``TOKEN_LABELS``."""
+    """Indicators (..., sum of `KINDS`) of labels (..., 6) in the order of `TOKEN_LABELS`."""
     shape, colour, glyph, order, centre, covered = labels.unbind(-1)
     glyph = torch.where((glyph > 0) & (order > 1), glyph + len(ALPHABET), glyph)
     parts = [
@@ -40,7 +40,7 @@ def one_hot(labels: Tensor) -> Tensor:
 
 @torch.no_grad()
 def fit_codes(batches: int = 10) -> Tensor:
-    """Codes (sum of ``KINDS``, width), by least squares on the features of 16 pictures a batch."""
+    """Codes (sum of `KINDS`, width), by least squares on the features of 16 pictures a batch."""
     llava = AutoModelForImageTextToText.from_pretrained(LLAVA, dtype=torch.float32).eval()
     prompts = Prompts(build_tokenizer())
     size = sum(KINDS) + 2 * (GRID - 1)

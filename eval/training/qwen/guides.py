@@ -32,7 +32,7 @@ class Guides(nn.Module):
         self.own, self.named, self.way = (nn.Sequential(nn.RMSNorm(WIDTH), nn.Linear(WIDTH, 2)) for _ in range(3))
 
     def forward(self, answers: Answers, size: tuple[int, int], ids: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        """Losses for questions ``ids`` (batch, slots, ``SLOT``) about tokens with ``labels`` (batch, labels, tokens)."""
+        """Losses for questions `ids` (batch, slots, `SLOT`) about tokens with `labels` (batch, labels, tokens)."""
         rows, columns = size
         tokens, start, flat = rows * columns, answers.start, ids.flatten(1)
         first = int((answers.position[1, 0] == answers.position[0, 0]).long().cumprod(0).sum()) - 1

@@ -9,15 +9,15 @@ from ..common.scenes import LABEL_SIZES, PATCH_SIZE, Scene, patch_labels
 from .model import MERGE
 
 PATCH_LABELS: dict[str, int] = {**LABEL_SIZES, "quarter": 5}
-"""Classes of each label of a patch; ``quarter`` tells which corner of its glyph a patch holds (0: no glyph)."""
+"""Classes of each label of a patch; `quarter` tells which corner of its glyph a patch holds (0: no glyph)."""
 TOKEN_LABELS: dict[str, int] = {**LABEL_SIZES, "covered": 2}
 """Classes of each label of a visual token; a glyph belongs to the token that holds its upper left patch."""
 
 
 def scene_labels(scene: Scene) -> tuple[np.ndarray, np.ndarray]:
-    """Labels of the patches, ``int64`` (labels, tokens, patches of a token), and of the tokens (labels, tokens).
+    """Labels of the patches, `int64` (labels, tokens, patches of a token), and of the tokens (labels, tokens).
 
-    Labels stand in the order of ``PATCH_LABELS`` and ``TOKEN_LABELS``; tokens and the patches in them in reading order.
+    Labels stand in the order of `PATCH_LABELS` and `TOKEN_LABELS`; tokens and the patches in them in reading order.
     """
     rows, columns = scene.height // PATCH_SIZE, scene.size // PATCH_SIZE
     patches = np.zeros((len(PATCH_LABELS), rows, columns), np.int64)

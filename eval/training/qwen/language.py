@@ -46,8 +46,8 @@ def answer(
 ) -> Answers:
     """Answer all questions about a batch of pictures.
 
-    ``visual`` is (batch, tokens, width); ``ids`` and ``labels`` are (batch, slots, ``SLOT``). The early loss is that of
-    answering at the end of the question already (``early_labels``).
+    `visual` is (batch, tokens, width); `ids` and `labels` are (batch, slots, `SLOT`). The early loss is that of
+    answering at the end of the question already (`early_labels`).
     """
     batch, slots, _ = ids.shape
     words = language.embed_tokens

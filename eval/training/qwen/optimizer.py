@@ -15,7 +15,7 @@ from ..common.loop import Stage
 class MuonAdamW:
     """Two optimizers that act as one; learning rates mean the same for both (updates of matched size).
 
-    ``vectors`` is a factor for the rates of what AdamW trains.
+    `vectors` is a factor for the rates of what AdamW trains.
     """
 
     def __init__(self, members: Sequence[Sequence[nn.Parameter]], stage: Stage, vectors: float = 1.0) -> None:

@@ -135,7 +135,7 @@ class Workshop(Parts):
     def train_language(self, stage: Stage = LANGUAGE, guide: float = 0.3, vectors: float = 1.0) -> None:
         """Layers of the language model and the guides, on symbolic tokens; the embeddings stay.
 
-        ``guide`` is the weight of the probes, ``vectors`` a factor for the rate of biases, norms and probes.
+        `guide` is the weight of the probes, `vectors` a factor for the rate of biases, norms and probes.
         """
         self.take_codes()
 

@@ -26,7 +26,7 @@ CHAT_TEMPLATE = (
     "{% endfor %}"
     "{% if add_generation_prompt %}ASSISTANT:{% endif %}"
 )
-"""``USER: <|vision_start|><|image_pad|><|vision_end|>{question} ASSISTANT: {answer}</s>`` and so on."""
+"""`USER: <|vision_start|><|image_pad|><|vision_end|>{question} ASSISTANT: {answer}</s>` and so on."""
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:

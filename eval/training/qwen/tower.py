@@ -17,7 +17,7 @@ from .model import MERGE
 
 
 def pack(pixels: Tensor) -> Tensor:
-    """``uint8`` pixels (batch, height, width, 3) as the processor would hand them to the tower: (patches, 384)."""
+    """`uint8` pixels (batch, height, width, 3) as the processor would hand them to the tower: (patches, 384)."""
     batch, height, width, _ = pixels.shape
     span = MERGE * PATCH_SIZE
     values = (pixels.float() / 255 - 0.5) / 0.5
@@ -52,7 +52,7 @@ class TowerHeads(nn.Module):
     ) -> tuple[dict[str, Tensor], dict[str, float]]:
         """Losses, and shares of the patches and tokens that hold something where a label is right.
 
-        ``patch_labels`` is (batch, labels, tokens, 4), ``token_labels`` (batch, labels, tokens).
+        `patch_labels` is (batch, labels, tokens, 4), `token_labels` (batch, labels, tokens).
         """
         heads = (
             ("", PATCH_LABELS, self.patch(self.patch_norm(patches)), patch_labels),

@@ -1,9 +1,9 @@
-"""Train tiny-qwen2.5-vl: ``python -m vlmprune.eval.training.qwen.train --out DIR [--resume]``.
+"""Train tiny-qwen2.5-vl: `python -m vlmprune.eval.training.qwen.train --out DIR [--resume]`.
 
-Each stage writes its weights to ``DIR/{stage}.pt`` every two minutes and its figures to ``DIR/{stage}.log``. The tower learns
+Each stage writes its weights to `DIR/{stage}.pt` every two minutes and its figures to `DIR/{stage}.log`. The tower learns
 alone from nothing, on labels of patches and tokens and on the code of visual tokens read off the shipped tiny-llava; the
 language model, which starts from tiny-llava's, learns alone on symbolic tokens; then everything learns together. The finished
-checkpoint, measured on the test set, is ``DIR/tiny-qwen2.5-vl``.
+checkpoint, measured on the test set, is `DIR/tiny-qwen2.5-vl`.
 """
 
 from __future__ import annotations
