@@ -45,9 +45,9 @@ demo: setup  ## Accuracy against FLOPs and latency of several methods on the shi
 		--keep 0.5,0.25,0.1,0.05 --tasks all --limit 50 --batch-size 16 --dtype float32 --out results/demo
 
 tiny: setup  ## Train the three shipped checkpoints again (hours on a CPU).
-	$(BIN)/python -m vlmprune.eval.training.llava.train --out results/tiny --resume
-	$(BIN)/python -m vlmprune.eval.training.next.train --start results/tiny --out results/tiny-next --resume
-	$(BIN)/python -m vlmprune.eval.training.qwen.train --out results/tiny-qwen --resume
+	$(BIN)/python -m vlmprune.eval.training.train tiny-llava --out results/tiny --resume
+	$(BIN)/python -m vlmprune.eval.training.train tiny-llava-next --start results/tiny --out results/tiny-next --resume
+	$(BIN)/python -m vlmprune.eval.training.train tiny-qwen2.5-vl --out results/tiny-qwen --resume
 
 bench-gpu: setup  ## Time the selection kernels.
 	$(BIN)/python -m vlmprune.kernels.bench --out results/kernels.csv

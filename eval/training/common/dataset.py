@@ -14,9 +14,9 @@ from pathlib import Path
 import numpy as np
 from datasets import Dataset, Features, Image, Value
 
-from ..llava.batches import TEST_SEED
 from .questions import TASKS
 from .scenes import encode_jpeg, make_scene, render
+from .stream import TEST_SEED
 
 ROWS = 600
 TEST_FILE = Path(__file__).parents[2] / "tasks" / "data" / "scenes.parquet"

@@ -9,10 +9,10 @@ from __future__ import annotations
 import numpy as np
 from datasets import Dataset
 
-from ..llava.batches import TEST_SEED
 from .dataset import TEST_FILE, as_dataset, write_set
 from .questions import ask_reading
 from .scenes import encode_jpeg, make_scene, render
+from .stream import TEST_SEED
 
 ROWS = 240
 WIDTH, HEIGHT = 288, 192

@@ -8,16 +8,20 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 from datasets import Dataset
 from PIL import Image
-from torch import Tensor
 from tqdm import tqdm
 from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, ProcessorMixin
 
-from .dataset import load_rows
+import vlmprune
+
+from .dataset import TEST_FILE, load_rows
+from .dataset_large import LARGE_FILE
 from .questions import TASKS
 
 MODES = ("full", "blind", "random")
@@ -49,49 +53,42 @@ def measure(
     """Share of right answers of each of the `tasks`.
 
     `blind` replaces every picture by uniform grey; `random` keeps a random share `keep` of each picture's visual tokens
-    (drawn from `seed`) and leaves the others out of the sequence.
+    (drawn from `seed`).
     """
     if mode not in MODES:
         raise ValueError(f"mode is {mode!r}, not one of {', '.join(MODES)}")
-    generator = torch.Generator().manual_seed(seed)
     hits = dict.fromkeys(tasks, 0)
-    for task, part in tqdm(list(_parts(tasks, len(rows), batch_size)), desc=mode, mininterval=5):
-        chosen = rows[part]
-        pictures = [Image.new("RGB", p.size, GREY) if mode == "blind" else p for p in chosen["image"]]
-        prompts = [prompt(processor, question) for question in chosen[f"{task}_question"]]
-        inputs = processor(images=pictures, text=prompts, padding=True, return_tensors="pt").to(model.device)
-        inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
-        if mode == "random":
-            output = model.generate(**keep_random(model, inputs, keep, generator))
-        else:
+    with vlmprune.pruned(model, "random", keep=keep, seed=seed) if mode == "random" else nullcontext():
+        for task, part in tqdm(list(_parts(tasks, len(rows), batch_size)), desc=mode, mininterval=5):
+            chosen = rows[part]
+            pictures = [Image.new("RGB", p.size, GREY) if mode == "blind" else p for p in chosen["image"]]
+            prompts = [prompt(processor, question) for question in chosen[f"{task}_question"]]
+            inputs = processor(images=pictures, text=prompts, padding=True, return_tensors="pt").to(model.device)
+            inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
             output = model.generate(**inputs)[:, inputs["input_ids"].shape[1] :]
-        answers = processor.batch_decode(output, skip_special_tokens=True)
-        hits[task] += sum(map(same, answers, chosen[f"{task}_answer"]))
+            answers = processor.batch_decode(output, skip_special_tokens=True)
+            hits[task] += sum(map(same, answers, chosen[f"{task}_answer"]))
     return {task: count / len(rows) for task, count in hits.items()}
 
 
-def keep_random(
-    model: PreTrainedModel, inputs: dict[str, Tensor], keep: float, generator: torch.Generator
-) -> dict[str, Tensor]:
-    """Inputs for `generate` in which each row has lost all but a random share of its visual tokens."""
-    ids, attention = inputs["input_ids"], inputs["attention_mask"]
-    embeds = model.get_input_embeddings()(ids)
-    visual_inputs = {name: inputs[name] for name in ("pixel_values", "image_sizes") if name in inputs}
-    features = model.get_image_features(**visual_inputs, return_dict=True).pooler_output
-    features = torch.cat(list(features)).to(embeds.dtype)
-    visual = ids == model.config.image_token_id
-    embeds = embeds.masked_scatter(visual[..., None], features)
-    number = int(visual[0].sum())
-    kept = ~visual
-    for row in range(len(ids)):
-        places = visual[row].nonzero()[:, 0]
-        order = torch.randperm(number, generator=generator)[: max(1, round(keep * number))]
-        kept[row, places[order.to(places.device)]] = True
-    width = int(kept[0].sum())
-    return {
-        "inputs_embeds": embeds[kept].view(len(ids), width, -1),
-        "attention_mask": attention[kept].view(len(ids), width),
-    }
+def measure_folder(folder: Path, large: bool, limit: int | None = None) -> dict[str, Any]:
+    """Accuracy of a checkpoint folder in all modes on the test set and, with `large`, on the larger pictures.
+
+    Names of figures on these begin with `large_`.
+    """
+    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
+    processor = AutoProcessor.from_pretrained(folder)
+    sets: dict[str, tuple[Path, tuple[str, ...]]] = {"": (TEST_FILE, tuple(TASKS))}
+    if large:
+        sets["large_"] = (LARGE_FILE, ("reading",))
+    figures: dict[str, Any] = {"parameters": model.num_parameters()}
+    for prefix, (file, tasks) in sets.items():
+        rows = load_rows(file)
+        rows = rows.select(range(min(limit or len(rows), len(rows))))
+        figures[f"{prefix}items"] = len(rows)
+        for mode in MODES:
+            figures[f"{prefix}{mode}"] = measure(model, processor, rows, mode, batch_size=16, tasks=tasks)
+    return figures
 
 
 def _parts(tasks: Sequence[str], rows: int, batch_size: int) -> Iterator[tuple[str, range]]:

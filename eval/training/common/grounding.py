@@ -6,9 +6,11 @@ nothing tells the language model where to look.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
-from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from .language import Answers
@@ -42,27 +44,27 @@ class Grounding(nn.Module):
         fits = (labels[:, None, 0] == shape[..., None]) & (shape > 0)[..., None]
         return fits & ((colour == 0)[..., None] | (labels[:, None, 1] == colour[..., None]))
 
-    def forward(self, model: LlamaForCausalLM, answers: Answers, ids: Tensor, labels: Tensor) -> Tensor:
+    def forward(self, decoder: Any, answers: Answers, ids: Tensor, labels: Tensor, after: int = 0) -> Tensor:
         """Mean of -log(attention paid to the named patches) over the shapes' words, for `HEADS` heads of `LAYER`.
 
         A word that names nothing in the picture is left out or, with `nothing`, is to look at the tokens in front of
-        the picture.
+        the picture. `decoder` is the language model without its head, `after` the tokens between the picture and the slots.
         """
-        layer, hidden = model.model.layers[LAYER], answers.hidden[LAYER]
+        layer, hidden = decoder.layers[LAYER], answers.hidden[LAYER]
         normed, attention, start = layer.input_layernorm(hidden), layer.self_attn, answers.start
         size = attention.head_dim
         query, key = (
             project(normed).unflatten(-1, (-1, size)).transpose(1, 2)
             for project in (attention.q_proj, attention.k_proj)
         )
-        query, key = apply_rotary_pos_emb(query, key, *model.model.rotary_emb(hidden, answers.position))
-        patches = labels.shape[-1]
-        first = start - patches
+        query, key = apply_rotary_pos_emb(query, key, *decoder.rotary_emb(hidden, answers.position))
+        first = start - labels.shape[-1] - after
         scores = (query[:, :HEADS, start:] @ key[:, :HEADS, :start].transpose(-1, -2)) * attention.scaling
         share = scores.log_softmax(-1)
         named = self.named(ids.flatten(1), labels)
         rows = self.shape[ids.flatten(1)] > 0 if self.nothing else named.any(-1)
-        nothing = (~named.any(-1) & rows)[..., None].expand(-1, -1, first)
-        target = torch.cat([nothing, named], dim=-1)
+        nothing = (~named.any(-1) & rows)[..., None]
+        behind = torch.zeros_like(nothing).expand(-1, -1, after)
+        target = torch.cat([nothing.expand(-1, -1, first), named, behind], dim=-1)
         caught = share.masked_fill(~target[:, None], -torch.inf).logsumexp(-1)
         return -caught.transpose(1, 2)[rows].mean()

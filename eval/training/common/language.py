@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from .questions import plural
-from .scenes import SHAPES
+from .questions import ask_turns, plural
+from .scenes import SHAPES, Scene
 from .tokenizer import BOS, EOS, PAD
 
 WIDTH = 128
@@ -69,19 +71,29 @@ class Prompts:
         rest = SLOT - len(ids)
         return ids + [self.tokenizer.pad_token_id] * rest, labels + [IGNORE] * rest
 
+    def ask(
+        self, scenes: Sequence[Scene], turns: Sequence[tuple[str, int]], rng: np.random.Generator
+    ) -> tuple[Tensor, Tensor, list[list[str]]]:
+        """Questions about every scene: ids and labels `[batch, slots, SLOT]`, and the task of each; empty without `turns`."""
+        asked = [ask_turns(scene, turns, rng) for scene in scenes] if turns else []
+        slots = [[self.slot(question.text, question.answer) for question in questions] for questions in asked]
+        ids, labels = (torch.tensor([[slot[part] for slot in row] for row in slots]) for part in (0, 1))
+        return ids, labels, [[question.task for question in questions] for questions in asked]
+
+
+def slot_mask(start: int, slots: int) -> Tensor:
+    """Additive mask `[1, 1, length, length]` of slots behind `start` tokens, of which each sees these and itself."""
+    owner = torch.cat([torch.full((start,), -1), torch.arange(slots).repeat_interleave(SLOT)])
+    order = torch.arange(len(owner))
+    seen = (order[None, :] <= order[:, None]) & ((owner[None, :] == -1) | (owner[None, :] == owner[:, None]))
+    return torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(torch.float32).min)[None, None]
+
 
 @lru_cache(maxsize=4)
 def slot_layout(prefix: int, slots: int) -> tuple[Tensor, Tensor]:
-    """Additive mask (1, 1, length, length) and position ids (1, length) of a shared prefix followed by slots.
-
-    Every slot sees the prefix and itself, at the positions it would have as the only question of the conversation.
-    """
-    owner = torch.cat([torch.full((prefix,), -1), torch.arange(slots).repeat_interleave(SLOT)])
+    """`slot_mask`, and position ids `[1, length]` that every slot would have as the only question of the conversation."""
     position = torch.cat([torch.arange(prefix), prefix + torch.arange(SLOT).repeat(slots)])
-    order = torch.arange(len(owner))
-    seen = (order[None, :] <= order[:, None]) & ((owner[None, :] == -1) | (owner[None, :] == owner[:, None]))
-    mask = torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(torch.float32).min)
-    return mask[None, None], position[None]
+    return slot_mask(prefix, slots), position[None]
 
 
 EARLY = 3
@@ -113,6 +125,27 @@ class Answers:
     start: int
 
 
+def grade(
+    head: Callable[[Tensor], Tensor], hidden: Tensor, labels: Tensor, early: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss over answer tokens, loss of answering early (0 unless asked for), and which slots are right `[batch, slots]`.
+
+    `hidden` is `[batch, slots * SLOT, width]`, `labels` `[batch, slots, SLOT]`; `head` makes logits.
+    """
+    flat = labels.flatten(1)
+    wanted = flat != IGNORE
+    logits, target = head(hidden[wanted]), flat[wanted]
+    right = torch.ones_like(wanted)
+    right[wanted] = logits.argmax(-1) == target
+    sooner_loss = torch.zeros(())
+    if early:
+        sooner = early_labels(labels).flatten(1)
+        sooner[wanted] = IGNORE
+        asked = sooner != IGNORE
+        sooner_loss = F.cross_entropy(head(hidden[asked]), sooner[asked])
+    return F.cross_entropy(logits, target), sooner_loss, right.view(labels.shape).all(-1)
+
+
 def answer(
     model: LlamaForCausalLM, prefix_ids: list[int], visual: Tensor, ids: Tensor, labels: Tensor, early: bool = False
 ) -> Answers:
@@ -130,22 +163,5 @@ def answer(
     output = model.model(
         inputs_embeds=embeds, attention_mask=mask, position_ids=position, use_cache=False, output_hidden_states=early
     )
-    hidden = output.last_hidden_state[:, start:]
-    wanted = labels.flatten(1) != IGNORE
-    logits, target = model.lm_head(hidden[wanted]), labels.flatten(1)[wanted]
-    right = torch.ones_like(labels.flatten(1), dtype=torch.bool)
-    right[wanted] = logits.argmax(-1) == target
-    sooner_loss = torch.zeros(())
-    if early:
-        sooner = early_labels(labels).flatten(1)
-        sooner[wanted] = IGNORE
-        asked = sooner != IGNORE
-        sooner_loss = F.cross_entropy(model.lm_head(hidden[asked]), sooner[asked])
-    return Answers(
-        F.cross_entropy(logits, target),
-        sooner_loss,
-        right.view(batch, slots, SLOT).all(-1),
-        output.hidden_states or (),
-        position,
-        start,
-    )
+    graded = grade(model.lm_head, output.last_hidden_state[:, start:], labels, early)
+    return Answers(*graded, output.hidden_states or (), position, start)

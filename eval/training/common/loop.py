@@ -8,15 +8,13 @@ import os
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
-
-from ..llava.batches import stream
 
 Metrics = Mapping[str, float | Tensor]
 Step = Callable[[Any, bool], tuple[Tensor, Metrics]]
@@ -25,7 +23,7 @@ Step = Callable[[Any, bool], tuple[Tensor, Metrics]]
 
 @dataclass(frozen=True)
 class Phase:
-    """So many steps on batches of one plan (a `BatchPlan`, or what the caller's stream takes)."""
+    """So many steps on batches of one plan (what the workshop's `make_batch` takes)."""
 
     steps: int
     plan: Any
@@ -33,15 +31,29 @@ class Phase:
 
 @dataclass(frozen=True)
 class Stage:
-    """A stage's name, its phases, its peak learning rates (one for each group of parameters) and its seed.
+    """What is trained how long, on what, from what.
 
-    `horizon` is the length of the cosine where the stage ends before it does (0: as long as the stage).
+    Attributes:
+        name: the name of its files.
+        kind: what is trained; the workshop has a method `train_{kind}`.
+        phases: steps and batches.
+        rates: peak learning rates, one for each group of parameters.
+        seed: of the batches.
+        after: parts that are taken from earlier stages: (stage, part, part, ...); all its parts where none is named.
+        settings: further arguments of the workshop's method.
+        warmup: steps until the peak rate.
+        floor: share of the peak rate at the end of the cosine.
+        decay: weight decay.
+        horizon: length of the cosine where the stage ends before it does (0: as long as the stage).
     """
 
     name: str
+    kind: str
     phases: tuple[Phase, ...]
     rates: tuple[float, ...]
     seed: int
+    after: tuple[tuple[str, ...], ...] = ()
+    settings: Mapping[str, Any] = field(default_factory=dict)
     warmup: int = 100
     floor: float = 0.03
     decay: float = 0.05
@@ -74,10 +86,10 @@ def run_stage(
     groups: Iterable[Iterable[nn.Module]],
     step_fn: Step,
     out: Path,
+    source: Callable[[Any, int, int], Iterator[Any]],
     resume: bool = True,
     every_s: float = 120.0,
-    source: Callable[[Any, int, int], Iterator[Any]] = stream,
-    make_optimizer: Callable[[list[list[nn.Parameter]], Stage], Any] | None = None,
+    make_optimizer: Callable[[list[list[nn.Parameter]], Stage], Any] = adamw,
 ) -> None:
     """Train, and write `out/{stage}.pt` every `every_s` seconds and at the end.
 
@@ -87,7 +99,7 @@ def run_stage(
     """
     path, log = out / f"{stage.name}.pt", _logger(out, stage.name)
     members = [[p for module in group for p in module.parameters()] for group in groups]
-    optimizer = (make_optimizer or adamw)(members, stage)
+    optimizer = make_optimizer(members, stage)
     step, spent = 0, 0.0
     if resume and path.exists():
         state = torch.load(path, weights_only=True)
@@ -155,23 +167,6 @@ def load_parts(parts: Mapping[str, nn.Module], states: Mapping[str, Mapping[str,
     for name, module in parts.items():
         if name in states:
             module.load_state_dict(states[name])
-
-
-class Parts:
-    """The parts of a model in training, by name (`part_names`), as the stage files in `out` keep them."""
-
-    part_names: ClassVar[tuple[str, ...]]
-    out: Path
-
-    @property
-    def parts(self) -> dict[str, nn.Module]:
-        """Every part by name, as the stage files keep them."""
-        return {name: getattr(self, name) for name in self.part_names}
-
-    def load(self, stage: str, *names: str) -> None:
-        """Take parts (all when none is named) from a stage's file."""
-        states = torch.load(self.out / f"{stage}.pt", weights_only=True)["parts"]
-        load_parts({name: self.parts[name] for name in names or self.parts}, states)
 
 
 def _logger(out: Path, name: str) -> logging.Logger:

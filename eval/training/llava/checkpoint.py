@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from transformers import (
     CLIPImageProcessor,
@@ -26,15 +27,20 @@ from .tower import FEATURE_LAYER, tower_config
 def llava_config(tokenizer: PreTrainedTokenizerFast) -> LlavaConfig:
     """Configuration of the whole model."""
     return LlavaConfig(
-        vision_config=tower_config(),
-        text_config=language_config(tokenizer),
-        image_token_id=tokenizer.convert_tokens_to_ids(IMAGE),
-        projector_hidden_act="gelu",
-        vision_feature_select_strategy="default",
-        vision_feature_layer=FEATURE_LAYER,
-        image_seq_length=(IMAGE_SIZE // PATCH_SIZE) ** 2,
-        tie_word_embeddings=True,
+        vision_config=tower_config(), image_seq_length=(IMAGE_SIZE // PATCH_SIZE) ** 2, **config_settings(tokenizer)
     )
+
+
+def config_settings(tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
+    """What the configurations of both LLaVAs say alike."""
+    return {
+        "text_config": language_config(tokenizer),
+        "image_token_id": tokenizer.convert_tokens_to_ids(IMAGE),
+        "projector_hidden_act": "gelu",
+        "vision_feature_select_strategy": "default",
+        "vision_feature_layer": FEATURE_LAYER,
+        "tie_word_embeddings": True,
+    }
 
 
 def build_projector(tokenizer: PreTrainedTokenizerFast) -> LlavaMultiModalProjector:
@@ -48,15 +54,19 @@ def build_processor(tokenizer: PreTrainedTokenizerFast) -> LlavaProcessor:
     images = CLIPImageProcessor(
         size={"shortest_edge": IMAGE_SIZE}, crop_size=side, image_mean=MEAN, image_std=STD, do_convert_rgb=True
     )
-    return LlavaProcessor(
-        image_processor=images,
-        tokenizer=tokenizer,
-        patch_size=PATCH_SIZE,
-        vision_feature_select_strategy="default",
-        chat_template=tokenizer.chat_template,
-        image_token=IMAGE,
-        num_additional_image_tokens=1,
-    )
+    return LlavaProcessor(image_processor=images, **processor_settings(tokenizer))
+
+
+def processor_settings(tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
+    """What the processors of both LLaVAs say alike."""
+    return {
+        "tokenizer": tokenizer,
+        "patch_size": PATCH_SIZE,
+        "vision_feature_select_strategy": "default",
+        "chat_template": tokenizer.chat_template,
+        "image_token": IMAGE,
+        "num_additional_image_tokens": 1,
+    }
 
 
 def assemble(

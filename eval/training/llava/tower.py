@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
+from ..common.losses import label_accuracy, label_loss
 from ..common.scenes import IMAGE_SIZE, LABEL_SIZES, PATCH_SIZE, PRESENCE_SIZE
 
 WIDTH = 128
@@ -77,9 +78,7 @@ class TowerHeads(nn.Module):
         """
         losses = {}
         for name, logits, target in zip(LABEL_SIZES, self.patch_logits(hidden[:, 1:]), labels.unbind(1), strict=True):
-            weight = torch.ones(logits.shape[-1])
-            weight[0] = 0.3
-            losses[name] = F.cross_entropy(logits.flatten(0, 1), target.flatten(), weight=weight)
+            losses[name] = label_loss(logits, target)
         losses["cls"] = 8 * F.binary_cross_entropy_with_logits(self.presence(pooled), presence)
         losses["cls_early"] = 4 * F.binary_cross_entropy_with_logits(self.presence_early(hidden[:, 0]), presence)
         return losses
@@ -87,8 +86,5 @@ class TowerHeads(nn.Module):
     @torch.no_grad()
     def accuracy(self, hidden: Tensor, labels: Tensor) -> dict[str, float]:
         """Share of the patches that hold something where each label is right."""
-        result = {}
-        for name, logits, target in zip(LABEL_SIZES, self.patch_logits(hidden[:, 1:]), labels.unbind(1), strict=True):
-            held = target > 0
-            result[name] = (logits.argmax(-1) == target)[held].float().mean().item()
-        return result
+        parts = zip(LABEL_SIZES, self.patch_logits(hidden[:, 1:]), labels.unbind(1), strict=True)
+        return {name: label_accuracy(logits, target) for name, logits, target in parts}

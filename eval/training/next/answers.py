@@ -6,11 +6,10 @@ from functools import lru_cache
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 from transformers import LlamaForCausalLM
 from transformers.cache_utils import DynamicCache
 
-from ..common.language import IGNORE, SLOT, Answers, slot_layout
+from ..common.language import Answers, grade, slot_layout
 
 
 @lru_cache(maxsize=8)
@@ -22,7 +21,7 @@ def _question_layout(start: int, slots: int) -> tuple[Tensor, Tensor]:
 def answer_in_two(
     model: LlamaForCausalLM, prefix_ids: list[int], visual: Tensor, ids: Tensor, labels: Tensor
 ) -> Answers:
-    """What `vlmprune.eval.training.common.language.answer` gives (but for `early`), for less work where pictures are long."""
+    """What `common.language.answer` gives (but for `early`), for less work where pictures are long."""
     batch, slots, _ = ids.shape
     embed = model.get_input_embeddings()
     prefix = embed(torch.tensor(prefix_ids)).expand(batch, -1, -1)
@@ -39,16 +38,6 @@ def answer_in_two(
         use_cache=True,
         output_hidden_states=True,
     )
-    wanted = labels.flatten(1) != IGNORE
-    logits, target = model.lm_head(second.last_hidden_state[wanted]), labels.flatten(1)[wanted]
-    right = torch.ones_like(labels.flatten(1), dtype=torch.bool)
-    right[wanted] = logits.argmax(-1) == target
     hidden = tuple(torch.cat(pair, dim=1) for pair in zip(first.hidden_states, second.hidden_states, strict=True))
-    return Answers(
-        F.cross_entropy(logits, target),
-        torch.zeros(()),
-        right.view(batch, slots, SLOT).all(-1),
-        hidden,
-        torch.cat([torch.arange(start)[None], position], dim=1),
-        start,
-    )
+    graded = grade(model.lm_head, second.last_hidden_state, labels, early=False)
+    return Answers(*graded, hidden, torch.cat([torch.arange(start)[None], position], dim=1), start)

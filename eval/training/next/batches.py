@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
 import torch
@@ -12,7 +10,6 @@ from torch import Tensor
 
 from ..common.glyphs import GLYPH_SIZE
 from ..common.language import SLOT, Prompts
-from ..common.questions import ask_turns
 from ..common.scenes import (
     COLOUR_NAMES,
     PATCH_SIZE,
@@ -24,8 +21,6 @@ from ..common.scenes import (
     patch_labels,
     render,
 )
-from ..common.tokenizer import build_tokenizer
-from ..llava.batches import stream_from
 from ..llava.tower import GRID
 from .tiles import CELLS, FIRST, cut, cut_labels, thumbnail_labels, tile_presence
 
@@ -100,14 +95,9 @@ def make_batch(plan: TilePlan, prompts: Prompts, rng: np.random.Generator) -> Ti
         labels.append(
             np.concatenate([small[0].reshape(5, -1), np.pad(whole, ((0, 0), (0, 0), (0, 1))).reshape(5, -1)], 1)
         )
-    ids, targets, tasks, places = [], [], [], []
-    for scene in scenes if plan.turns else []:
-        asked = ask_turns(scene, plan.turns, rng)
-        slots = [prompts.slot(question.text, question.answer) for question in asked]
-        ids.append([slot[0] for slot in slots])
-        targets.append([slot[1] for slot in slots])
-        places.append([name_places(scene, slot[0], prompts) for slot in slots])
-        tasks.append([question.task for question in asked])
+    ids, targets, tasks = prompts.ask(scenes, plan.turns, rng)
+    rows = zip(scenes, ids.tolist(), strict=True) if plan.turns else ()
+    places = [[name_places(scene, slot, prompts) for slot in slots] for scene, slots in rows]
     return TileBatch(
         grid=grid,
         tile_labels=torch.from_numpy(np.stack(tile_labels)).flatten(3),
@@ -115,8 +105,8 @@ def make_batch(plan: TilePlan, prompts: Prompts, rng: np.random.Generator) -> Ti
         presence=torch.from_numpy(np.stack([tile_presence(tiles) for tiles in tile_labels])),
         window=tile_window(plan.cells, rng),
         pixels=pixels,
-        ids=torch.tensor(ids),
-        targets=torch.tensor(targets),
+        ids=ids,
+        targets=targets,
         places=torch.tensor(places),
         tasks=tasks,
     )
@@ -147,8 +137,3 @@ def name_places(scene: Scene, ids: list[int], prompts: Prompts) -> list[tuple[fl
         if len(named) == 1:
             places[i] = (named[0].x / scene.size, named[0].y / scene.height)
     return places
-
-
-def stream(plan: TilePlan, seed: int, start: int = 0) -> Iterator[TileBatch]:
-    """The batches of a plan and a seed from number `start` on."""
-    return stream_from(partial(make_batch, plan, Prompts(build_tokenizer())), seed, start)

@@ -5,35 +5,38 @@ from __future__ import annotations
 from pathlib import Path
 
 from transformers import (
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    LlamaForCausalLM,
     LlavaNextConfig,
     LlavaNextForConditionalGeneration,
     LlavaNextImageProcessor,
     LlavaNextProcessor,
     PreTrainedTokenizerFast,
 )
+from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
 from ..common.checkpoint import MEAN, STD, save_folder
-from ..common.language import language_config
-from ..common.scenes import PATCH_SIZE
-from ..common.tokenizer import IMAGE, build_tokenizer
-from ..llava.checkpoint import fill
-from ..llava.tower import FEATURE_LAYER
-from .stages import Workshop, tile_tower_config
-from .tiles import CELLS, PINPOINTS, TILE
+from ..common.tokenizer import build_tokenizer
+from ..llava.checkpoint import config_settings, fill, processor_settings
+from ..llava.tower import tower_config
+from .tiles import CELLS, PINPOINTS, TILE, Stitcher
+
+
+def tile_tower_config() -> CLIPVisionConfig:
+    """tiny-llava's tower for pictures of one tile."""
+    config = tower_config()
+    config.image_size = TILE
+    return config
 
 
 def llava_next_config(tokenizer: PreTrainedTokenizerFast) -> LlavaNextConfig:
     """Configuration of the whole model."""
     return LlavaNextConfig(
         vision_config=tile_tower_config(),
-        text_config=language_config(tokenizer),
-        image_token_id=tokenizer.convert_tokens_to_ids(IMAGE),
-        projector_hidden_act="gelu",
-        vision_feature_select_strategy="default",
-        vision_feature_layer=FEATURE_LAYER,
         image_grid_pinpoints=PINPOINTS,
         image_seq_length=CELLS**2,
-        tie_word_embeddings=True,
+        **config_settings(tokenizer),
     )
 
 
@@ -47,22 +50,16 @@ def build_processor(tokenizer: PreTrainedTokenizerFast) -> LlavaNextProcessor:
         image_std=STD,
         do_convert_rgb=True,
     )
-    return LlavaNextProcessor(
-        image_processor=images,
-        tokenizer=tokenizer,
-        patch_size=PATCH_SIZE,
-        vision_feature_select_strategy="default",
-        chat_template=tokenizer.chat_template,
-        image_token=IMAGE,
-        num_additional_image_tokens=1,
-    )
+    return LlavaNextProcessor(image_processor=images, **processor_settings(tokenizer))
 
 
-def assemble(shop: Workshop) -> LlavaNextForConditionalGeneration:
+def assemble(
+    tower: CLIPVisionModel, projector: LlavaMultiModalProjector, language: LlamaForCausalLM, stitcher: Stitcher
+) -> LlavaNextForConditionalGeneration:
     """The trained parts as one LLaVA-NeXT model in evaluation mode."""
     model = LlavaNextForConditionalGeneration(llava_next_config(build_tokenizer()))
-    fill(model, shop.tower, shop.projector, shop.language)
-    model.model.image_newline.data.copy_(shop.stitcher.newline.data)
+    fill(model, tower, projector, language)
+    model.model.image_newline.data.copy_(stitcher.newline.data)
     return model.eval()
 
 

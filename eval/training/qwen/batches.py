@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ..common.questions import ask_turns
 from ..common.scenes import decode_jpeg, encode_jpeg, make_scene, render
-from ..llava.batches import stream_from
 from .labels import scene_labels
 from .model import TOKEN_SIZE
-from .tokenizer import VisionPrompts, build_tokenizer
+from .tokenizer import VisionPrompts
 
 
 @dataclass(frozen=True)
@@ -57,24 +53,14 @@ def make_batch(plan: SizedPlan, prompts: VisionPrompts, rng: np.random.Generator
     pixels = torch.empty(0)
     if plan.draw:
         pixels = torch.from_numpy(np.stack([decode_jpeg(encode_jpeg(render(scene))) for scene in scenes]))
-    slots, tasks = [], []
-    for scene in scenes if plan.turns else ():
-        asked = ask_turns(scene, plan.turns, rng)
-        slots.append([prompts.slot(question.text, question.answer) for question in asked])
-        tasks.append([question.task for question in asked])
-    both = torch.tensor(slots)
+    ids, targets, tasks = prompts.ask(scenes, plan.turns, rng)
     labels = [scene_labels(scene) for scene in scenes]
     return SizedBatch(
         size=(rows, columns),
         patches=torch.from_numpy(np.stack([patches for patches, _ in labels])),
         tokens=torch.from_numpy(np.stack([tokens for _, tokens in labels])),
         pixels=pixels,
-        ids=both[:, :, 0] if tasks else both,
-        targets=both[:, :, 1] if tasks else both,
+        ids=ids,
+        targets=targets,
         tasks=tasks,
     )
-
-
-def stream(plan: SizedPlan, seed: int, start: int = 0) -> Iterator[SizedBatch]:
-    """The batches of a plan and a seed from number `start` on."""
-    return stream_from(partial(make_batch, plan, VisionPrompts(build_tokenizer())), seed, start)

@@ -10,9 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
-from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLTextModel, apply_rotary_pos_emb
 
-from ..common.grounding import HEADS, LAYER, Grounding
+from ..common.grounding import Grounding
 from ..common.language import SLOT, WIDTH, Answers
 
 UNIT = 12.0
@@ -56,24 +55,3 @@ class Guides(nn.Module):
         late = late.gather(2, two[..., None, None].expand(-1, -1, 1, WIDTH))[:, :, 0]
         off = (self.way(late[pair]) - way[pair]) ** 2
         return {"own": own.mean() / SPREAD, "named": gone[found].mean() / SPREAD, "way": off.mean() / (2 * SPREAD)}
-
-    def ground(self, language: Qwen2_5_VLTextModel, answers: Answers, ids: Tensor, labels: Tensor) -> Tensor:
-        """Mean of -log(attention paid to what a shape's word names, or in front of the picture when it names nothing)."""
-        layer, hidden, flat = language.layers[LAYER], answers.hidden[LAYER], ids.flatten(1)
-        normed, attention, start = layer.input_layernorm(hidden), layer.self_attn, answers.start
-        query, key = (
-            project(normed).unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
-            for project in (attention.q_proj, attention.k_proj)
-        )
-        query, key = apply_rotary_pos_emb(query, key, *language.rotary_emb(hidden, answers.position))
-        share = (query[:, :HEADS, start:] @ key[:, :HEADS, :start].transpose(-1, -2) * attention.scaling).log_softmax(
-            -1
-        )
-        tokens = labels.shape[-1]
-        named = self.grounding.named(flat, labels)
-        asked = self.grounding.shape[flat] > 0
-        nothing = (~named.any(-1) & asked)[..., None]
-        front = start - tokens - 1
-        target = torch.cat([nothing.expand(-1, -1, front), named, torch.zeros_like(nothing)], dim=-1)
-        caught = share.masked_fill(~target[:, None], -torch.inf).logsumexp(-1)
-        return -caught.transpose(1, 2)[asked].mean()

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLTextModel
 
-from ..common.language import IGNORE, SLOT, Answers, early_labels
+from ..common.language import SLOT, Answers, grade, slot_mask
 from .tokenizer import VisionPrompts
 
 
@@ -20,11 +20,6 @@ def slot_layout(prefix: int, size: tuple[int, int], suffix: int, slots: int) -> 
     Every slot sees what stands in front of all slots, and itself.
     """
     rows, columns = size
-    start = prefix + rows * columns + suffix
-    owner = torch.cat([torch.full((start,), -1), torch.arange(slots).repeat_interleave(SLOT)])
-    order = torch.arange(len(owner))
-    seen = (order[None, :] <= order[:, None]) & ((owner[None, :] == -1) | (owner[None, :] == owner[:, None]))
-    mask = torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(torch.float32).min)
     row, column = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
     visual = prefix + torch.stack([torch.zeros_like(row), row, column]).flatten(1)
     after = prefix + max(size)
@@ -33,7 +28,7 @@ def slot_layout(prefix: int, size: tuple[int, int], suffix: int, slots: int) -> 
         [torch.arange(prefix).expand(3, -1), visual, (after + text).expand(3, -1)],
         dim=1,
     )
-    return mask[None, None], position[:, None]
+    return slot_mask(prefix + rows * columns + suffix, slots), position[:, None]
 
 
 def answer(
@@ -62,19 +57,7 @@ def answer(
         output_hidden_states=True,
     )
     start = before.shape[1] + visual.shape[1] + after.shape[1]
-    hidden = output.last_hidden_state[:, start:]
-    wanted = labels.flatten(1) != IGNORE
-    logits, target = F.linear(hidden[wanted], words.weight), labels.flatten(1)[wanted]
-    right = torch.ones_like(wanted)
-    right[wanted] = logits.argmax(-1) == target
-    sooner = early_labels(labels).flatten(1)
-    sooner[wanted] = IGNORE
-    asked = sooner != IGNORE
-    return Answers(
-        F.cross_entropy(logits, target),
-        F.cross_entropy(F.linear(hidden[asked], words.weight), sooner[asked]),
-        right.view(batch, slots, SLOT).all(-1),
-        output.hidden_states,
-        position,
-        start,
+    graded = grade(
+        lambda hidden: F.linear(hidden, words.weight), output.last_hidden_state[:, start:], labels, early=True
     )
+    return Answers(*graded, output.hidden_states, position, start)

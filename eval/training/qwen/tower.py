@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel
 from transformers.vision_utils import get_vision_window_index
 
 from ..common.language import WIDTH
+from ..common.losses import label_accuracy, label_loss
 from ..common.scenes import LABEL_SIZES, PATCH_SIZE
 from .labels import PATCH_LABELS
 from .model import MERGE
@@ -62,25 +60,6 @@ class TowerHeads(nn.Module):
         for prefix, sizes, logits, labels in heads:
             parts = logits.split(tuple(sizes.values()), dim=-1)
             for name, part, target in zip(sizes, parts, labels.unbind(1), strict=False):
-                losses[prefix + name] = cross_entropy(part, target)
-                right["acc_" + prefix + name] = accuracy(part, target)
+                losses[prefix + name] = label_loss(part, target)
+                right["acc_" + prefix + name] = label_accuracy(part, target)
         return losses, right
-
-
-def cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
-    """Cross-entropy in which "nothing here" weighs less."""
-    weight = torch.ones(logits.shape[-1])
-    weight[0] = 0.3
-    return F.cross_entropy(logits.flatten(0, -2), target.flatten(), weight=weight)
-
-
-@torch.no_grad()
-def accuracy(logits: Tensor, target: Tensor) -> float:
-    """Share of right labels where there is something."""
-    held = target > 0
-    return (logits.argmax(-1) == target)[held].float().mean().item()
-
-
-def total(losses: Mapping[str, Tensor], weights: Mapping[str, float]) -> Tensor:
-    """Weighted sum of losses (weight 1 where none is given)."""
-    return torch.stack([weights.get(name, 1.0) * loss for name, loss in losses.items()]).sum()

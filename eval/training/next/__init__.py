@@ -1,1 +1,0 @@
-"""tiny-llava-next: tiny-llava grown to several tiles a picture."""
