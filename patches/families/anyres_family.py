@@ -47,7 +47,7 @@ class AnyresFamily(Llava):
         return layouts
 
     def token_vision(self, signal: Tensor, visuals: EncodedVisuals, layouts: Sequence[VisualLayout]) -> Tensor:
-        """Bring `signal [tiles, tokens, heads]` in the order of the visual tokens, interpolated where the features are."""
+        """Bring `signal [tiles, tokens, channels]` in the order of the visual tokens, interpolated where the features are."""
         maps = self.tile_vision(signal, visuals, layouts)
         return torch.cat([image.pack(tiles) for image, tiles in zip(packed_images(layouts), maps, strict=True)])
 
@@ -57,8 +57,12 @@ class AnyresFamily(Llava):
         """Return the whole maps of every image's tiles, without the CLS column."""
         return self.patch_maps(signal).split([image.tiles for image in packed_images(layouts)])
 
+    def tile_rows(self, signal: Tensor, layouts: Sequence[VisualLayout]) -> tuple[Tensor, ...]:
+        """Return per image the rows of its tiles, `[tiles, channels]`."""
+        return signal.split([image.tiles for image in packed_images(layouts)])
+
     def patch_maps(self, signal: Tensor) -> Tensor:
-        """Drop what precedes the patches of every tile: `[tiles, tokens, heads]` to `[tiles, side * side, heads]`."""
+        """Drop what precedes the patches of every tile: `[tiles, tokens, channels]` to `[tiles, side * side, channels]`."""
         return signal[:, signal.shape[1] - self.tile_side**2 :]
 
 

@@ -77,6 +77,20 @@ class Family:
         """Return the attention module of a vision tower layer."""
         raise NotImplementedError
 
+    def vision_layer(self, layer: int) -> nn.Module:
+        """Return a vision tower layer, whose output is a hidden state `[tiles, tokens, dim]`."""
+        raise NotImplementedError
+
+    @property
+    def state_layers(self) -> tuple[int, ...]:
+        """0-based indices of the vision tower layers whose outputs, side by side, the projector gets."""
+        return (self.tower_facts.feature_layer,)
+
+    @property
+    def projector(self) -> nn.Module:
+        """The module that turns features of the vision tower into visual tokens."""
+        raise NotImplementedError
+
     @property
     def vision_heads(self) -> int:
         """Number of attention heads of the vision tower."""
@@ -97,11 +111,26 @@ class Family:
         raise NotImplementedError
 
     def token_vision(self, signal: Tensor, visuals: EncodedVisuals, layouts: Sequence[VisualLayout]) -> Tensor:
-        """Turn a signal as the tower reader gives it into one per visual token, fp32 `[sum(counts), heads]`, 0 at newlines."""
+        """Turn a signal as the tower reader gives it into one per visual token, fp32 `[sum(counts), channels]`, 0 at newlines."""
         raise NotImplementedError
 
     def tile_vision(
         self, signal: Tensor, visuals: EncodedVisuals, layouts: Sequence[VisualLayout]
     ) -> tuple[Tensor, ...]:
-        """Return per image the signal on all of its tiles, padding included, `[tiles, tile rows * tile columns, heads]`."""
+        """Return per image the signal on all of its tiles, padding included, `[tiles, tile rows * tile columns, channels]`."""
         return tuple(part[None] for part in self.token_vision(signal, visuals, layouts).split(list(visuals.counts)))
+
+    def tile_rows(self, signal: Tensor, layouts: Sequence[VisualLayout]) -> tuple[Tensor, ...]:
+        """Return per image the rows of its tiles, `[tiles, channels]`, of a signal that has a row a tile."""
+        return signal.split([1] * len(layouts))
+
+    def project(self, features: Tensor) -> Tensor:
+        """Run the projector on rows `[rows, patches_per_token * dim]` of the signal "features"; the result is like a visual token.
+
+        The rows may be of any dtype.
+        """
+        parameter = next(self.projector.parameters())
+        device = features.device if parameter.device.type == "meta" else parameter.device
+        rows = features.to(device, parameter.dtype).view(-1, features.shape[-1] // self.tower_facts.patches_per_token)
+        projected: Tensor = self.projector(rows)
+        return projected.to(features.device)

@@ -41,6 +41,15 @@ class Llava(Family):
         """Return `self_attn` of an encoder layer."""
         return self._vision_layers[layer].self_attn  # type: ignore[return-value]
 
+    def vision_layer(self, layer: int) -> nn.Module:
+        """Return an encoder layer."""
+        return self._vision_layers[layer]
+
+    @property
+    def projector(self) -> nn.Module:
+        """`multi_modal_projector`."""
+        return self.multimodal_model.multi_modal_projector  # type: ignore[return-value]
+
     @property
     def vision_heads(self) -> int:
         """Number of attention heads of the vision tower."""
@@ -52,15 +61,20 @@ class Llava(Family):
         return self.config.vision_feature_layer
 
     @cached_property
+    def state_layers(self) -> tuple[int, ...]:
+        """The layers behind the hidden states of `feature_layers`; -1 stands for the embeddings before the first layer."""
+        layers, chosen = int(self.config.vision_config.num_hidden_layers), self.feature_layers
+        states = [chosen] if isinstance(chosen, int) else list(chosen)
+        return tuple((state if state >= 0 else layers + 1 + state) - 1 for state in states)
+
+    @cached_property
     def tower_facts(self) -> TowerFacts:
         """Facts of the tower; with several feature layers the deepest counts as the feature layer."""
         layers = int(self.config.vision_config.num_hidden_layers)
-        chosen = self.feature_layers
-        states = [chosen] if isinstance(chosen, int) else list(chosen)
-        deepest = max(state if state >= 0 else layers + 1 + state for state in states)
+        deepest = max(self.state_layers)
         tower = getattr(self.vision_tower, "vision_model", self.vision_tower)
         has_cls = hasattr(getattr(tower, "embeddings", None), "class_embedding")
-        return TowerFacts(layers, max(deepest - 1, 0), has_cls, heads=self.vision_heads)
+        return TowerFacts(layers, max(deepest, 0), has_cls, heads=self.vision_heads)
 
     @property
     def has_grid(self) -> bool:

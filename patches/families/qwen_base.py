@@ -41,6 +41,11 @@ class QwenVL(Family):
         return self.vision_tower.blocks[layer].attn  # type: ignore[index, union-attr]
 
     @property
+    def projector(self) -> nn.Module:
+        """The patch merger."""
+        return self.vision_tower.merger  # type: ignore[return-value]
+
+    @property
     def vision_heads(self) -> int:
         """Number of attention heads of the vision tower."""
         return int(self.config.vision_config.num_heads)
@@ -102,7 +107,7 @@ class QwenVL(Family):
         return layouts
 
     def token_vision(self, signal: Tensor, visuals: EncodedVisuals, layouts: Sequence[VisualLayout]) -> Tensor:
-        """Return `signal [visual tokens, heads]` as it is: the reader averages over merged patches already."""
+        """Return `signal [visual tokens, channels]` as it is: the reader has brought merged patches together already."""
         if len(signal) != sum(visuals.counts):
             raise LayoutError(
                 f"The vision tower scored {len(signal)} tokens, the features have {list(visuals.counts)} visual tokens."

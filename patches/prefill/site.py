@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from vlmprune.methods.base import Method
-from vlmprune.methods.batch import VisionSignal, VisualBatch
+from vlmprune.methods.batch import TILE_KINDS, VisionSignal, VisualBatch
 
 from ..calls import CallStack, LanguageModelCall
 from ..families.family import Family
@@ -77,6 +77,10 @@ class InputSite:
         vision, tile_vision = {}, {}
         for signal in self.signals:
             read = [(encoded.vision[signal], encoded, encoded.layouts(family)) for encoded in visuals.encoded]
+            if signal.kind in TILE_KINDS:
+                rows = [family.tile_rows(values, layouts) for values, _, layouts in read]
+                tile_vision[signal] = tuple(tiles.to(call.device) for each in rows for tiles in each)
+                continue
             vision[signal] = torch.cat([family.token_vision(*each).to(call.device) for each in read])
             if self.method.needs_tiles:
                 tile_vision[signal] = tuple(maps.to(call.device) for each in read for maps in family.tile_vision(*each))
@@ -88,4 +92,5 @@ class InputSite:
             tower=family.tower_facts,
             vision=vision,
             tile_vision=tile_vision,
+            project=family.project,
         )

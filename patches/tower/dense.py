@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from vlmprune.errors import UnsupportedMethodError
 from vlmprune.kernels.received_attention import received_attention
 from vlmprune.kernels.row_attention import row_attention
-from vlmprune.methods.batch import VisionSignal
+from vlmprune.methods.batch import ATTENTION_KINDS, VisionSignal
 
 from ..calls import CallStack, TowerCall
 from ..hooks import HookSet
@@ -22,28 +23,50 @@ if TYPE_CHECKING:
 
 
 class DenseTowerReader(TowerReader):
-    """Reads `q_proj` and `k_proj`; for CLS signals a single query row per tile is kept and multiplied with the keys."""
+    """Reads `q_proj` and `k_proj`; for CLS attention a single query row per tile is kept and multiplied with the keys."""
 
     def __init__(self) -> None:
+        super().__init__()
         self.heads = 1
-        self.calls = CallStack()
+        self.state_layers: tuple[int, ...] = ()
 
     def install(self, family: Family, signals: Sequence[VisionSignal], calls: CallStack, hooks: HookSet) -> None:
-        """Register hooks on both projections of every layer."""
-        self.heads, self.calls = family.vision_heads, calls
+        """Register hooks on the projections of every layer, and on what gives the features."""
+        super().install(family, signals, calls, hooks)
+        self.heads = family.vision_heads
         whole_queries = {signal.layer for signal in signals if signal.kind == "received_attention"}
-        for layer in sorted({signal.layer for signal in signals}):
+        queries = {signal.layer for signal in signals if signal.kind in ATTENTION_KINDS}
+        keys = queries | {signal.layer for signal in signals if signal.kind == "keys"}
+        for layer in sorted(keys):
             attention = family.vision_attention(layer)
             for kind in ("q_proj", "k_proj"):
-                whole = kind == "k_proj" or layer in whole_queries
-                hook = partial(self._keep_projection, kind, layer, whole)
-                hooks.after(f"vision layer {layer} {kind}", getattr(attention, kind), hook)
+                if kind == "k_proj" or layer in queries:
+                    whole = kind == "k_proj" or layer in whole_queries
+                    hook = partial(self._keep_projection, kind, layer, whole)
+                    hooks.after(f"vision layer {layer} {kind}", getattr(attention, kind), hook)
+        if any(signal.kind == "cls_features" for signal in signals):
+            self.state_layers = family.state_layers
+            if min(self.state_layers) < 0:
+                raise UnsupportedMethodError(
+                    "The visual tokens are made from the tower's embeddings; the CLS token's features are read behind a layer only."
+                )
+            for layer in set(self.state_layers):
+                hook = partial(self._keep_state, layer)
+                hooks.after(f"vision layer {layer} output", family.vision_layer(layer), hook)
 
     def read(self, signal: VisionSignal, call: TowerCall) -> Tensor:
-        """Return `[tiles, tokens, heads]`, with the CLS column where the tower has one."""
-        query, key = (
-            call.captured[kind, signal.layer].detach().unflatten(-1, (self.heads, -1)) for kind in ("q_proj", "k_proj")
-        )
+        """Return `[tiles, tokens, channels]`, with the CLS column where the tower has one; of "cls_features" `[tiles, channels]`."""
+        captured = call.captured
+        if signal.kind == "features":
+            return captured["projector input", 0].detach().float()
+        if signal.kind == "cls_features":
+            return torch.cat([captured["state", layer].detach().float() for layer in self.state_layers], dim=-1)
+        key = captured["k_proj", signal.layer].detach()
+        if signal.kind == "keys":
+            return key.float()
+        query = captured["q_proj", signal.layer].detach()
+        heads = 1 if signal.kind == "cls_attention_one_head" else self.heads
+        query, key = query.unflatten(-1, (heads, -1)), key.unflatten(-1, (heads, -1))
         if signal.kind == "received_attention":
             tiles, tokens = key.shape[:2]
             boundaries = torch.arange(tiles + 1, device=key.device, dtype=torch.int32) * tokens
@@ -51,6 +74,11 @@ class DenseTowerReader(TowerReader):
             return received.unflatten(0, (tiles, tokens))
         rows = row_attention(query[:, :1], key, logits=signal.kind == "cls_logits")
         return rows[:, 0].transpose(1, 2)
+
+    def _keep_state(self, layer: int, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        if self.calls.tower:
+            state = output[0] if isinstance(output, tuple) else output
+            self.calls.tower[-1].captured["state", layer] = state[:, 0]
 
     def _keep_projection(
         self, kind: str, layer: int, whole: bool, module: nn.Module, args: Any, kwargs: Any, output: Tensor

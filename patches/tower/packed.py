@@ -13,7 +13,7 @@ from transformers.vision_utils import get_vision_window_index
 
 from vlmprune.errors import UnsupportedMethodError
 from vlmprune.kernels.received_attention import received_attention
-from vlmprune.methods.batch import VisionSignal
+from vlmprune.methods.batch import CLS_KINDS, VisionSignal
 
 from ..calls import CallStack, TowerCall
 from .reader import TowerReader
@@ -27,31 +27,34 @@ class PackedTowerReader(TowerReader):
     """Reads the fused `qkv` projection, the rotary tables and the sequence bounds of a layer.
 
     The score of a patch is the attention it receives: the mean of its softmaxed attention over all queries of its
-    sequence, which is one image or one video frame. Patches that the tower merges in one visual token are averaged.
+    sequence, which is one image or one video frame. Patches that the tower merges in one visual token are averaged, their
+    features put side by side.
     """
 
     def __init__(self) -> None:
-        self.calls = CallStack()
+        super().__init__()
         self.heads = 1
         self.merged_patches = 1
         self.layers: dict[int, nn.Module] = {}
 
     def install(self, family: Family, signals: Sequence[VisionSignal], calls: CallStack, hooks: HookSet) -> None:
-        """Register hooks on the attention of every layer.
+        """Register hooks on the attention of every layer, and on the merger.
 
         Raises:
             UnsupportedMethodError: a signal needs a CLS token, or the attention has no `qkv` or no rotary positions.
         """
-        self.calls = calls
+        super().install(family, signals, calls, hooks)
         self.heads = family.vision_heads
         tower: Any = family.vision_tower
         self.merged_patches = int(tower.spatial_merge_size) ** 2
         for signal in signals:
-            if signal.kind != "received_attention":
+            if signal.kind in CLS_KINDS:
                 raise UnsupportedMethodError(
-                    f"{type(tower).__name__} has no CLS token, so there is no {signal.kind!r}; allowed: 'received_attention'."
+                    f"{type(tower).__name__} has no CLS token, so there is no {signal.kind!r}; allowed: "
+                    "'received_attention', 'keys', 'features'."
                 )
-            self.layers[signal.layer] = family.vision_attention(signal.layer)
+            if signal.kind != "features":
+                self.layers[signal.layer] = family.vision_attention(signal.layer)
         for layer, attention in sorted(self.layers.items()):
             if not hasattr(attention, "qkv") or _rotary_function(attention) is None:
                 raise UnsupportedMethodError(
@@ -61,13 +64,18 @@ class PackedTowerReader(TowerReader):
             hooks.after(f"vision layer {layer} qkv", attention.qkv, partial(self._keep_projection, layer))  # type: ignore[arg-type]
 
     def read(self, signal: VisionSignal, call: TowerCall) -> Tensor:
-        """Return `[visual tokens, heads]`, raster order in each image or frame, images one after the other."""
+        """Return `[visual tokens, channels]`, raster order in each image or frame, images one after the other."""
+        if signal.kind == "features":
+            features = call.captured["projector input", 0].detach().float()
+            return self.raster_order(features.reshape(-1, self.merged_patches * features.shape[-1]), call)
         layer = signal.layer
         attention: Any = self.layers[layer]
         arguments = call.captured["arguments", layer]
         projected = call.captured["qkv", layer].detach()
         query, key, _ = projected.view(projected.shape[0], 3, self.heads, -1).unbind(1)
         query, key = _rotary_function(attention)(query, key, *arguments["position_embeddings"])  # type: ignore[misc]
+        if signal.kind == "keys":
+            return self.raster_order(key.float().flatten(1).unflatten(0, (-1, self.merged_patches)).mean(1), call)
         received = received_attention(
             query,
             key,
@@ -79,7 +87,7 @@ class PackedTowerReader(TowerReader):
         return self.raster_order(received.view(-1, self.merged_patches, self.heads).mean(1), call)
 
     def raster_order(self, tokens: Tensor, call: TowerCall) -> Tensor:
-        """Put `[visual tokens, heads]` from the order of the tower's layers in raster order."""
+        """Put `[visual tokens, channels]` from the order of the tower's layers in raster order."""
         return tokens
 
     def _keep_arguments(self, layer: int, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:

@@ -61,13 +61,13 @@ def pixels(grids, dtype=torch.float32):
     return torch.randn(patches, 3 * 2 * 2 * 2, generator=torch.Generator().manual_seed(1)).to(dtype)
 
 
-def captured(tower, reader, layers, grids, **kwargs):
+def captured(tower, reader, layers, grids, kind="received_attention", **kwargs):
     """Signals of the layers, read while the tower runs."""
     family = SimpleNamespace(
         vision_tower=tower, vision_heads=2, vision_attention=lambda layer: tower.blocks[layer].attn
     )
     frames, hooks, frame = CallStack(), HookSet(), TowerCall()
-    signals = [VisionSignal("received_attention", layer) for layer in layers]
+    signals = [VisionSignal(kind, layer) for layer in layers]
     reader.install(family, signals, frames, hooks)
     frames.tower.append(frame)
     try:
@@ -123,6 +123,30 @@ def test_equals_the_hosts_eager_attention(tower_and_reader, grids, monkeypatch):
         assert signal.dtype == torch.float32
         expected = by_hand(probabilities, grids, window_order(tower, grids))
         torch.testing.assert_close(signal, expected, atol=1e-6, rtol=1e-5)
+
+
+def test_keys_are_those_that_the_host_hands_to_its_attention(tower_and_reader, monkeypatch):
+    tower, reader = tower_and_reader
+    (keys,) = captured(tower, reader, (1,), GRIDS, kind="keys")
+    seen, module = [], sys.modules[type(tower).__module__]
+    original = module.eager_attention_forward
+
+    def forward(attention, query, key, *args, **kwargs):
+        if attention is tower.blocks[1].attn:
+            seen.append(key[0])
+        return original(attention, query, key, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "eager_attention_forward", forward)
+        tower.set_attn_implementation("eager")
+        with torch.no_grad():
+            tower(pixels(GRIDS, tower.dtype), grid_thw=GRIDS)
+        tower.set_attn_implementation("sdpa")
+    # [heads, patches, head_dim] per sequence; four patches a token, heads side by side.
+    patches = torch.cat([key.transpose(0, 1).flatten(1) for key in seen])
+    order = window_order(tower, GRIDS)
+    for place, token in enumerate(range(len(patches) // 4) if order is None else order.tolist()):
+        torch.testing.assert_close(keys[token], patches[4 * place : 4 * place + 4].mean(0), atol=1e-6, rtol=1e-5)
 
 
 def test_images_of_a_call_score_as_alone(tower_and_reader):

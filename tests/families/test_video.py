@@ -14,7 +14,7 @@ from vlmprune.methods.registry import get_method
 
 QWEN_CASES = (*qwen2_vl.CASES, *qwen2_5_vl.CASES, *qwen3_vl.CASES)
 CASES = (*QWEN_CASES, *llava_onevision.CASES)
-METHODS = ("random", "uniform", "divprune")
+METHODS = ("random", "uniform", "divprune", "textmonkey")
 ROWS = {
     "one": [[3, "video", 4]],
     "several": [[3, "video", 2, "video small", 4], [1, "video large", 5]],

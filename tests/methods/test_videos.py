@@ -25,7 +25,7 @@ def videos(draw):
 
 
 def test_who_serves_videos():
-    assert SERVING == ["random", "uniform", "divprune"]
+    assert SERVING == ["random", "uniform", "divprune", "textmonkey"]
 
 
 @pytest.mark.parametrize("name", SERVING)

@@ -15,6 +15,7 @@ class PlainImage:
 
     Attributes:
         attention: per layer `[heads, tokens, tokens]`, softmaxed, the CLS token first where there is one.
+        queries: per layer `[tokens, heads, head_dim]`.
         keys: per layer `[tokens, heads, head_dim]`.
         states: `[tokens, dim]`, the hidden state that the visual tokens are made from, CLS token included.
         features: `[patches, dim]`, the visual tokens as the language model gets them.
@@ -24,6 +25,7 @@ class PlainImage:
     """
 
     attention: list[Tensor]
+    queries: list[Tensor]
     keys: list[Tensor]
     states: Tensor
     features: Tensor
@@ -52,7 +54,7 @@ def plain_image(model: Any, pixels: Tensor) -> PlainImage:
     tower = model.model.vision_tower
     inner = getattr(tower, "vision_model", tower)
     states = tower(pixels, output_hidden_states=True).hidden_states
-    attention, keys = [], []
+    attention, queries, keys = [], [], []
     for layer, state in zip(inner.encoder.layers, states, strict=False):
         module = layer.self_attn
         normed = layer.layer_norm1(state[0])
@@ -61,10 +63,11 @@ def plain_image(model: Any, pixels: Tensor) -> PlainImage:
         )
         logits = torch.einsum("qhd,khd->hqk", query, key) * query.shape[-1] ** -0.5
         attention.append(logits.softmax(-1))
+        queries.append(query)
         keys.append(key)
     chosen = model.config.vision_feature_layer % len(states)
     cls = int(hasattr(inner.embeddings, "class_embedding"))
     projector = model.model.multi_modal_projector
     return PlainImage(
-        attention, keys, states[chosen][0], projector(states[chosen][0, cls:]), cls, chosen - 1, projector
+        attention, queries, keys, states[chosen][0], projector(states[chosen][0, cls:]), cls, chosen - 1, projector
     )

@@ -6,22 +6,35 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import accumulate
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 from torch import Tensor
 
 from vlmprune.errors import ParameterError
 from vlmprune.layout import VisualLayout
 
-VisionSignalKind = Literal["cls_attention", "cls_logits", "received_attention"]
+AttentionKind = Literal["cls_attention", "cls_attention_one_head", "cls_logits", "received_attention"]
+VisionSignalKind = AttentionKind | Literal["keys", "features", "cls_features"]
+
+ATTENTION_KINDS: frozenset[str] = frozenset(get_args(AttentionKind))
+# Signals that have a row a tile and not one a token.
+TILE_KINDS: frozenset[str] = frozenset({"cls_features"})
+CLS_KINDS: frozenset[str] = frozenset({"cls_attention", "cls_attention_one_head", "cls_logits", "cls_features"})
 
 
 class VisionSignal(NamedTuple):
-    """Attention of one vision tower layer that a method scores by.
+    """What a method reads of one vision tower layer; fp32, channels last.
 
     Attributes:
-        kind: "cls_attention" (softmaxed attention of the CLS query), "cls_logits" (the same before the softmax) or
-            "received_attention" (mean over all queries of the softmaxed attention).
+        kind: what the channels are:
+            "cls_attention": softmaxed attention of the CLS query, `[heads]`.
+            "cls_logits": the same before the softmax.
+            "cls_attention_one_head": the same after it, with queries and keys of all heads taken as those of a single head, `[1]`.
+            "received_attention": mean over all queries of the softmaxed attention, `[heads]`.
+            "keys": keys as the attention uses them, rotary positions applied where there are any, `[heads * head_dim]`; of
+                patches that become one visual token the mean.
+            "features": what the projector gets, `[patches_per_token * dim]`; `layer` is the feature layer.
+            "cls_features": the same of the CLS token, `[dim]`, one row a tile.
         layer: 0-based index of the encoder layer.
     """
 
@@ -62,9 +75,11 @@ class VisualBatch:
         budgets: visual tokens to keep per image.
         layouts: geometry per image.
         tower: facts of the vision tower.
-        vision: per requested signal an fp32 tensor `[tokens, heads]`, 0 at newlines.
+        vision: per requested signal an fp32 tensor `[tokens, channels]`, 0 at newlines; where the host interpolates the
+            visual tokens these are interpolated too.
         tile_vision: per requested signal and image the whole maps of its tiles, padding included, fp32
-            `[tiles, tile rows * tile columns, heads]`.
+            `[tiles, tile rows * tile columns, channels]`; for signals with a row a tile, these: `[tiles, channels]`.
+        project: the model's projector: turns "features" `[rows, channels]` into values like `features`, `[rows, dim]`.
     """
 
     features: Tensor
@@ -74,6 +89,7 @@ class VisualBatch:
     tower: TowerFacts
     vision: Mapping[VisionSignal, Tensor] = field(default_factory=dict)
     tile_vision: Mapping[VisionSignal, tuple[Tensor, ...]] = field(default_factory=dict)
+    project: Callable[[Tensor], Tensor] | None = None
 
     @cached_property
     def offsets(self) -> tuple[int, ...]:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from transformers import PreTrainedConfig
 
 from vlmprune.methods.base import Method
+from vlmprune.methods.batch import ATTENTION_KINDS
 from vlmprune.methods.input.holov import HoloV
 from vlmprune.methods.input.textmonkey import BLOCK
 from vlmprune.methods.layer_method import LayerMethod
@@ -115,6 +116,8 @@ def _input_macs(config: PreTrainedConfig, method: Method, work: VisionWork, imag
     hidden = getattr(vision, "embed_dim", None) or vision.hidden_size
     total = 0
     for signal in method.vision_signals(facts):
+        if signal.kind not in ATTENTION_KINDS:
+            continue
         lengths = family.segments(config, work, signal.layer)
         queries = sum(length * length if signal.kind == "received_attention" else length for length in lengths)
         total += queries * hidden
