@@ -125,9 +125,7 @@ class Family:
         return signal.split([1] * len(layouts))
 
     def project(self, features: Tensor) -> Tensor:
-        """Run the projector on rows `[rows, patches_per_token * dim]` of the signal "features"; the result is like a visual token.
-
-        The rows may be of any dtype.
+        """Turn rows `[rows, patches_per_token * dim]` of the signal "features", of any dtype, into visual tokens.
         """
         parameter = next(self.projector.parameters())
         device = features.device if parameter.device.type == "meta" else parameter.device

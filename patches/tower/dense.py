@@ -48,14 +48,14 @@ class DenseTowerReader(TowerReader):
             self.state_layers = family.state_layers
             if min(self.state_layers) < 0:
                 raise UnsupportedMethodError(
-                    "The visual tokens are made from the tower's embeddings; the CLS token's features are read behind a layer only."
+                    "The visual tokens are made from the tower's embeddings; features of the CLS token are read behind a layer."
                 )
             for layer in set(self.state_layers):
                 hook = partial(self._keep_state, layer)
                 hooks.after(f"vision layer {layer} output", family.vision_layer(layer), hook)
 
     def read(self, signal: VisionSignal, call: TowerCall) -> Tensor:
-        """Return `[tiles, tokens, channels]`, with the CLS column where the tower has one; of "cls_features" `[tiles, channels]`."""
+        """Return `[tiles, tokens, channels]`, with the CLS column where there is one; of "cls_features" `[tiles, channels]`."""
         captured = call.captured
         if signal.kind == "features":
             return captured["projector input", 0].detach().float()

@@ -29,7 +29,7 @@ class VisionSignal(NamedTuple):
         kind: what the channels are:
             "cls_attention": softmaxed attention of the CLS query, `[heads]`.
             "cls_logits": the same before the softmax.
-            "cls_attention_one_head": the same after it, with queries and keys of all heads taken as those of a single head, `[1]`.
+            "cls_attention_one_head": the same after it, queries and keys of all heads taken as those of a single head, `[1]`.
             "received_attention": mean over all queries of the softmaxed attention, `[heads]`.
             "keys": keys as the attention uses them, rotary positions applied where there are any, `[heads * head_dim]`; of
                 patches that become one visual token the mean.
