@@ -23,7 +23,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from official_cases import hiprune, holov, input_site, layer_site, textmonkey, tiled_methods
+from official_cases import hiprune, holov, input_site, layer_site, textmonkey, tiled_methods, vispruner
 from official_cases.comparison import differences
 from official_cases.todre import todre
 
@@ -34,6 +34,7 @@ RUNS = {
     **hiprune.RUNS,
     **holov.RUNS,
     **textmonkey.RUNS,
+    **vispruner.RUNS,
     "todre": todre,
 }
 

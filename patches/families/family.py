@@ -125,8 +125,7 @@ class Family:
         return signal.split([1] * len(layouts))
 
     def project(self, features: Tensor) -> Tensor:
-        """Turn rows `[rows, patches_per_token * dim]` of the signal "features", of any dtype, into visual tokens.
-        """
+        """Turn rows `[rows, patches_per_token * dim]` of the signal "features", of any dtype, into visual tokens."""
         parameter = next(self.projector.parameters())
         device = features.device if parameter.device.type == "meta" else parameter.device
         rows = features.to(device, parameter.dtype).view(-1, features.shape[-1] // self.tower_facts.patches_per_token)

@@ -7,6 +7,7 @@ import vlmprune
 from support.plain_methods.hiprune import hiprune
 from support.plain_methods.holov import holov
 from support.plain_methods.textmonkey import textmonkey
+from support.plain_methods.vispruner import vispruner
 from support.plain_tower import plain_image
 from support.tiny_models import LLAVA_CLIP_GQA, LLAVA_SIGLIP_TIED
 
@@ -16,6 +17,7 @@ PLAIN = {
     "holov": (holov, {"beta": 1.0}),
     "holov-paper": (holov, {"mode": "paper"}),
     "textmonkey": (textmonkey, {}),
+    "vispruner": (vispruner, {"rho": 0.3}),
 }
 FAMILIES = [LLAVA_CLIP_GQA, LLAVA_SIGLIP_TIED]
 ROWS = {"single": [[3, "A", 4]], "three rows": [[3, "A", 4], [2, "B", 1, "C", 6], [9, "D"]]}

@@ -36,7 +36,12 @@ def hiprune(params: Mapping[str, Any], inputs: Tensors) -> dict[str, Tensor]:
 
 
 def received(attention: Tensor) -> Tensor:
-    """Return the attention that each patch receives, `[tiles, N]`, from maps with the CLS token `[tiles, heads, 1 + N, 1 + N]`.
+    """Return the attention that each patch receives, `[tiles, N]`, from maps `[tiles, heads, 1 + N, 1 + N]`, CLS token first."""
+    return received_by_all(attention)[:, 1:]
+
+
+def received_by_all(attention: Tensor) -> Tensor:
+    """Return the attention that each token receives, `[tiles, tokens]`, from maps `[tiles, heads, tokens, tokens]`.
 
     Queries and keys are made that give just this attention.
     """
@@ -44,7 +49,7 @@ def received(attention: Tensor) -> Tensor:
     query = attention.clamp(min=torch.finfo(torch.float32).tiny).log().transpose(1, 2).flatten(0, 1)
     key = torch.eye(tokens)[:, None].expand(tokens, heads, tokens).repeat(tiles, 1, 1)
     bounds = torch.arange(tiles + 1) * tokens
-    return received_attention(query, key, bounds, scale=1.0).view(tiles, tokens)[:, 1:]
+    return received_attention(query, key, bounds, scale=1.0).view(tiles, tokens)
 
 
 def _llava(params: Mapping[str, Any], inputs: Tensors) -> dict[str, Tensor]:

@@ -24,6 +24,7 @@ METHOD_PARAMETERS: dict[str, dict[str, object]] = {
     "hiprune": {"alpha": 0.5},
     "holov": {"beta": 1.0},
     "textmonkey": {},
+    "vispruner": {},
     "fastv": {"layer": 1},
     "pyramiddrop": {},
 }

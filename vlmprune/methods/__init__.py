@@ -2,7 +2,7 @@
 
 from .base import Method
 from .baselines import Pool, Random, Uniform
-from .input import VTCCLS, DivPrune, FasterVLM, GlobalCom2, HiPrune, HiRED, HoloV, TextMonkey, ToDRE
+from .input import VTCCLS, DivPrune, FasterVLM, GlobalCom2, HiPrune, HiRED, HoloV, TextMonkey, ToDRE, VisPruner
 from .layer import FastV, PyramidDrop, ToDRERelevance
 
 __all__ = [
@@ -22,4 +22,5 @@ __all__ = [
     "ToDRE",
     "ToDRERelevance",
     "Uniform",
+    "VisPruner",
 ]

@@ -25,11 +25,13 @@ from .vision_work import VisionWork
 
 @dataclass(frozen=True)
 class Scored:
-    """What an input method chooses from: (visual tokens before, after) of every image, and the width of the features."""
+    """What an input method chooses from: (visual tokens before, after) of every image, widths, tiles an image."""
 
     images: Sequence[tuple[int, int]]
     dim: int
     has_cls: bool
+    tower_dim: int
+    tiles: int
 
 
 def _nothing(method: Method, scored: Scored) -> int:
@@ -64,6 +66,11 @@ def _pairs_in_runs(method: Method, scored: Scored) -> int:
     return total
 
 
+def _pairs_in_tiles(method: Method, scored: Scored) -> int:
+    """Cosines of all pairs of a tile's features in the vision tower, the tokens spread evenly over the tiles."""
+    return sum(total * total // scored.tiles * scored.tower_dim for total, kept in scored.images if kept < total)
+
+
 def _later_pairs(method: Method, scored: Scored) -> int:
     """Cosines of each token with those behind the beginning of its block, up to the last."""
     total = 0
@@ -87,6 +94,7 @@ FEATURE_MACS: dict[str, Callable[[Method, Scored], int]] = {
     "hiprune": _nothing,
     "holov": _pairs_in_runs,
     "textmonkey": _later_pairs,
+    "vispruner": _pairs_in_tiles,
 }
 """Arithmetic on features by method name; methods inside the language model have none."""
 
@@ -121,7 +129,8 @@ def _input_macs(config: PreTrainedConfig, method: Method, work: VisionWork, imag
         lengths = family.segments(config, work, signal.layer)
         queries = sum(length * length if signal.kind == "received_attention" else length for length in lengths)
         total += queries * hidden
-    scored = Scored(images, config.get_text_config().hidden_size, facts.has_cls)
+    tiles = max(1, work.crops // max(1, len(images)))
+    scored = Scored(images, config.get_text_config().hidden_size, facts.has_cls, hidden, tiles)
     return total + FEATURE_MACS.get(method.name, _nothing)(method, scored)
 
 

@@ -8,8 +8,20 @@ from .hired import HiRED
 from .holov import HoloV
 from .textmonkey import TextMonkey
 from .todre import ToDRE
+from .vispruner import VisPruner
 from .vtc_cls import VTCCLS
 
-METHODS = (FasterVLM, VTCCLS, HiRED, GlobalCom2, DivPrune, ToDRE, HiPrune, HoloV, TextMonkey)
+METHODS = (FasterVLM, VTCCLS, HiRED, GlobalCom2, DivPrune, ToDRE, HiPrune, HoloV, TextMonkey, VisPruner)
 
-__all__ = ["VTCCLS", "DivPrune", "FasterVLM", "GlobalCom2", "HiPrune", "HiRED", "HoloV", "TextMonkey", "ToDRE"]
+__all__ = [
+    "VTCCLS",
+    "DivPrune",
+    "FasterVLM",
+    "GlobalCom2",
+    "HiPrune",
+    "HiRED",
+    "HoloV",
+    "TextMonkey",
+    "ToDRE",
+    "VisPruner",
+]
