@@ -35,7 +35,7 @@ from vlmprune.eval.speed.cell_times import time_cells
 
 PLOTS: dict[str, tuple[Callable[[Row], float | None], str]] = {
     "accuracy_vs_flops.png": (
-        lambda row: row.flops["prefill_total"] / 1e9,
+        lambda row: row.prefill_flops / 1e9,
         "GFLOPs until the first token (vision tower, projector, language model)",
     ),
     "accuracy_vs_prefill_time.png": (lambda row: row.prefill_ms, "milliseconds until the first token (batch size 1)"),

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from vlmprune.errors import NoRunError
-from vlmprune.methods.pipeline import Pipeline, check_serves_videos
+from vlmprune.methods.pipeline import Pipeline, check_call
 from vlmprune.record import RunRecord
 
 from .cache.continuation import continued_inputs
@@ -39,11 +39,10 @@ class PruningEngine:
     def __init__(self, family: Family, pipeline: Pipeline, positions: str | None = None) -> None:
         self.family = family
         self.pipeline = pipeline
-        first, inner = pipeline.at_input or pipeline.at_layers, pipeline.at_layers
-        assert first is not None
+        inner = pipeline.at_layers
         self.positions = positions or ("original" if family.mrope else "compact")
         self.calls = CallStack()
-        self.input_site = InputSite(family, first, self.calls, compact=self.positions == "compact")
+        self.input_site = InputSite(family, pipeline.at_input, self.calls, compact=self.positions == "compact")
         self.layer_site: LayerSite | None = None
         if inner is not None:
             compact = (positions or inner.positions or self.positions) == "compact"
@@ -130,8 +129,7 @@ class PruningEngine:
 
     def _prefill(self, call: LanguageModelCall) -> dict[str, Any]:
         visuals = read_visuals(self.family, call.model_call, self.input_site.signals)
-        if "video" in visuals.modalities:
-            check_serves_videos(self.pipeline)
+        check_call(self.pipeline, set(visuals.modalities))
         cut = self.input_site.begin_prefill(call, visuals)
         name, depth = self.pipeline.name, self.family.decoder_layers
         call.record = self.record = entry_record(name, self.signal, depth, call, visuals, cut)

@@ -17,6 +17,7 @@ if (_root := Path(__file__).resolve().parent.parent).joinpath("kernels", "segmen
 if TYPE_CHECKING:
     from . import errors, methods
     from .api import apply, describe, last_run, list_methods, pruned, remove
+    from .methods import *  # noqa: F403
     from .record import ImageRecord, RunRecord
 
 __version__ = "0.1.0"
@@ -47,11 +48,17 @@ def __getattr__(name: str) -> Any:
         return getattr(import_module(_HOMES[name]), name)
     from difflib import get_close_matches
 
-    match = get_close_matches(name, __all__, n=1)
+    known = list(__all__)
+    if name[:1].isupper():
+        methods = import_module("vlmprune.methods")
+        if name in methods.__all__:
+            return getattr(methods, name)
+        known += methods.__all__
+    match = get_close_matches(name, known, n=1)
     raise AttributeError(
         f"module 'vlmprune' has no attribute {name!r}." + (f" Did you mean {match[0]!r}?" if match else "")
     )
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *__all__])
+    return sorted({*globals(), *__all__, *import_module("vlmprune.methods").__all__})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from .errors import (
@@ -15,6 +15,7 @@ from .errors import (
     unknown,
 )
 from .methods.base import Method
+from .methods.needs import FamilyFacts, Need, ordered
 from .methods.pipeline import Pipeline, make_pipeline
 from .methods.registry import METHODS, make_method
 from .record import RunRecord
@@ -142,7 +143,7 @@ def list_methods(model: nn.Module | None = None) -> list[str]:
     from vlmprune.patches.families.registry import find_family
 
     family = find_family(model)
-    return [name for name, cls in METHODS.items() if _missing(cls, family) is None]
+    return [name for name, cls in METHODS.items() if _unmet(cls, family) is None]
 
 
 def _pipeline(method: Any, keep: object, parameters: dict[str, Any]) -> Pipeline:
@@ -156,28 +157,32 @@ def _pipeline(method: Any, keep: object, parameters: dict[str, Any]) -> Pipeline
     return make_pipeline([make_method(item, keep, **parameters) for item in method])
 
 
-def _missing(method: Method | type[Method], family: Family) -> str | None:
-    if method.needs_cls and not family.tower_facts.has_cls:
-        return "a CLS token in the vision tower"
-    if method.needs_grid and not family.has_grid:
-        return "visual tokens that form one plain grid"
-    if method.needs_tiles and not family.has_tiles:
-        return "images cut in a thumbnail and crops"
-    return None
+def _unmet(method: Method | type[Method], family: FamilyFacts) -> Need | None:
+    """Return the first need of a method that the model of `family` does not meet."""
+    return next((need for need in ordered(method.needs) if not need.met_by(family)), None)
 
 
 def _check_served(method: Method, family: Family) -> None:
-    missing = _missing(method, family)
-    if missing is not None:
-        from vlmprune.patches.families.registry import FAMILIES
+    for part in method.parts():
+        need = _unmet(part, family)
+        if need is not None:
+            where = ", ".join(_families_with(need))
+            served = ", ".join(list_methods(family.model))
+            raise UnsupportedMethodError(
+                f"{part.name!r} needs {need.sentence}, which this {family.name} model does not have."
+                f"{where and f' Families that have them: {where}.'} It can be served with: {served}."
+            )
 
-        tiled = ", ".join(cls.name for cls in FAMILIES if cls.has_tiles) or "none so far"
-        where = f" Families that have them: {tiled}." if method.needs_tiles else ""
-        served = ", ".join(list_methods(family.model))
-        raise UnsupportedMethodError(
-            f"{method.name!r} needs {missing}, which this {family.name} model does not have.{where} "
-            f"It can be served with: {served}."
-        )
+
+def _families_with(need: Need) -> Iterator[str]:
+    """Yield the families whose every model meets a need, as far as that is a fact of the class."""
+    from vlmprune.patches.families.registry import FAMILIES
+
+    for cls in FAMILIES:
+        # Facts that depend on the model are properties, which say nothing before there is one.
+        with suppress(AttributeError):
+            if need.met_by(cls) is True:  # type: ignore[arg-type]
+                yield cls.name
 
 
 def _engine(model: Any) -> PruningEngine:

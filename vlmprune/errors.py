@@ -68,6 +68,14 @@ def unknown(kind: str, value: object, allowed: Iterable[str]) -> UnknownNameErro
     return UnknownNameError(f"Unknown {kind} {value!r}.{hint} Allowed: {', '.join(names) or 'none'}.")
 
 
+def unknown_parameter(method: str, symbol: str, here: str, allowed: Iterable[str]) -> UnknownNameError:
+    """Build the error for a symbol of a method's paper that is spelt in another way here."""
+    return UnknownNameError(
+        f"Unknown parameter of {method} {symbol!r}: the paper's {symbol} is {here} in this library. "
+        f"Allowed: {', '.join(allowed)}."
+    )
+
+
 def missing_extra(extra: str, module: str) -> MissingExtraError:
     """Build the error for a module that belongs to an extra which is not installed."""
     return MissingExtraError(f"{module!r} is not installed. Install it with: pip install 'vlmprune[{extra}]'")

@@ -12,6 +12,8 @@ from typing import Any
 from vlmprune.errors import VlmpruneError
 from vlmprune.eval.run.result_folder import read_json
 
+from .summary import NOT_COUNTED
+
 Run = dict[str, Any]
 Column = tuple[str, Callable[[Run], Any]]
 
@@ -229,8 +231,8 @@ def _changes(paired: Run | None) -> str:
     return "-" if not paired else f"{paired['better']} / {paired['worse']} of {paired['items']}"
 
 
-def _giga(value: float) -> str:
-    return f"{value / 1e9:,.4g}"
+def _giga(value: float | None) -> str:
+    return NOT_COUNTED if value is None else f"{value / 1e9:,.4g}"
 
 
 def _spread(row: Run | None, key: str) -> str:

@@ -25,6 +25,9 @@ from vlmprune.eval.speed.flops import (
 )
 from vlmprune.methods.base import Method
 
+NOT_COUNTED = "not counted"
+"""What stands for the FLOPs of a method that does not say what it computes."""
+
 
 def summarise_requests(
     config: PreTrainedConfig, records: Sequence[RequestRecord], element_size: int, method: Method | None = None
@@ -38,7 +41,7 @@ def summarise_requests(
     costs = [
         request_cost(config, r.work, r.visual_per_layer, r.text_tokens, r.new_tokens, method, r.images) for r in records
     ]
-    macs = {stage: fmean(getattr(cost, stage) for cost in costs) for stage in STAGES}
+    macs: dict[str, float | None] = {stage: _mean([getattr(cost, stage) for cost in costs]) for stage in STAGES}
     macs["prefill_total"] = fmean(cost.prefill_total for cost in costs)
     entering = [r.visual_per_layer for r in records]
     return {
@@ -49,13 +52,19 @@ def summarise_requests(
         "text_tokens": fmean(r.text_tokens for r in records),
         "new_tokens": fmean(r.new_tokens for r in records),
         "macs": macs,
-        "flops": {stage: 2 * value for stage, value in macs.items()},
+        "flops": {stage: None if value is None else 2 * value for stage, value in macs.items()},
         "kv_cache_bytes": fmean(
             shape.cache_bytes([n + r.text_tokens for n in r.visual_per_layer], element_size) for r in records
         ),
         "fastv_formula": fmean(fastv_formula(layers, shape.hidden, shape.ffn) for layers in entering),
         "pyramiddrop_formula": fmean(pyramiddrop_formula(layers, shape.hidden, shape.ffn) for layers in entering),
     }
+
+
+def _mean(values: Sequence[int | None]) -> float | None:
+    """The mean, None where a value was not counted."""
+    counted = [value for value in values if value is not None]
+    return fmean(counted) if len(counted) == len(values) else None
 
 
 def cell_result(
@@ -81,7 +90,7 @@ class Row:
     keep: float | int | None
     before: float
     after: float
-    flops: dict[str, float]
+    flops: dict[str, float | None]
     kv_cache_bytes: float
     scores: dict[str, float]
     average: float
@@ -95,6 +104,11 @@ class Row:
     def is_full(self) -> bool:
         """Whether this is the unpruned model."""
         return self.title == FULL
+
+    @property
+    def prefill_flops(self) -> float:
+        """FLOPs to the first token, without a selection that is not counted."""
+        return self.flops["prefill_total"] or 0.0
 
     @property
     def keep_text(self) -> str:
@@ -172,11 +186,17 @@ def results_csv(rows: Sequence[Row]) -> str:
         ]
         values = [
             row.before, row.after, cost["text_tokens"], cost["new_tokens"],
-            *(row.flops.get(stage, 0.0) / 1e9 for stage in STAGES), row.flops["prefill_total"] / 1e9, row.kv_cache_bytes,
+            *(_giga(row.flops.get(stage, 0.0)) for stage in STAGES), row.prefill_flops / 1e9, row.kv_cache_bytes,
             cost["fastv_formula"] / 1e9, cost["pyramiddrop_formula"] / 1e9,
             *measured, *row.scores.values(), row.average, row.relative, *interval(row),
         ]  # fmt: skip
-        writer.writerow(
-            [row.title, "" if row.keep is None else row.keep, *("" if v is None else f"{v:.6g}" for v in values)]
-        )
+        writer.writerow([row.title, "" if row.keep is None else row.keep, *(_csv_text(value) for value in values)])
     return out.getvalue()
+
+
+def _giga(flops: float | None) -> float | str:
+    return NOT_COUNTED if flops is None else flops / 1e9
+
+
+def _csv_text(value: float | str | None) -> str:
+    return "" if value is None else value if isinstance(value, str) else f"{value:.6g}"

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from rich import box
 from rich.table import Table
 
-from .summary import Row, interval
+from .summary import NOT_COUNTED, Row, interval
 
 TASKS_A_TABLE = 5
 FLOPS_UNITS = (("TFLOPs", 1e12), ("GFLOPs", 1e9), ("MFLOPs", 1e6))
@@ -45,7 +45,7 @@ def _interval(row: Row) -> str:
 
 def cost_table(rows: Sequence[Row]) -> Table:
     """FLOPs by stage and measured times."""
-    unit, divisor = flops_unit(max(row.flops["prefill_total"] for row in rows))
+    unit, divisor = flops_unit(max(row.prefill_flops for row in rows))
     memory, bytes_each = next(item for item in MEMORY_UNITS if rows[0].kv_cache_bytes >= item[1])
     table = cost_style(f"Cost of one request: {unit} to the first token, KV cache, ms at batch size 1")
     _identity(table)
@@ -55,18 +55,20 @@ def cost_table(rows: Sequence[Row]) -> Table:
     full = next((row.prefill_ms for row in rows if row.is_full), None)
     for row, last in _with_breaks(rows):
         flops = row.flops
+        selection = flops.get("selection", 0.0)
+        total = three_figures(row.prefill_flops / divisor)
         stages = [
-            flops["vision"] + flops["projector"],
-            flops.get("selection", 0.0),
-            flops["prefill"] + flops["head"],
-            flops["prefill_total"],
+            three_figures(((flops["vision"] or 0.0) + (flops["projector"] or 0.0)) / divisor),
+            NOT_COUNTED if selection is None else three_figures(selection / divisor),
+            three_figures(((flops["prefill"] or 0.0) + (flops["head"] or 0.0)) / divisor),
+            f">{total}" if selection is None else total,
         ]
         speed = f"{full / row.prefill_ms:.2f}x" if full and row.prefill_ms else "-"
         table.add_row(
             row.title,
             row.keep_text,
             tokens(row),
-            *(three_figures(value / divisor) for value in stages),
+            *stages,
             three_figures(row.kv_cache_bytes / bytes_each),
             _milliseconds(row.prefill_ms),
             speed,

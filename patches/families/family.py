@@ -25,6 +25,7 @@ class Family:
         modalities: what the model encodes, of "image" and "video".
         mrope: whether position ids are 3-D (temporal, height, width).
         has_tiles: whether images are cut in a thumbnail and crops.
+        has_equal_tiles: whether an image is encoded as one or several tiles of one size.
     """
 
     name: ClassVar[str]
@@ -32,6 +33,7 @@ class Family:
     modalities: ClassVar[tuple[str, ...]] = ("image",)
     mrope: ClassVar[bool] = False
     has_tiles: ClassVar[bool] = False
+    has_equal_tiles: ClassVar[bool] = False
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
@@ -100,6 +102,11 @@ class Family:
     def tower_facts(self) -> TowerFacts:
         """Layers of the vision tower, the one that gives the features, and whether there is a CLS token."""
         raise NotImplementedError
+
+    @property
+    def has_tower_attention(self) -> bool:
+        """Whether attention of the vision tower can be read."""
+        return True
 
     @property
     def has_grid(self) -> bool:

@@ -21,6 +21,7 @@ class Llava(Family):
 
     name: ClassVar[str] = "LLaVA"
     model_classes: ClassVar[tuple[str, ...]] = ("LlavaForConditionalGeneration",)
+    has_equal_tiles: ClassVar[bool] = True
 
     @property
     def vision_tower(self) -> nn.Module:
@@ -49,6 +50,12 @@ class Llava(Family):
     def projector(self) -> nn.Module:
         """`multi_modal_projector`."""
         return self.multimodal_model.multi_modal_projector  # type: ignore[return-value]
+
+    @property
+    def has_tower_attention(self) -> bool:
+        """True for towers with `encoder.layers`, as CLIP and SigLIP have them."""
+        tower = getattr(self.vision_tower, "vision_model", self.vision_tower)
+        return isinstance(getattr(getattr(tower, "encoder", None), "layers", None), nn.ModuleList)
 
     @property
     def vision_heads(self) -> int:

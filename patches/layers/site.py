@@ -47,20 +47,20 @@ class LayerSite:
     @property
     def first_hooked(self) -> int:
         """The lowest layer that is watched."""
-        return min(self.cuts) - (self.method.probe == "layer before")
+        return min(self.cuts) - (self.method.reading.probe == "layer before")
 
     @property
     def signal(self) -> str:
         """What the method scores by."""
-        back = int(self.method.probe == "layer before")
+        back = int(self.method.reading.probe == "layer before")
         layers = ", ".join(str(cut - back) for cut in self.cuts)
-        whose = "last token" if self.method.reads == "last token" else "text"
+        whose = "last token" if self.method.reading.rows == "last token" else "text"
         return f"{whose} attention layer {layers}"
 
     def install(self, hooks: HookSet) -> None:
         """Register the hooks on layers and projections."""
         model: Any = self.family.language_model
-        before = self.method.probe == "layer before"
+        before = self.method.reading.probe == "layer before"
         probed = [cut - before for cut in self.cuts]
         first = self.first_hooked
         check_decoder(model, range(first, self.family.decoder_layers), self.method.name)
@@ -275,7 +275,7 @@ class LayerSite:
         assert run.images is not None
         images = run.images
         model: Any = self.family.language_model
-        before = self.method.probe == "layer before"
+        before = self.method.reading.probe == "layer before"
         probed = layer - before
         attention = model.layers[probed].self_attn
         cache = kwargs.get("past_key_values")
@@ -302,7 +302,7 @@ class LayerSite:
             budgets=tuple(images.schedule[image][layer] for image in chosen),
             rows=tuple(images.rows[image] for image in chosen),
         )
-        if self.method.reads == "all tokens":
+        if self.method.reading.rows == "all tokens":
             query = rotate(attention, query_states, embeddings, "q_norm")
             return replace(
                 batch, probed=ProbedLayer(query, key, run.token_kinds(past, valid), attention.scaling)
@@ -321,7 +321,7 @@ class LayerSite:
         return added.view_as(hidden)
 
     def _capture(self, kind: str, layer: int, module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
-        whole = kind == "k_proj" or self.method.reads == "all tokens"
+        whole = kind == "k_proj" or self.method.reading.rows == "all tokens"
         run = self._run()
         if run is None or run.images is None or not run.images.images_at(layer + 1):
             return

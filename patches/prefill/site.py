@@ -6,8 +6,9 @@ from typing import Any
 
 import torch
 
-from vlmprune.methods.base import Method
 from vlmprune.methods.batch import TILE_KINDS, VisionSignal, VisualBatch
+from vlmprune.methods.input_method import InputMethod
+from vlmprune.methods.needs import WHOLE_TILES
 
 from ..calls import CallStack, LanguageModelCall
 from ..families.family import Family
@@ -27,7 +28,7 @@ class InputSite:
         compact: whether positions close the gaps of dropped tokens.
     """
 
-    def __init__(self, family: Family, method: Method, calls: CallStack, compact: bool) -> None:
+    def __init__(self, family: Family, method: InputMethod, calls: CallStack, compact: bool) -> None:
         self.family = family
         self.method = method
         self.calls = calls
@@ -82,7 +83,7 @@ class InputSite:
                 tile_vision[signal] = tuple(tiles.to(call.device) for each in rows for tiles in each)
                 continue
             vision[signal] = torch.cat([family.token_vision(*each).to(call.device) for each in read])
-            if self.method.needs_tiles:
+            if WHOLE_TILES in self.method.needs:
                 tile_vision[signal] = tuple(maps.to(call.device) for each in read for maps in family.tile_vision(*each))
         return VisualBatch(
             features=call.tokens.detach().flatten(0, 1)[columns],

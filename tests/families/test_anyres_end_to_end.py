@@ -9,6 +9,7 @@ from support.families.llava_next import LLAVA_NEXT
 from support.families.llava_onevision import LLAVA_ONEVISION
 from vlmprune.methods import VTCCLS, DivPrune, FasterVLM, GlobalCom2, HiRED, ToDRE
 from vlmprune.methods.batch import TowerFacts
+from vlmprune.methods.needs import WHOLE_TILES
 
 NEXT = (
     LLAVA_NEXT,
@@ -59,7 +60,7 @@ def pruned_call(model, inputs, method, monkeypatch):
 def check(model, inputs, tiles, tower, method, monkeypatch, **given):
     expected = batch_by_hand(model, inputs, tiles, method, tower, **given)
     batch, selection, kept = pruned_call(model, inputs, method, monkeypatch)
-    check_seen(batch, expected, method.needs_tiles)
+    check_seen(batch, expected, WHOLE_TILES in method.needs)
     by_hand = method.select(expected)
     assert by_hand.counts == selection.counts
     assert [image.tolist() for image in kept] == [image.tolist() for image in by_hand.kept.split(list(by_hand.counts))]

@@ -3,6 +3,7 @@
 import pytest
 
 from support import method_batches as build
+from vlmprune.methods.needs import GRID, TILES, WHOLE_TILES
 from vlmprune.methods.registry import METHODS
 from vlmprune.patches.families.anyres import AnyresImage, cropped_image
 
@@ -12,10 +13,10 @@ IMAGES = {
     "no-crop-tokens": cropped_image((1, 3), 4, (1, 4000)),
     "one-tile": AnyresImage(4),
 }
-SERVED = [cls for cls in METHODS.values() if cls.site == "input" and not cls.needs_grid]
+SERVED = [cls for cls in METHODS.values() if cls.site == "input" and GRID not in cls.needs]
 VARIANTS = [
     *((cls, {"relevance": False} if cls.name == "todre" else {}) for cls in SERVED),
-    *((cls, {"faithful": True}) for cls in SERVED if cls.needs_tiles),
+    *((cls, {"faithful": True}) for cls in SERVED if {TILES, WHOLE_TILES} & cls.needs),
 ]
 
 

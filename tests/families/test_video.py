@@ -9,12 +9,14 @@ from support.families import llava_onevision, qwen2_5_vl, qwen2_vl, qwen3_vl
 from support.families.by_hand import check_pruned, language_model_inputs
 from support.families.qwen_case import VIDEO_TOKEN, token_types
 from vlmprune.errors import LayoutError, UnsupportedMethodError
-from vlmprune.methods import DivPrune, FastV
+from vlmprune.methods import DivPrune, FastV, registry
+from vlmprune.methods.needs import STILL_IMAGES
 from vlmprune.methods.registry import get_method
 
 QWEN_CASES = (*qwen2_vl.CASES, *qwen2_5_vl.CASES, *qwen3_vl.CASES)
 CASES = (*QWEN_CASES, *llava_onevision.CASES)
 METHODS = ("random", "uniform", "divprune", "textmonkey")
+SERVING = [name for name, cls in registry.METHODS.items() if STILL_IMAGES not in cls.needs]
 ROWS = {
     "one": [[3, "video", 4]],
     "several": [[3, "video", 2, "video small", 4], [1, "video large", 5]],
@@ -207,7 +209,7 @@ def test_methods_that_do_not_serve_videos_say_so(case):
     case = deeper(case)
     model = case.build(torch.float32)
     images, videos = case.inputs([[3, "A", 4]]), case.inputs([[3, "A", 2, "video", 4]])
-    others = [name for name in vlmprune.list_methods(model) if name not in METHODS]
+    others = [name for name in vlmprune.list_methods(model) if name not in SERVING]
     assert {"fastervlm", "pyramiddrop", "fastv", "todre"} <= set(others)
     layers = {"fastv": {"layer": 1}, "todre": {"layer": 3}}
     methods = [get_method(name)(keep=0.8, **layers.get(name, {})) for name in others]

@@ -113,7 +113,7 @@ def test_todre_relevance_layer():
         (PyramidDrop, {"layers": (0, 2)}, ParameterError, "layers holds 0"),
         (PyramidDrop, {"layers": 3}, ParameterError, "layers=3"),
         (PyramidDrop, {"ratios": (0.2, 0.5)}, ParameterError, r"0.5 follows 0.2.*nearest: \(0.5, 0.2\)"),
-        (PyramidDrop, {"ratios": (1.5,)}, ParameterError, "ratios holds 1.5"),
+        (PyramidDrop, {"ratios": (1.5,)}, ParameterError, r"ratios\[0\]=1.5"),
         (PyramidDrop, {"ratios": (0.5,), "layers": (2, 4)}, ParameterError, "2 stages, ratios"),
         (PyramidDrop, {"ratios": (0.5,), "keep": 0.3}, ParameterError, "both set the budget"),
         (PyramidDrop, {"keep": 0.0}, BudgetError, "keeps no visual token"),

@@ -6,10 +6,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from support import method_batches as build
+from vlmprune.methods.needs import GRID
 from vlmprune.methods.registry import METHODS
 
 INPUT_METHODS = [name for name, cls in METHODS.items() if cls.site == "input"]
-ANY_LAYOUT = [name for name in INPUT_METHODS if not METHODS[name].needs_grid]
+ANY_LAYOUT = [name for name in INPUT_METHODS if GRID not in METHODS[name].needs]
 QUICK = settings(max_examples=25, deadline=None)
 
 

@@ -7,9 +7,10 @@ from hypothesis import strategies as st
 
 import vlmprune
 from support import method_batches as build
+from support.families.qwen2_vl import QWEN2_VL
 from support.tiny_models import LLAVA_CLIP_GQA
 from vlmprune.errors import ParameterError, UnknownNameError, UnsupportedMethodError
-from vlmprune.methods import HiRED
+from vlmprune.methods import FasterVLM, HiRED
 from vlmprune.methods.shared.tile_segments import tile_segments
 
 parameters = st.fixed_dictionaries(
@@ -136,10 +137,31 @@ def test_faithful_without_whole_tiles_says_so():
         method.select(tokens_only)
 
 
-@pytest.mark.parametrize("name", ["hired", "globalcom2"])
-def test_a_family_without_tiles_is_refused_and_the_others_are_named(name):
+def test_an_image_without_tiles_keeps_its_best_tokens():
+    """The official code for LLaVA-1.5: the highest sums over heads, `int(N * rate)` of them with `faithful`."""
     llava = LLAVA_CLIP_GQA
-    model = llava.build(torch.float32)
-    with pytest.raises(UnsupportedMethodError, match=r"crops.*Families that have them: "):
-        vlmprune.apply(model, name)
-    assert name not in vlmprune.list_methods(model)
+    model, inputs = llava.build(torch.float32), llava.inputs([[3, "A", 4, "B"], [2, "C", 5]], dtype=torch.float32)
+    kept = {}
+    for method in (HiRED(keep=0.26), HiRED(keep=0.26, faithful=True), FasterVLM(keep=0.26), FasterVLM(keep=9)):
+        with torch.no_grad(), vlmprune.pruned(model, method):
+            model(**inputs)
+            kept[repr(method)] = [image.kept.tolist() for image in vlmprune.last_run(model).images]
+    exact, faithful, as_exact, as_faithful = kept.values()
+    assert exact == as_exact
+    assert faithful == as_faithful
+    assert len({tuple(image) for image in exact}) == 3
+
+
+def test_a_family_without_crops_is_refused_and_the_others_are_named():
+    model = LLAVA_CLIP_GQA.build(torch.float32)
+    with pytest.raises(UnsupportedMethodError, match=r"crops.*Families that have them: LLaVA-NeXT, LLaVA-OneVision\."):
+        vlmprune.apply(model, "globalcom2")
+    assert "globalcom2" not in vlmprune.list_methods(model)
+
+
+def test_a_family_with_images_of_any_size_is_refused():
+    model = QWEN2_VL.build(torch.float32)
+    with pytest.raises(
+        UnsupportedMethodError, match=r"tiles of one size.*LLaVA, ViP-LLaVA, LLaVA-NeXT, LLaVA-OneVision\."
+    ):
+        vlmprune.apply(model, "hired")

@@ -8,10 +8,11 @@ from hypothesis import strategies as st
 from support.method_batches import check_selection, random_batch
 from vlmprune.layout import raster_layout
 from vlmprune.methods.baselines.uniform import even_frames
+from vlmprune.methods.needs import STILL_IMAGES
 from vlmprune.methods.registry import METHODS
 from vlmprune.patches.families.llava_onevision import video_layout
 
-SERVING = [name for name, cls in METHODS.items() if cls.videos]
+SERVING = [name for name, cls in METHODS.items() if STILL_IMAGES not in cls.needs]
 sizes = st.integers(1, 5)
 
 
@@ -22,10 +23,6 @@ def videos(draw):
     if draw(st.booleans()):
         return video_layout(frames, draw(sizes))
     return raster_layout(draw(sizes), draw(sizes), frames)
-
-
-def test_who_serves_videos():
-    assert SERVING == ["random", "uniform", "divprune", "textmonkey"]
 
 
 @pytest.mark.parametrize("name", SERVING)

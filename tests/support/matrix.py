@@ -1,4 +1,4 @@
-"""The (method x family) matrix that drives the contract tests; a new method is one line here."""
+"""The (method x family) matrix that drives the contract tests, made from the registry of methods."""
 
 from __future__ import annotations
 
@@ -9,31 +9,31 @@ import vlmprune
 from support.deeper import deeper
 from support.family_cases import FAMILY_CASES
 from support.tiny_models import FamilyCase
+from vlmprune.methods.needs import LayerNeed
+from vlmprune.methods.registry import METHODS, make_method
 
-# Every method by name, with parameters that make it work hard on the tiny models.
-METHOD_PARAMETERS: dict[str, dict[str, object]] = {
+# Parameters that make a method work harder on the tiny models than its defaults do.
+HARDER: dict[str, dict[str, object]] = {
     "random": {"seed": 3},
-    "uniform": {},
-    "pool": {},
-    "fastervlm": {},
-    "vtc_cls": {},
-    "hired": {},
-    "globalcom2": {},
-    "divprune": {},
     "todre": {"tau": 1.0, "layer": 3},
     "hiprune": {"alpha": 0.5},
     "holov": {"beta": 1.0},
-    "textmonkey": {},
-    "vispruner": {},
     "fastv": {"layer": 1},
-    "pyramiddrop": {},
 }
+METHOD_PARAMETERS: dict[str, dict[str, object]] = {name: HARDER.get(name, {}) for name in METHODS}
+
+_PARTS = {name: make_method(name, **parameters).parts() for name, parameters in METHOD_PARAMETERS.items()}
 
 # They drop tokens between layers, so they get the deeper variant of every family.
-LAYER_METHODS = frozenset({"todre", "fastv", "pyramiddrop"})
+LAYER_METHODS = frozenset(name for name, parts in _PARTS.items() if any(part.site == "layer" for part in parts))
 
 # They score by the last prompt token: the same image is cut otherwise once more text follows it.
-FOLLOW_THE_QUESTION = frozenset({"fastv", "pyramiddrop"})
+FOLLOW_THE_QUESTION = frozenset(
+    name
+    for name, parts in _PARTS.items()
+    for part in parts
+    if any(isinstance(need, LayerNeed) and need.rows == "last token" for need in part.needs)
+)
 
 
 def few_tokens(method: str, family: FamilyCase) -> int:

@@ -1,26 +1,26 @@
-"""Published pruning and merging methods: a folder a site, one method a file."""
+"""Published pruning and merging methods: a folder a site, one method a file.
 
-from .base import Method
-from .baselines import Pool, Random, Uniform
-from .input import VTCCLS, DivPrune, FasterVLM, GlobalCom2, HiPrune, HiRED, HoloV, TextMonkey, ToDRE, VisPruner
-from .layer import FastV, PyramidDrop, ToDRERelevance
+Each folder's `__init__` names its methods; all of them are reachable from here, as `vlmprune.methods.FastV`.
+"""
 
-__all__ = [
-    "VTCCLS",
-    "DivPrune",
-    "FastV",
-    "FasterVLM",
-    "GlobalCom2",
-    "HiPrune",
-    "HiRED",
-    "HoloV",
-    "Method",
-    "Pool",
-    "PyramidDrop",
-    "Random",
-    "TextMonkey",
-    "ToDRE",
-    "ToDRERelevance",
-    "Uniform",
-    "VisPruner",
-]
+from typing import TYPE_CHECKING
+
+from . import baselines, input, layer
+from .base import Method as Method
+from .input_method import InputMethod as InputMethod
+from .layer_method import LayerMethod as LayerMethod
+from .registry import register as register
+
+if TYPE_CHECKING:
+    from .baselines import *  # noqa: F403
+    from .input import *  # noqa: F403
+    from .layer import *  # noqa: F403
+
+_classes = {
+    cls.__name__: cls
+    for folder in (baselines, input, layer)
+    for cls in vars(folder).values()
+    if isinstance(cls, type) and issubclass(cls, Method)
+}
+globals().update(_classes)
+__all__ = sorted([*_classes, "InputMethod", "LayerMethod", "Method", "register"])

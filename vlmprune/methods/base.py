@@ -2,49 +2,63 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from inspect import Parameter, signature
+from typing import Any, ClassVar, Literal
 
-from ..budget import Keep, check_keep, token_budget
-from .batch import Selection, TowerFacts, VisionSignal, VisualBatch
+from ..budget import Keep
+from ..errors import unknown, unknown_parameter
+from .needs import STILL_IMAGES, Need
 
 Site = Literal["input", "layer"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Method:
-    """A way to reduce the visual tokens of a prefill.
+    """A way to reduce the visual tokens of a prefill; `InputMethod` and `LayerMethod` are its kinds.
 
     Attributes:
-        keep: share of visual tokens kept, a float in (0, 1], or the number kept per image, an int.
-        videos: whether the method selects among the tokens of a video (a class attribute).
+        keep: share of visual tokens kept, a float in (0, 1], or the number kept per image, an int; None where the
+            method's own parameters fix it.
+        name: the name that `apply` takes (a class attribute, as are all that follow).
+        site: where the method acts.
+        needs: what it needs of a model or a call.
+        symbols: how the symbols of its paper are spelt here, for the error that names them.
+        is_stage: whether it is only a stage of another method, and not offered by name.
     """
 
-    keep: Keep = 0.25
+    keep: Keep | None = None
 
     name: ClassVar[str]
-    site: ClassVar[Site] = "input"
-    merges: ClassVar[bool] = False
-    needs_cls: ClassVar[bool] = False
-    needs_grid: ClassVar[bool] = False
-    needs_tiles: ClassVar[bool] = False
-    videos: ClassVar[bool] = False
+    site: ClassVar[Site]
+    needs: ClassVar[frozenset[Need]] = frozenset({STILL_IMAGES})
+    symbols: ClassVar[Mapping[str, str]] = {}
+    is_stage: ClassVar[bool] = False
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "keep", check_keep(self.keep))
+    def __new__(cls, *args: Any, **parameters: Any) -> Any:
+        # Here and not in `__init__`, which is the dataclass's own and would raise a TypeError that helps nobody.
+        cls.check_parameters(parameters)
+        return super().__new__(cls)
 
-    def budget(self, total: int) -> int:
-        """Return how many of `total` visual tokens of one image are kept."""
-        return token_budget(self.keep, total)
+    @classmethod
+    def check_parameters(cls, parameters: Mapping[str, Any]) -> None:
+        """Check the names of parameters.
+
+        Raises:
+            UnknownNameError: there is no such parameter; names the nearest, or what a symbol of the paper is here.
+        """
+        taken = signature(cls.__init__).parameters
+        if any(parameter.kind is Parameter.VAR_KEYWORD for parameter in taken.values()):
+            return
+        allowed = list(taken)[1:]
+        for name in parameters:
+            if name in allowed:
+                continue
+            if name in cls.symbols:
+                raise unknown_parameter(cls.name, name, cls.symbols[name], allowed)
+            raise unknown(f"parameter of {cls.name}", name, allowed)
 
     def parts(self) -> tuple[Method, ...]:
         """Return the stages of a method that acts at several sites; itself by default."""
         return (self,)
-
-    def vision_signals(self, tower: TowerFacts) -> tuple[VisionSignal, ...]:
-        """Return the vision tower attention that `select` reads; nothing by default."""
-        return ()
-
-    def select(self, batch: VisualBatch) -> Selection:
-        """Choose the tokens of every image in `batch`; called once a prefill, and only if something is to be dropped."""
-        raise NotImplementedError(f"{type(self).__name__} does not select at the input of the language model.")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import accumulate
@@ -10,7 +10,6 @@ from typing import Literal, NamedTuple, get_args
 
 from torch import Tensor
 
-from vlmprune.errors import ParameterError
 from vlmprune.layout import VisualLayout
 
 AttentionKind = Literal["cls_attention", "cls_attention_one_head", "cls_logits", "received_attention"]
@@ -116,17 +115,3 @@ class Selection:
     features: Tensor | None = None
     merge: Callable[[Tensor], Tensor] | None = None
     groups: Tensor | None = None
-
-
-def check_positive(name: str, value: int) -> None:
-    """Raise ParameterError unless `value` is an int of at least 1."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ParameterError(f"{name}={value!r}; allowed: an int >= 1.")
-
-
-def check_choice(name: str, value: str, allowed: Sequence[str]) -> None:
-    """Raise UnknownNameError unless `value` is one of `allowed`."""
-    from vlmprune.errors import unknown
-
-    if value not in allowed:
-        raise unknown(name, value, allowed)

@@ -10,10 +10,11 @@ from typing import ClassVar, Literal, NamedTuple
 
 from torch import Tensor
 
-from ..budget import Keep, check_keep
+from ..budget import check_keep
 from ..errors import ParameterError
 from .base import Method, Site
 from .batch import Selection
+from .needs import LAST_TOKEN_AT_CUT, STILL_IMAGES, LayerNeed, Need
 
 
 class LayerCut(NamedTuple):
@@ -78,23 +79,24 @@ class LayerMethod(Method):
 
     Attributes:
         keep: visual tokens averaged over the layers of the language model, as a share of those that enter it (a float in
-            (0, 1]) or a number per image (an int).
+            (0, 1]) or a number per image (an int); None where other parameters fix it.
+        positions: whether positions close the gaps of what is dropped between layers ("compact"), keep them ("original"),
+            or do as before the first layer (None); a class attribute.
     """
 
-    keep: Keep | None = None  # type: ignore[assignment]
-
     site: ClassVar[Site] = "layer"
-    probe: ClassVar[Literal["cut layer", "layer before"]] = "cut layer"
-    reads: ClassVar[Literal["last token", "all tokens"]] = "last token"
+    needs: ClassVar[frozenset[Need]] = frozenset({STILL_IMAGES, LAST_TOKEN_AT_CUT})
     positions: ClassVar[Literal["compact", "original"] | None] = None
 
     def __post_init__(self) -> None:
         if self.keep is not None:
             object.__setattr__(self, "keep", check_keep(self.keep))
 
-    def budget(self, total: int) -> int:
-        """Return `total`: nothing is dropped before the first layer."""
-        return total
+    @property
+    def reading(self) -> LayerNeed:
+        """What the method reads of the language model, the one such row of its needs."""
+        (reading,) = (need for need in self.needs if isinstance(need, LayerNeed))
+        return reading
 
     def cut_layers(self, layers: int) -> tuple[int, ...]:
         """Return every layer at whose input this method may drop tokens in a language model of `layers` layers, ascending.
@@ -116,6 +118,10 @@ class LayerMethod(Method):
     def select_at_layer(self, batch: LayerBatch) -> Selection:
         """Choose the tokens of every image in `batch`."""
         raise NotImplementedError
+
+    def own_macs(self) -> int | None:
+        """Return the multiply-accumulates of `select_at_layer` beyond the attention that it needs; None if not declared."""
+        return None
 
 
 def check_layers(name: str, cuts: Sequence[int]) -> tuple[int, ...]:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from ..errors import UnsupportedMethodError
 from .base import Method
+from .input_method import InputMethod
 from .layer_method import LayerMethod
+from .needs import ordered
+from .pass_through import PassThrough
 
 
 @dataclass(frozen=True)
@@ -16,12 +19,12 @@ class Pipeline:
 
     Attributes:
         methods: what the user asked for, in the order given.
-        at_input: the method that selects before the first layer, or None.
+        at_input: the method that selects before the first layer; `PassThrough` where there is none.
         at_layers: the method that drops inside the language model, or None.
     """
 
     methods: tuple[Method, ...]
-    at_input: Method | None
+    at_input: InputMethod
     at_layers: LayerMethod | None
 
     @property
@@ -50,19 +53,25 @@ def make_pipeline(methods: Sequence[Method]) -> Pipeline:
                     f"{part.name!r} and {other.name!r} both act at the {part.site} site; allowed: one per site "
                     "(input, layer)."
                 )
-    at_layers = sites.get("layer")
+    at_input, at_layers = sites.get("input") or PassThrough(), sites.get("layer")
+    assert isinstance(at_input, InputMethod)
     assert at_layers is None or isinstance(at_layers, LayerMethod)
-    return Pipeline(tuple(methods), sites.get("input"), at_layers)
+    return Pipeline(tuple(methods), at_input, at_layers)
 
 
-def check_serves_videos(pipeline: Pipeline) -> None:
-    """Raise UnsupportedMethodError unless every stage selects among the tokens of videos."""
+def check_call(pipeline: Pipeline, modalities: Collection[str]) -> None:
+    """Raise UnsupportedMethodError unless a call that holds `modalities` ("image", "video") meets the needs of every stage."""
     from .registry import METHODS
 
     for method in pipeline.methods:
         for part in method.parts():
-            if not part.videos:
-                served = ", ".join(name for name, cls in METHODS.items() if cls.videos)
-                raise UnsupportedMethodError(
-                    f"{part.name!r} does not serve videos, and this call holds one. Methods that do: {served}."
-                )
+            for need in ordered(part.needs):
+                refused = [modality for modality in modalities if not need.met_by_call((modality,))]
+                if refused:
+                    served = [
+                        name for name, cls in METHODS.items() if all(n.met_by_call(modalities) for n in cls.needs)
+                    ]
+                    raise UnsupportedMethodError(
+                        f"{part.name!r} does not serve {refused[0]}s, and this call holds one. "
+                        f"Methods that do: {', '.join(served) or 'none'}."
+                    )

@@ -2,13 +2,49 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from typing import TypeVar
 
 from ..errors import ParameterError, unknown
 from . import baselines, input, layer
 from .base import Method
+from .input_method import InputMethod
+from .layer_method import LayerMethod
 
-METHODS: dict[str, type[Method]] = {cls.name: cls for folder in (baselines, input, layer) for cls in folder.METHODS}
+MethodT = TypeVar("MethodT", bound=Method)
+
+METHODS: dict[str, type[Method]] = {}
+"""Every method that can be asked for by name, in the order of tables."""
+
+
+def register(cls: type[MethodT]) -> type[MethodT]:
+    """Make a method known by its name, to `apply`, the command line and the tables; also as a decorator of a class.
+
+    Raises:
+        ParameterError: it is no method, or another one has that name.
+    """
+    check_method_class(cls)
+    other = METHODS.setdefault(cls.name, cls)
+    if other is not cls:
+        raise ParameterError(
+            f"{cls.__qualname__} is called {cls.name!r}, as {other.__module__}.{other.__qualname__} is; take another name."
+        )
+    return cls
+
+
+def check_method_class(cls: type) -> None:
+    """Raise ParameterError unless `cls` derives from one of the kinds of methods and has a name."""
+    if not (isinstance(cls, type) and issubclass(cls, (InputMethod, LayerMethod))):
+        raise ParameterError(f"{cls!r} is no method; derive it from vlmprune.methods.InputMethod or LayerMethod.")
+    if not isinstance(getattr(cls, "name", None), str):
+        raise ParameterError(
+            f"{cls.__qualname__} has no `name: ClassVar[str]`, by which `apply` and the tables know it."
+        )
+
+
+for _folder in (baselines, input, layer):
+    for _cls in vars(_folder).values():
+        if isinstance(_cls, type) and issubclass(_cls, Method) and not _cls.is_stage:
+            register(_cls)
 
 
 def method_names() -> list[str]:
@@ -41,12 +77,10 @@ def make_method(method: str | Method | type[Method], keep: object = None, **para
             raise ParameterError(
                 f"{given} given beside the object {method!r}; set it on the object: {type(method).__name__}(keep=...)."
             )
+        check_method_class(type(method))
         return method
-    cls = method if isinstance(method, type) and issubclass(method, Method) else get_method(method)
-    allowed = [item.name for item in fields(cls)]
-    for name in parameters:
-        if name not in allowed:
-            raise unknown(f"parameter of {cls.name}", name, allowed)
+    cls = method if isinstance(method, type) else get_method(method)
+    check_method_class(cls)
     if keep is not None:
         parameters["keep"] = keep
     return cls(**parameters)  # type: ignore[arg-type]

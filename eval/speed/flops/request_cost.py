@@ -19,11 +19,14 @@ STAGES = ("vision", "projector", "selection", "prefill", "head", "decode")
 
 @dataclass(frozen=True)
 class Cost:
-    """MACs of one request by stage; `flops` are twice the MACs."""
+    """MACs of one request by stage; `flops` are twice the MACs.
+
+    `selection` is None where the method does not say what it computes; sums then leave it out.
+    """
 
     vision: int = 0
     projector: int = 0
-    selection: int = 0
+    selection: int | None = 0
     prefill: int = 0
     head: int = 0
     decode: int = 0
@@ -31,16 +34,17 @@ class Cost:
     @property
     def prefill_total(self) -> int:
         """MACs until the first token: tower, projector, selection, language model, one row of the output head."""
-        return self.vision + self.projector + self.selection + self.prefill + self.head
+        return self.vision + self.projector + (self.selection or 0) + self.prefill + self.head
 
     @property
     def total(self) -> int:
         """MACs of the whole request."""
         return self.prefill_total + self.decode
 
-    def flops(self) -> dict[str, int]:
-        """FLOPs by stage."""
-        return {name: 2 * getattr(self, name) for name in STAGES}
+    def flops(self) -> dict[str, int | None]:
+        """FLOPs by stage; None for a selection that is not counted."""
+        macs = {name: getattr(self, name) for name in STAGES}
+        return {name: None if value is None else 2 * value for name, value in macs.items()}
 
 
 def request_cost(

@@ -7,96 +7,19 @@ and the running maxima of greedy methods are left out, as norms and activations 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 from transformers import PreTrainedConfig
 
 from vlmprune.methods.base import Method
 from vlmprune.methods.batch import ATTENTION_KINDS
-from vlmprune.methods.input.holov import HoloV
-from vlmprune.methods.input.textmonkey import BLOCK
+from vlmprune.methods.input_method import InputMethod
 from vlmprune.methods.layer_method import LayerMethod
+from vlmprune.methods.selection_macs import Scored
 
 from .families import vision_family
 from .language import LanguageShape
 from .vision_work import VisionWork
-
-
-@dataclass(frozen=True)
-class Scored:
-    """What an input method chooses from: (visual tokens before, after) of every image, widths, tiles an image."""
-
-    images: Sequence[tuple[int, int]]
-    dim: int
-    has_cls: bool
-    tower_dim: int
-    tiles: int
-
-
-def _nothing(method: Method, scored: Scored) -> int:
-    return 0
-
-
-def _all_pairs(method: Method, scored: Scored) -> int:
-    """Cosines of all pairs, from which the first pick is found and every later one is read."""
-    return sum(total * total * scored.dim for total, kept in scored.images if kept < total)
-
-
-def _from_a_pivot(method: Method, scored: Scored) -> int:
-    """Cosines of the picks with all tokens; all pairs where that many picks make the whole matrix cheaper."""
-    return sum(
-        (total if 16 * kept > total else kept) * total * scored.dim for total, kept in scored.images if kept < total
-    )
-
-
-def _tile_means(method: Method, scored: Scored) -> int:
-    """Cosine of each token with the mean of its tile, where there is no CLS token."""
-    return 0 if scored.has_cls else sum(total * scored.dim for total, kept in scored.images if kept < total)
-
-
-def _pairs_in_runs(method: Method, scored: Scored) -> int:
-    """Cosines of all pairs inside every run, shorter runs filled up to the longest."""
-    assert isinstance(method, HoloV)
-    total = 0
-    for tokens, kept in scored.images:
-        if kept < tokens:
-            runs = method.number_of_runs(tokens, kept)
-            total += runs * (-(-tokens // runs)) ** 2 * scored.dim
-    return total
-
-
-def _pairs_in_tiles(method: Method, scored: Scored) -> int:
-    """Cosines of all pairs of a tile's features in the vision tower, the tokens spread evenly over the tiles."""
-    return sum(total * total // scored.tiles * scored.tower_dim for total, kept in scored.images if kept < total)
-
-
-def _later_pairs(method: Method, scored: Scored) -> int:
-    """Cosines of each token with those behind the beginning of its block, up to the last."""
-    total = 0
-    for tokens, kept in scored.images:
-        if kept < tokens:
-            blocks = [(first, min(BLOCK, tokens - first)) for first in range(0, tokens, BLOCK)]
-            total += sum(rows * (tokens - first) for first, rows in blocks) * scored.dim
-    return total
-
-
-FEATURE_MACS: dict[str, Callable[[Method, Scored], int]] = {
-    "random": _nothing,
-    "uniform": _nothing,
-    "pool": _nothing,
-    "fastervlm": _nothing,
-    "vtc_cls": _nothing,
-    "hired": _nothing,
-    "globalcom2": _tile_means,
-    "divprune": _all_pairs,
-    "todre": _from_a_pivot,
-    "hiprune": _nothing,
-    "holov": _pairs_in_runs,
-    "textmonkey": _later_pairs,
-    "vispruner": _pairs_in_tiles,
-}
-"""Arithmetic on features by method name; methods inside the language model have none."""
 
 
 def selection_macs(
@@ -106,18 +29,28 @@ def selection_macs(
     images: Sequence[tuple[int, int]],
     visual_tokens: Sequence[int],
     text_tokens: int,
-) -> int:
-    """MACs of choosing for one request; the arguments are those of `request_cost`."""
+) -> int | None:
+    """MACs of choosing for one request; the arguments are those of `request_cost`.
+
+    None where a method does not say what it computes (`InputMethod.feature_macs`, `LayerMethod.own_macs`): its cost is not
+    known, which is not the same as none.
+    """
     total = 0
     for part in method.parts():
+        macs: int | None = 0
         if isinstance(part, LayerMethod):
-            total += _layer_macs(config, part, [n + text_tokens for n in visual_tokens], text_tokens)
-        elif any(kept < before for before, kept in images):
-            total += _input_macs(config, part, work, images)
+            macs = _layer_macs(config, part, [n + text_tokens for n in visual_tokens], text_tokens)
+        elif isinstance(part, InputMethod) and any(kept < before for before, kept in images):
+            macs = _input_macs(config, part, work, images)
+        if macs is None:
+            return None
+        total += macs
     return total
 
 
-def _input_macs(config: PreTrainedConfig, method: Method, work: VisionWork, images: Sequence[tuple[int, int]]) -> int:
+def _input_macs(
+    config: PreTrainedConfig, method: InputMethod, work: VisionWork, images: Sequence[tuple[int, int]]
+) -> int | None:
     family = vision_family(config)
     facts = family.facts(config)
     vision = config.vision_config
@@ -130,11 +63,11 @@ def _input_macs(config: PreTrainedConfig, method: Method, work: VisionWork, imag
         queries = sum(length * length if signal.kind == "received_attention" else length for length in lengths)
         total += queries * hidden
     tiles = max(1, work.crops // max(1, len(images)))
-    scored = Scored(images, config.get_text_config().hidden_size, facts.has_cls, hidden, tiles)
-    return total + FEATURE_MACS.get(method.name, _nothing)(method, scored)
+    own = method.feature_macs(Scored(images, config.get_text_config().hidden_size, facts.has_cls, hidden, tiles))
+    return None if own is None else total + own
 
 
-def _layer_macs(config: PreTrainedConfig, method: LayerMethod, tokens: Sequence[int], text_tokens: int) -> int:
+def _layer_macs(config: PreTrainedConfig, method: LayerMethod, tokens: Sequence[int], text_tokens: int) -> int | None:
     """Attention of the queries that a method reads with all keys of the layer.
 
     A method that probes the layer it cuts projects the keys of the tokens it drops too; those of the others are that layer's own.
@@ -142,13 +75,15 @@ def _layer_macs(config: PreTrainedConfig, method: LayerMethod, tokens: Sequence[
     """
     shape = LanguageShape.from_config(config)
     width = shape.heads * shape.head_dim
-    total = 0
+    total = method.own_macs()
+    if total is None:
+        return None
     for cut in method.cut_layers(shape.layers):
         before, after = tokens[cut - 1], tokens[cut]
-        if method.reads == "all tokens":
+        if method.reading.rows == "all tokens":
             total += text_tokens * before * width
         elif after < before:
             total += before * width
-            if method.probe == "cut layer":
+            if method.reading.probe == "cut layer":
                 total += shape.hidden * (width + (before - after) * shape.kv_heads * shape.head_dim)
     return total

@@ -10,12 +10,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d
 
-from vlmprune.methods.base import Method
 from vlmprune.methods.batch import Selection, VisualBatch
+from vlmprune.methods.input_method import InputMethod
+from vlmprune.methods.needs import GRID, STILL_IMAGES, Need
+from vlmprune.methods.selection_macs import Scored
 
 
 @dataclass(frozen=True, kw_only=True)
-class Pool(Method):
+class Pool(InputMethod):
     """Average-pool the token grid to the nearest smaller grid of at most `keep` tokens.
 
     The pooled grid keeps the shape of the image as well as the count allows, so it can hold a few tokens fewer than the
@@ -23,8 +25,8 @@ class Pool(Method):
     """
 
     name: ClassVar[str] = "pool"
+    needs: ClassVar[frozenset[Need]] = frozenset({STILL_IMAGES, GRID})
     merges: ClassVar[bool] = True
-    needs_grid: ClassVar[bool] = True
 
     def select(self, batch: VisualBatch) -> Selection:
         """Pool each image's grid."""
@@ -44,6 +46,10 @@ class Pool(Method):
         indices = torch.cat(kept).to(batch.features.device, non_blocking=True)
         counts = tuple(rows * columns for rows, columns in targets)
         return Selection(indices, counts, merge(batch.features), merge)
+
+    def feature_macs(self, scored: Scored) -> int:
+        """Pooling counts as nothing, here as in the models."""
+        return 0
 
 
 @lru_cache(maxsize=256)

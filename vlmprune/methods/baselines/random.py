@@ -7,13 +7,15 @@ from typing import ClassVar
 
 import torch
 
-from vlmprune.errors import ParameterError
-from vlmprune.methods.base import Method
 from vlmprune.methods.batch import Selection, VisualBatch
+from vlmprune.methods.checks import check_int
+from vlmprune.methods.input_method import InputMethod
+from vlmprune.methods.needs import Need
+from vlmprune.methods.selection_macs import Scored
 
 
 @dataclass(frozen=True, kw_only=True)
-class Random(Method):
+class Random(InputMethod):
     """Keep a random subset of the visual tokens.
 
     The subset depends on the seed and on the number of tokens only, so that an image gives the same answer alone and in any
@@ -26,17 +28,20 @@ class Random(Method):
     seed: int = 0
 
     name: ClassVar[str] = "random"
-    videos: ClassVar[bool] = True
+    needs: ClassVar[frozenset[Need]] = frozenset()
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or self.seed < 0:
-            raise ParameterError(f"seed={self.seed!r}; allowed: an int >= 0.")
+        check_int("seed", self.seed, low=0)
 
     def select(self, batch: VisualBatch) -> Selection:
         """Draw `budgets[i]` of `counts[i]` tokens for each image."""
         kept = [self._draw(count, budget) for count, budget in zip(batch.counts, batch.budgets, strict=True)]
         return Selection(torch.cat(kept).to(batch.features.device, non_blocking=True), batch.budgets)
+
+    def feature_macs(self, scored: Scored) -> int:
+        """Nothing is computed."""
+        return 0
 
     def _draw(self, count: int, budget: int) -> torch.Tensor:
         generator = torch.Generator().manual_seed(self.seed)

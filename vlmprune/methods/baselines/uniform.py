@@ -10,12 +10,14 @@ import torch
 from torch import Tensor
 
 from vlmprune.layout import VisualLayout
-from vlmprune.methods.base import Method
 from vlmprune.methods.batch import Selection, VisualBatch
+from vlmprune.methods.input_method import InputMethod
+from vlmprune.methods.needs import Need
+from vlmprune.methods.selection_macs import Scored
 
 
 @dataclass(frozen=True, kw_only=True)
-class Uniform(Method):
+class Uniform(InputMethod):
     """Keep evenly spaced tokens: evenly spaced rows of the grid, and columns in each.
 
     Of a video every frame gets its share, or evenly spaced frames one token each if there are not enough. Where there is no
@@ -23,12 +25,16 @@ class Uniform(Method):
     """
 
     name: ClassVar[str] = "uniform"
-    videos: ClassVar[bool] = True
+    needs: ClassVar[frozenset[Need]] = frozenset()
 
     def select(self, batch: VisualBatch) -> Selection:
         """Take `budgets[i]` evenly spaced tokens of each image."""
         kept = [_even_tokens(layout, budget) for budget, layout in zip(batch.budgets, batch.layouts, strict=True)]
         return Selection(torch.cat(kept).to(batch.features.device, non_blocking=True), batch.budgets)
+
+    def feature_macs(self, scored: Scored) -> int:
+        """Nothing is computed."""
+        return 0
 
 
 def _even_tokens(layout: VisualLayout, budget: int) -> Tensor:

@@ -1,27 +1,13 @@
-"""Methods that select or merge visual tokens before the first layer of the language model."""
+"""Methods that select or merge visual tokens before the language model, one line each, in the order of tables."""
 
-from .divprune import DivPrune
-from .fastervlm import FasterVLM
-from .globalcom2 import GlobalCom2
-from .hiprune import HiPrune
-from .hired import HiRED
-from .holov import HoloV
-from .textmonkey import TextMonkey
-from .todre import ToDRE
-from .vispruner import VisPruner
-from .vtc_cls import VTCCLS
-
-METHODS = (FasterVLM, VTCCLS, HiRED, GlobalCom2, DivPrune, ToDRE, HiPrune, HoloV, TextMonkey, VisPruner)
-
-__all__ = [
-    "VTCCLS",
-    "DivPrune",
-    "FasterVLM",
-    "GlobalCom2",
-    "HiPrune",
-    "HiRED",
-    "HoloV",
-    "TextMonkey",
-    "ToDRE",
-    "VisPruner",
-]
+# ruff: noqa: I001
+from .fastervlm import FasterVLM as FasterVLM
+from .vtc_cls import VTCCLS as VTCCLS
+from .hired import HiRED as HiRED
+from .globalcom2 import GlobalCom2 as GlobalCom2
+from .divprune import DivPrune as DivPrune
+from .todre import ToDRE as ToDRE
+from .hiprune import HiPrune as HiPrune
+from .holov import HoloV as HoloV
+from .textmonkey import TextMonkey as TextMonkey
+from .vispruner import VisPruner as VisPruner

@@ -9,12 +9,14 @@ import torch
 from torch import Tensor
 
 from vlmprune.kernels.max_min import max_min
-from vlmprune.methods.base import Method
 from vlmprune.methods.batch import Selection, VisualBatch
+from vlmprune.methods.input_method import InputMethod
+from vlmprune.methods.needs import Need
+from vlmprune.methods.selection_macs import Scored, all_pairs_macs
 
 
 @dataclass(frozen=True, kw_only=True)
-class DivPrune(Method):
+class DivPrune(InputMethod):
     """Keep tokens greedily so that the smallest cosine distance among them stays as large as possible.
 
     First pick: the token whose nearest neighbour is farthest; every next pick: the token farthest from all picked
@@ -26,11 +28,15 @@ class DivPrune(Method):
     """
 
     name: ClassVar[str] = "divprune"
-    videos: ClassVar[bool] = True
+    needs: ClassVar[frozenset[Need]] = frozenset()
 
     def select(self, batch: VisualBatch) -> Selection:
         """Pick `budgets[i]` tokens of each image."""
         return Selection(sort_segments(divprune_order(batch), batch.budgets), batch.budgets)
+
+    def feature_macs(self, scored: Scored) -> int:
+        """The cosines of all pairs."""
+        return all_pairs_macs(scored)
 
 
 def divprune_order(batch: VisualBatch) -> Tensor:

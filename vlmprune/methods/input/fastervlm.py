@@ -7,13 +7,15 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from vlmprune.methods.base import Method
 from vlmprune.methods.batch import Selection, TowerFacts, VisionSignal, VisualBatch
+from vlmprune.methods.input_method import InputMethod
+from vlmprune.methods.needs import STILL_IMAGES, TOWER_ATTENTION, Need
+from vlmprune.methods.selection_macs import Scored
 from vlmprune.methods.shared.tile_segments import select_evenly
 
 
 @dataclass(frozen=True, kw_only=True)
-class FasterVLM(Method):
+class FasterVLM(InputMethod):
     """Keep the tokens that the vision tower's CLS token attends to most.
 
     The score is the softmaxed CLS attention (over all keys, CLS included, not renormalised) of the layer whose output
@@ -27,6 +29,7 @@ class FasterVLM(Method):
     """
 
     name: ClassVar[str] = "fastervlm"
+    needs: ClassVar[frozenset[Need]] = frozenset({STILL_IMAGES, TOWER_ATTENTION})
 
     def vision_signals(self, tower: TowerFacts) -> tuple[VisionSignal, ...]:
         """Ask for the CLS attention of the feature layer."""
@@ -36,6 +39,10 @@ class FasterVLM(Method):
         """Take the highest scores, `budgets[i]` of each image."""
         attention = batch.vision[batch.tower.attention(batch.tower.feature_layer)]
         return select_evenly(fastervlm_score(attention), batch)
+
+    def feature_macs(self, scored: Scored) -> int:
+        """Nothing beyond the attention."""
+        return 0
 
 
 def fastervlm_score(attention: Tensor) -> Tensor:

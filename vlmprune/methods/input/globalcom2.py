@@ -10,8 +10,11 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from vlmprune.errors import ParameterError
-from vlmprune.methods.base import Method
-from vlmprune.methods.batch import Selection, TowerFacts, VisionSignal, VisualBatch, check_choice
+from vlmprune.methods.batch import Selection, TowerFacts, VisionSignal, VisualBatch
+from vlmprune.methods.checks import check_choice, check_flag, check_number
+from vlmprune.methods.input_method import InputMethod
+from vlmprune.methods.needs import STILL_IMAGES, TILES, TOWER_ATTENTION, Need
+from vlmprune.methods.selection_macs import Scored, one_cosine_macs
 from vlmprune.methods.shared.apportion import apportion
 from vlmprune.methods.shared.tile_segments import (
     TileSegments,
@@ -26,7 +29,7 @@ from .globalcom2_scores import guide, holistic_scores, local_scores
 
 
 @dataclass(frozen=True, kw_only=True)
-class GlobalCom2(Method):
+class GlobalCom2(InputMethod):
     """Keep more of the crops that matter in the thumbnail, and score their tokens by their own and the thumbnail's attention.
 
     Scores are the CLS logits (before the softmax, mean over heads) of the last vision tower layer. The sums of the
@@ -53,17 +56,13 @@ class GlobalCom2(Method):
     order: Literal["position", "official"] = "position"
 
     name: ClassVar[str] = "globalcom2"
-    needs_tiles: ClassVar[bool] = True
+    needs: ClassVar[frozenset[Need]] = frozenset({STILL_IMAGES, TOWER_ATTENTION, TILES})
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_choice("order", self.order, ("position", "official"))
-        if (
-            isinstance(self.temperature, bool)
-            or not isinstance(self.temperature, (int, float))
-            or not self.temperature > 0
-        ):
-            raise ParameterError(f"temperature={self.temperature!r}; allowed: a number above 0.")
+        check_number("temperature", self.temperature, "(0, inf)")
+        check_flag("faithful", self.faithful)
         if self.order == "official" and not self.faithful:
             raise ParameterError('order="official" goes with the official counts; set faithful=True.')
 
@@ -95,6 +94,10 @@ class GlobalCom2(Method):
             combined = spread_newlines(combined, segments, newlines)
         selection = top_of_segments(combined, segments, k, totals)
         return selection if self.order == "position" else official_order(batch, selection, scores)
+
+    def feature_macs(self, scored: Scored) -> int:
+        """The cosine of each token with the mean of its tile, where there is no CLS token."""
+        return 0 if scored.has_cls else one_cosine_macs(scored)
 
     def _newlines(self, batch: VisualBatch, segments: TileSegments) -> Tensor:
         budgets = torch.tensor(batch.budgets)

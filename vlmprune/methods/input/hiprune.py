@@ -12,13 +12,16 @@ from torch import Tensor
 from vlmprune.errors import ParameterError
 from vlmprune.kernels.segmented_topk import segmented_topk
 from vlmprune.layout import VisualLayout
-from vlmprune.methods.base import Method
 from vlmprune.methods.batch import Selection, TowerFacts, VisionSignal, VisualBatch
+from vlmprune.methods.checks import check_flag, check_int, check_number
+from vlmprune.methods.input_method import InputMethod
+from vlmprune.methods.needs import STILL_IMAGES, TOWER_ATTENTION, Need
+from vlmprune.methods.selection_macs import Scored
 from vlmprune.methods.shared.tile_segments import even_counts, tile_segments, to_device, top_of_segments
 
 
 @dataclass(frozen=True, kw_only=True)
-class HiPrune(Method):
+class HiPrune(InputMethod):
     """Keep the tokens that a middle tower layer attends to most, their neighbours, and the best of a deep layer.
 
     Scores are the attention that a token receives from all tokens of its tile (the CLS token's query included),
@@ -49,14 +52,14 @@ class HiPrune(Method):
     faithful: bool = False
 
     name: ClassVar[str] = "hiprune"
+    needs: ClassVar[frozenset[Need]] = frozenset({STILL_IMAGES, TOWER_ATTENTION})
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if isinstance(self.alpha, bool) or not isinstance(self.alpha, (int, float)) or not 0 <= self.alpha <= 1:
-            raise ParameterError(f"alpha={self.alpha!r}; allowed: a number from 0 to 1.")
-        layer = self.object_layer
-        if layer is not None and (isinstance(layer, bool) or not isinstance(layer, int) or layer < 1):
-            raise ParameterError(f"object_layer={layer!r}; allowed: an int >= 1.")
+        check_number("alpha", self.alpha, "[0, 1]")
+        if self.object_layer is not None:
+            check_int("object_layer", self.object_layer, low=1)
+        check_flag("faithful", self.faithful)
 
     def vision_signals(self, tower: TowerFacts) -> tuple[VisionSignal, ...]:
         """Ask for the attention received in the object layer and in the feature layer.
@@ -84,6 +87,10 @@ class HiPrune(Method):
         if self.faithful and not batch.tower.has_cls:
             return self._official_selection(batch, scores, group)
         return top_of_segments(scores.masked_fill(group, torch.inf), segments, counts, batch.budgets)
+
+    def feature_macs(self, scored: Scored) -> int:
+        """Nothing beyond the attention."""
+        return 0
 
     def anchors(self, batch: VisualBatch) -> Anchors:
         """Return the anchors of every tile, and which tokens are an anchor or the neighbour of one."""

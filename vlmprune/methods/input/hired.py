@@ -9,11 +9,14 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from vlmprune.errors import ParameterError, UnsupportedMethodError
+from vlmprune.errors import UnsupportedMethodError
 from vlmprune.kernels.segmented_topk import segmented_topk
 from vlmprune.layout import VisualLayout
-from vlmprune.methods.base import Method
-from vlmprune.methods.batch import Selection, TowerFacts, VisionSignal, VisualBatch, check_choice, check_positive
+from vlmprune.methods.batch import Selection, TowerFacts, VisionSignal, VisualBatch
+from vlmprune.methods.checks import check_choice, check_flag, check_int, check_number
+from vlmprune.methods.input_method import InputMethod
+from vlmprune.methods.needs import STILL_IMAGES, TOWER_ATTENTION, WHOLE_TILES, Need
+from vlmprune.methods.selection_macs import Scored
 from vlmprune.methods.shared.apportion import apportion
 from vlmprune.methods.shared.tile_segments import (
     TileSegments,
@@ -25,7 +28,7 @@ from vlmprune.methods.shared.tile_segments import (
 
 
 @dataclass(frozen=True, kw_only=True)
-class HiRED(Method):
+class HiRED(InputMethod):
     """Give the thumbnail a share `alpha` of the budget and each crop a share by its visual content, then take the best of each.
 
     Content is read off the thumbnail: the CLS attention of layer 0 inside the cell that the crop shows, as the number
@@ -58,16 +61,16 @@ class HiRED(Method):
     faithful: bool = False
 
     name: ClassVar[str] = "hired"
-    needs_tiles: ClassVar[bool] = True
+    needs: ClassVar[frozenset[Need]] = frozenset({STILL_IMAGES, TOWER_ATTENTION, WHOLE_TILES})
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if isinstance(self.alpha, bool) or not isinstance(self.alpha, (int, float)) or not 0 <= self.alpha <= 1:
-            raise ParameterError(f"alpha={self.alpha!r}; allowed: a number from 0 to 1.")
+        check_number("alpha", self.alpha, "[0, 1]")
         check_choice("content", self.content, ("count", "mass"))
         check_choice("cells", self.cells, ("grid", "bands"))
+        check_flag("faithful", self.faithful)
         if self.content_topk is not None:
-            check_positive("content_topk", self.content_topk)
+            check_int("content_topk", self.content_topk, low=1)
 
     def vision_signals(self, tower: TowerFacts) -> tuple[VisionSignal, ...]:
         """Ask for the CLS attention of layer 0 and of the feature layer."""
@@ -93,6 +96,10 @@ class HiRED(Method):
         crops = apportion(to_device(left - thumbnail, device), weights, to_device(crop_sizes, device))
         k = torch.cat([to_device(thumbnail[:, None], device), crops, to_device(newlines[:, None], device)], dim=1)
         return top_of_segments(batch.vision[last].float().sum(-1), segments, k, batch.budgets)
+
+    def feature_macs(self, scored: Scored) -> int:
+        """Nothing beyond the attention."""
+        return 0
 
     def content_scores(self, scores: Tensor, layouts: tuple[VisualLayout, ...], segments: TileSegments) -> Tensor:
         """Return the visual content of every crop, fp32 `[images, most crops]`, from the layer-0 `scores [tokens]`."""

@@ -12,8 +12,11 @@ from torch.nn.functional import pad
 
 from vlmprune.errors import ParameterError
 from vlmprune.kernels.segmented_topk import segmented_topk
-from vlmprune.methods.base import Method
-from vlmprune.methods.batch import Selection, TowerFacts, VisionSignal, VisualBatch, check_choice, check_positive
+from vlmprune.methods.batch import Selection, TowerFacts, VisionSignal, VisualBatch
+from vlmprune.methods.checks import check_choice, check_flag, check_int, check_number
+from vlmprune.methods.input_method import InputMethod
+from vlmprune.methods.needs import STILL_IMAGES, TOWER_ATTENTION, Need
+from vlmprune.methods.selection_macs import Scored
 from vlmprune.methods.shared.apportion import apportion
 from vlmprune.methods.shared.patches import patch_budgets, patches_of, select_patches
 from vlmprune.methods.shared.tile_segments import to_device
@@ -23,7 +26,7 @@ ATTENTION_SCALE = 1000.0
 
 
 @dataclass(frozen=True, kw_only=True)
-class HoloV(Method):
+class HoloV(InputMethod):
     """Cut the tokens of an image in runs, give each a quota by its score, and take the best of each.
 
     A token's score is its attention (of the CLS token in the layer whose output becomes the visual tokens, mean over
@@ -54,15 +57,16 @@ class HoloV(Method):
     faithful: bool = False
 
     name: ClassVar[str] = "holov"
+    needs: ClassVar[frozenset[Need]] = frozenset({STILL_IMAGES, TOWER_ATTENTION})
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_choice("mode", self.mode, ("code", "paper"))
         if self.num_patches is not None:
-            check_positive("num_patches", self.num_patches)
-        beta = self.beta
-        if beta is not None and (isinstance(beta, bool) or not isinstance(beta, (int, float)) or not beta >= 0):
-            raise ParameterError(f"beta={beta!r}; allowed: a number of at least 0.")
+            check_int("num_patches", self.num_patches, low=1)
+        if self.beta is not None:
+            check_number("beta", self.beta, "[0, inf)")
+        check_flag("faithful", self.faithful)
         if self.faithful and self.mode != "code":
             raise ParameterError('faithful=True is what the official code does; set mode="code".')
 
@@ -83,6 +87,15 @@ class HoloV(Method):
             picks = segmented_topk(scores.ranking, offsets, counts)
         starts = to_device(scores.runs.start_in_image, counts.device)
         return select_patches(picks + starts.repeat_interleave(counts, output_size=total), batch)
+
+    def feature_macs(self, scored: Scored) -> int:
+        """Cosines of all pairs inside every run, shorter runs filled up to the longest."""
+        total = 0
+        for tokens, kept in scored.images:
+            if kept < tokens:
+                runs = self.number_of_runs(tokens, kept)
+                total += runs * (-(-tokens // runs)) ** 2 * scored.dim
+        return total
 
     def runs(self, batch: VisualBatch) -> Runs:
         """Return how the patches of the batch are cut."""

@@ -12,8 +12,10 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from vlmprune.kernels.segmented_topk import segmented_topk
-from vlmprune.methods.base import Method
 from vlmprune.methods.batch import Selection, VisualBatch
+from vlmprune.methods.input_method import InputMethod
+from vlmprune.methods.needs import Need
+from vlmprune.methods.selection_macs import Scored
 from vlmprune.methods.shared.patches import patch_budgets, patches_of, select_patches
 from vlmprune.methods.shared.tile_segments import to_device
 
@@ -22,7 +24,7 @@ BLOCK = 512
 
 
 @dataclass(frozen=True, kw_only=True)
-class TextMonkey(Method):
+class TextMonkey(InputMethod):
     """Keep the tokens whose highest cosine to a later token is lowest: of tokens that resemble each other the last stays.
 
     The last token of an image has no later one and always stays. Newlines are dropped first; kept tokens stay in
@@ -37,7 +39,7 @@ class TextMonkey(Method):
     """
 
     name: ClassVar[str] = "textmonkey"
-    videos: ClassVar[bool] = True
+    needs: ClassVar[frozenset[Need]] = frozenset()
 
     def select(self, batch: VisualBatch) -> Selection:
         """Take the lowest scores, `budgets[i]` of each image."""
@@ -45,6 +47,15 @@ class TextMonkey(Method):
         features = batch.features[to_device(patches.indices, batch.features.device)]
         scores = textmonkey_score(features, patches.offsets)
         return select_patches(segmented_topk(-scores, patches.offsets, patch_budgets(batch)), batch)
+
+    def feature_macs(self, scored: Scored) -> int:
+        """Cosines of each token with those behind the beginning of its block, up to the last."""
+        total = 0
+        for tokens, kept in scored.images:
+            if kept < tokens:
+                blocks = [(first, min(BLOCK, tokens - first)) for first in range(0, tokens, BLOCK)]
+                total += sum(rows * (tokens - first) for first, rows in blocks) * scored.dim
+        return total
 
 
 def textmonkey_score(features: Tensor, offsets: Sequence[int]) -> Tensor:

@@ -14,14 +14,18 @@ from vlmprune.kernels.max_sum import max_sum
 from vlmprune.kernels.segmented_topk import segmented_topk
 from vlmprune.layout import VisualLayout
 from vlmprune.methods.base import Method
-from vlmprune.methods.batch import Selection, TowerFacts, VisionSignal, VisualBatch, check_choice
+from vlmprune.methods.batch import Selection, TowerFacts, VisionSignal, VisualBatch
+from vlmprune.methods.checks import check_choice, check_flag
+from vlmprune.methods.input_method import InputMethod
 from vlmprune.methods.layer.todre_relevance import ToDRERelevance
+from vlmprune.methods.needs import STILL_IMAGES, TOWER_ATTENTION, Need
+from vlmprune.methods.selection_macs import Scored, picked_rows_macs
 from vlmprune.methods.shared.patches import patch_budgets, patches_of, select_patches
 from vlmprune.methods.shared.tile_segments import to_device
 
 
 @dataclass(frozen=True, kw_only=True)
-class ToDRE(Method):
+class ToDRE(InputMethod):
     """Keep tokens greedily, each with the lowest sum of cosines to those kept before ("max_sum"), from a pivot on.
 
     The pivot is the token with the highest CLS attention (mean over heads) of the last vision tower layer, in the
@@ -50,10 +54,12 @@ class ToDRE(Method):
     tau: float = 0.1
 
     name: ClassVar[str] = "todre"
+    needs: ClassVar[frozenset[Need]] = frozenset({STILL_IMAGES, TOWER_ATTENTION})
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_choice("variant", self.variant, ("max_sum", "kcenter"))
+        check_flag("relevance", self.relevance)
         self.parts()
 
     def parts(self) -> tuple[Method, ...]:
@@ -68,6 +74,10 @@ class ToDRE(Method):
     def select(self, batch: VisualBatch) -> Selection:
         """Pick `budgets[i]` tokens of each image."""
         return select_patches(self.order(batch), batch)
+
+    def feature_macs(self, scored: Scored) -> int:
+        """The cosines of the picks with all tokens."""
+        return picked_rows_macs(scored)
 
     def order(self, batch: VisualBatch) -> Tensor:
         """Return the picks of each image in the order in which they are made, pivot first: int64 indices among its patches."""

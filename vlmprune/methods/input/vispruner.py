@@ -10,9 +10,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from vlmprune.errors import ParameterError
-from vlmprune.methods.base import Method
 from vlmprune.methods.batch import Selection, TowerFacts, VisionSignal, VisualBatch
+from vlmprune.methods.checks import check_number
+from vlmprune.methods.input_method import InputMethod
+from vlmprune.methods.needs import STILL_IMAGES, TOWER_ATTENTION, Need
+from vlmprune.methods.selection_macs import Scored, pairs_in_tiles_macs
 from vlmprune.methods.shared.features import features_signal, tower_features
 from vlmprune.methods.shared.tile_segments import even_counts, local_indices, tile_segments, to_device
 
@@ -21,7 +23,7 @@ STEP, STEP_TOKENS = 8, 576
 
 
 @dataclass(frozen=True, kw_only=True)
-class VisPruner(Method):
+class VisPruner(InputMethod):
     """Keep the tokens that the CLS token attends to most, and of the others those that are left when duplicates are taken out.
 
     Of `T` tokens that a tile keeps, `int(T * rho)` are the highest by the CLS attention of the layer whose output
@@ -46,11 +48,11 @@ class VisPruner(Method):
     rho: float = 0.5
 
     name: ClassVar[str] = "vispruner"
+    needs: ClassVar[frozenset[Need]] = frozenset({STILL_IMAGES, TOWER_ATTENTION})
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if isinstance(self.rho, bool) or not isinstance(self.rho, (int, float)) or not 0 <= self.rho <= 1:
-            raise ParameterError(f"rho={self.rho!r}; allowed: a number from 0 to 1.")
+        check_number("rho", self.rho, "[0, 1]")
 
     def vision_signals(self, tower: TowerFacts) -> tuple[VisionSignal, ...]:
         """Ask for the attention of the feature layer (of the last layer without CLS token) and for the features."""
@@ -77,6 +79,10 @@ class VisPruner(Method):
             chosen = vispruner_order(features[places], scores[places], int(count * self.rho), count)
             kept.append(order[places.gather(1, chosen)].flatten())
         return Selection(local_indices(torch.cat(kept).sort().values, segments, batch.budgets), batch.budgets)
+
+    def feature_macs(self, scored: Scored) -> int:
+        """The cosines of all pairs of a tile."""
+        return pairs_in_tiles_macs(scored)
 
 
 def vispruner_order(features: Tensor, scores: Tensor, important: int, count: int) -> Tensor:

@@ -10,13 +10,16 @@ import torch
 from torch import Tensor
 
 from vlmprune.errors import ParameterError
-from vlmprune.methods.base import Method
 from vlmprune.methods.batch import Selection, TowerFacts, VisionSignal, VisualBatch
+from vlmprune.methods.checks import check_int
+from vlmprune.methods.input_method import InputMethod
+from vlmprune.methods.needs import STILL_IMAGES, TOWER_ATTENTION, Need
+from vlmprune.methods.selection_macs import Scored
 from vlmprune.methods.shared.tile_segments import select_evenly
 
 
 @dataclass(frozen=True, kw_only=True)
-class VTCCLS(Method):
+class VTCCLS(InputMethod):
     """Keep the tokens that the CLS tokens of several vision tower layers attend to most, summed over these layers.
 
     Every layer counts with its softmaxed CLS attention (over all keys, CLS included), averaged over heads. Every tile
@@ -37,11 +40,11 @@ class VTCCLS(Method):
     start_layer: int = -8
 
     name: ClassVar[str] = "vtc_cls"
+    needs: ClassVar[frozenset[Need]] = frozenset({STILL_IMAGES, TOWER_ATTENTION})
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if isinstance(self.start_layer, bool) or not isinstance(self.start_layer, int):
-            raise ParameterError(f"start_layer={self.start_layer!r}; allowed: an int.")
+        check_int("start_layer", self.start_layer)
 
     def vision_signals(self, tower: TowerFacts) -> tuple[VisionSignal, ...]:
         """Ask for the CLS attention of the layers `start_layer` to the feature layer.
@@ -63,6 +66,10 @@ class VTCCLS(Method):
         return select_evenly(
             vtc_cls_score([batch.vision[signal] for signal in self.vision_signals(batch.tower)]), batch
         )
+
+    def feature_macs(self, scored: Scored) -> int:
+        """Nothing beyond the attention."""
+        return 0
 
 
 def vtc_cls_score(layers: Sequence[Tensor]) -> Tensor:

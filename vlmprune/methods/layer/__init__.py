@@ -1,9 +1,5 @@
-"""Methods that drop visual tokens between the layers of the language model."""
+"""Methods that drop visual tokens between the layers of the language model, one line each, in the order of tables."""
 
-from .fastv import FastV
-from .pyramiddrop import PyramidDrop
-from .todre_relevance import ToDRERelevance
-
-METHODS = (FastV, PyramidDrop)
-
-__all__ = ["FastV", "PyramidDrop", "ToDRERelevance"]
+from .fastv import FastV as FastV
+from .pyramiddrop import PyramidDrop as PyramidDrop
+from .todre_relevance import ToDRERelevance as ToDRERelevance

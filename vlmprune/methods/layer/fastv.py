@@ -13,8 +13,10 @@ from torch import Tensor
 from vlmprune.budget import Keep
 from vlmprune.errors import BudgetError, ParameterError
 from vlmprune.kernels.segmented_topk import segmented_topk
-from vlmprune.methods.batch import Selection, check_choice
+from vlmprune.methods.batch import Selection
+from vlmprune.methods.checks import check_choice, check_number
 from vlmprune.methods.layer_method import LayerBatch, LayerCut, LayerMethod, check_depth, check_layers
+from vlmprune.methods.needs import LAST_TOKEN_BEFORE_CUT, STILL_IMAGES, Need
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +43,7 @@ class FastV(LayerMethod):
     rounding: Literal["round", "floor"] = "round"
 
     name: ClassVar[str] = "fastv"
-    probe = "layer before"
+    needs: ClassVar[frozenset[Need]] = frozenset({STILL_IMAGES, LAST_TOKEN_BEFORE_CUT})
     positions = "original"
 
     def __post_init__(self) -> None:
@@ -57,8 +59,7 @@ class FastV(LayerMethod):
                 f"keep={self.keep!r} and ratio={self.ratio!r} both set the budget; give one of them. "
                 "keep is the average over layers, ratio is the share dropped at the cut."
             )
-        if isinstance(self.ratio, bool) or not isinstance(self.ratio, (int, float)) or not 0 <= self.ratio < 1:
-            raise ParameterError(f"ratio={self.ratio!r}; allowed: a number in [0, 1), the share that is dropped.")
+        check_number("ratio", self.ratio, "[0, 1)", "the share that is dropped")
 
     def cut_layers(self, layers: int) -> tuple[int, ...]:
         """Return the one layer."""
@@ -90,6 +91,10 @@ class FastV(LayerMethod):
         assert batch.attention is not None
         budgets = tuple(budget or 0 for budget in batch.budgets)
         return Selection(fastv_keep(batch.attention, batch.offsets, budgets), budgets)
+
+    def own_macs(self) -> int:
+        """Nothing beyond the attention."""
+        return 0
 
 
 def fastv_keep(attention: Tensor, offsets: Sequence[int], budgets: Sequence[int]) -> Tensor:

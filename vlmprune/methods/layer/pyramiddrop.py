@@ -14,6 +14,7 @@ from torch import Tensor
 from vlmprune.errors import BudgetError, ParameterError
 from vlmprune.kernels.segmented_topk import segmented_topk
 from vlmprune.methods.batch import Selection
+from vlmprune.methods.checks import check_flag, check_number
 from vlmprune.methods.layer_method import LayerBatch, LayerCut, LayerMethod, check_depth, check_layers
 
 # The smallest rate of the paper's ablation (0.4, 0.5, 0.6).
@@ -51,6 +52,7 @@ class PyramidDrop(LayerMethod):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_flag("allow_empty", self.allow_empty)
         if self.layers is not None:
             object.__setattr__(self, "layers", check_layers("layers", self.layers))
         if self.ratios is None:
@@ -120,6 +122,10 @@ class PyramidDrop(LayerMethod):
         budgets = tuple(budget or 0 for budget in batch.budgets)
         return Selection(pyramiddrop_keep(batch.attention, batch.offsets, budgets), budgets)
 
+    def own_macs(self) -> int:
+        """Nothing beyond the attention."""
+        return 0
+
 
 def pyramiddrop_keep(attention: Tensor, offsets: Sequence[int], budgets: Sequence[int]) -> Tensor:
     """Return the local indices of the `budgets[i]` highest values of `attention [tokens]` in each segment, ascending."""
@@ -140,9 +146,8 @@ def check_ratios(ratios: Sequence[float]) -> tuple[float, ...]:
     allowed = "numbers in [0, 1] that never grow, cumulative shares of the image's tokens"
     if isinstance(ratios, (str, int, float)) or not ratios:
         raise ParameterError(f"ratios={ratios!r}; allowed: {allowed}.")
-    for ratio in ratios:
-        if isinstance(ratio, bool) or not isinstance(ratio, (int, float)) or not 0 <= ratio <= 1:
-            raise ParameterError(f"ratios holds {ratio!r}; allowed: {allowed}.")
+    for index, ratio in enumerate(ratios):
+        check_number(f"ratios[{index}]", ratio, "[0, 1]", "cumulative shares of the image's tokens that never grow")
     for before, after in pairwise(ratios):
         if after > before:
             raise ParameterError(

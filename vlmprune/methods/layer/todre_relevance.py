@@ -11,7 +11,9 @@ from torch import Tensor
 from vlmprune.errors import ParameterError
 from vlmprune.kernels.row_attention import row_attention
 from vlmprune.methods.batch import Selection
+from vlmprune.methods.checks import check_number
 from vlmprune.methods.layer_method import LayerBatch, LayerCut, LayerMethod, ProbedLayer, check_depth, check_layers
+from vlmprune.methods.needs import ALL_TOKENS_BEFORE_CUT, STILL_IMAGES, Need
 
 SYSTEM, VISUAL, TEXT = 1, 2, 3
 
@@ -39,8 +41,8 @@ class ToDRERelevance(LayerMethod):
     tau: float = 0.1
 
     name: ClassVar[str] = "todre_relevance"
-    probe = "layer before"
-    reads = "all tokens"
+    needs: ClassVar[frozenset[Need]] = frozenset({STILL_IMAGES, ALL_TOKENS_BEFORE_CUT})
+    is_stage: ClassVar[bool] = True
     positions = "original"
 
     def __post_init__(self) -> None:
@@ -51,8 +53,7 @@ class ToDRERelevance(LayerMethod):
             )
         if self.layer is not None:
             check_layers("layer", (self.layer,))
-        if isinstance(self.tau, bool) or not isinstance(self.tau, (int, float)) or not 0 <= self.tau <= 1:
-            raise ParameterError(f"tau={self.tau!r}; allowed: a number in [0, 1].")
+        check_number("tau", self.tau, "[0, 1]")
 
     def cut_layers(self, layers: int) -> tuple[int, ...]:
         """Return the one layer."""
@@ -73,6 +74,10 @@ class ToDRERelevance(LayerMethod):
         device = batch.probed.key.device
         kept = [torch.arange(count, device=device) for count in counts]
         return Selection(torch.cat(kept), counts)
+
+    def own_macs(self) -> int:
+        """Nothing beyond the attention."""
+        return 0
 
 
 def relevance_shares(probed: ProbedLayer) -> tuple[Tensor, Tensor]:

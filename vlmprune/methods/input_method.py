@@ -1,0 +1,45 @@
+"""The base of the methods that select or merge visual tokens before the first layer of the language model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from ..budget import Keep, check_keep, token_budget
+from .base import Method, Site
+from .batch import Selection, TowerFacts, VisionSignal, VisualBatch
+from .selection_macs import Scored
+
+
+@dataclass(frozen=True, kw_only=True)
+class InputMethod(Method):
+    """A method that selects or merges visual tokens before the first layer.
+
+    Attributes:
+        keep: share of visual tokens kept, a float in (0, 1], or the number kept per image, an int.
+        merges: whether kept tokens get other values (a class attribute).
+    """
+
+    keep: Keep = 0.25
+
+    site: ClassVar[Site] = "input"
+    merges: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "keep", check_keep(self.keep))
+
+    def budget(self, total: int) -> int:
+        """Return how many of `total` visual tokens of one image are kept."""
+        return token_budget(self.keep, total)
+
+    def vision_signals(self, tower: TowerFacts) -> tuple[VisionSignal, ...]:
+        """Return the vision tower attention that `select` reads; nothing by default."""
+        return ()
+
+    def select(self, batch: VisualBatch) -> Selection:
+        """Choose the tokens of every image in `batch`; called once a prefill, and only if something is to be dropped."""
+        raise NotImplementedError
+
+    def feature_macs(self, scored: Scored) -> int | None:
+        """Return the multiply-accumulates of `select` on features, those of its signals apart; None if nobody declared them."""
+        return None

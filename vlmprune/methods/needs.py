@@ -1,0 +1,150 @@
+"""What a method needs beyond the tokens and where they lie: one row a need.
+
+`apply`, the sites, the FLOPs, the tables and the tests read the same rows. What a method reads of single layers of the
+vision tower is said by `vision_signals`, because it depends on the tower.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+from .batch import TowerFacts
+
+
+class FamilyFacts(Protocol):
+    """The facts of a model family that needs ask for."""
+
+    @property
+    def tower_facts(self) -> TowerFacts:
+        """Layers of the vision tower, and whether it has a CLS token."""
+
+    @property
+    def has_tower_attention(self) -> bool:
+        """Whether attention of the vision tower can be read."""
+
+    @property
+    def has_grid(self) -> bool:
+        """Whether every image is one plain grid of tokens."""
+
+    @property
+    def has_equal_tiles(self) -> bool:
+        """Whether an image is encoded as one or several tiles of one size."""
+
+    @property
+    def has_tiles(self) -> bool:
+        """Whether images are cut in a thumbnail and crops."""
+
+
+def _always(_: object) -> bool:
+    return True
+
+
+@dataclass(frozen=True)
+class Need:
+    """One thing that a method needs of a model or of a call.
+
+    Attributes:
+        name: unique name.
+        sentence: what must be there, as in "the method needs ...".
+        supplied_by: what supplies it.
+        met_by: whether a model can give it, from the facts of its family.
+        met_by_call: whether a call can give it, from the modalities ("image", "video") that it holds.
+    """
+
+    name: str
+    sentence: str
+    supplied_by: str
+    met_by: Callable[[FamilyFacts], bool] = field(default=_always, compare=False)
+    met_by_call: Callable[[Collection[str]], bool] = field(default=_always, compare=False)
+
+    def __repr__(self) -> str:
+        return f"<need {self.name}>"
+
+
+@dataclass(frozen=True, repr=False)
+class LayerNeed(Need):
+    """What a method reads of the language model at the layer it cuts.
+
+    Attributes:
+        probe: whose queries and keys are read: those of the layer at whose input tokens are dropped, or of the one before.
+        rows: the queries that count: the row's last prompt token, or all tokens.
+    """
+
+    probe: Literal["cut layer", "layer before"] = "cut layer"
+    rows: Literal["last token", "all tokens"] = "last token"
+
+
+STILL_IMAGES = Need(
+    "still_images",
+    "images and no videos",
+    "the call",
+    met_by_call=lambda modalities: "video" not in modalities,
+)
+TOWER_ATTENTION = Need(
+    "tower_attention",
+    "a vision tower whose attention can be read",
+    "the hooks on the layers that `vision_signals` names, as `VisualBatch.vision`",
+    met_by=lambda family: family.has_tower_attention,
+)
+CLS_TOKEN = Need(
+    "cls_token",
+    "a CLS token in the vision tower",
+    "`TowerFacts.has_cls`",
+    met_by=lambda family: family.tower_facts.has_cls,
+)
+GRID = Need(
+    "grid",
+    "visual tokens that form one plain grid",
+    "`VisualLayout.grid`",
+    met_by=lambda family: family.has_grid,
+)
+WHOLE_TILES = Need(
+    "whole_tiles",
+    "images encoded in tiles of one size",
+    "the signals on whole tiles, padding included, as `VisualBatch.tile_vision`",
+    met_by=lambda family: family.has_equal_tiles,
+)
+TILES = Need(
+    "tiles",
+    "images cut in a thumbnail and crops",
+    "`VisualLayout.tile` and `VisualLayout.crops`",
+    met_by=lambda family: family.has_tiles,
+)
+LAST_TOKEN_AT_CUT = LayerNeed(
+    "last_token_at_cut",
+    "the last prompt token's attention in the layer that is cut",
+    "queries and keys projected ahead of the layer, as `LayerBatch.attention`",
+)
+LAST_TOKEN_BEFORE_CUT = LayerNeed(
+    "last_token_before_cut",
+    "the last prompt token's attention in the layer before the cut",
+    "queries and keys captured in that layer, as `LayerBatch.attention`",
+    probe="layer before",
+)
+ALL_TOKENS_BEFORE_CUT = LayerNeed(
+    "all_tokens_before_cut",
+    "the attention of all tokens in the layer before the cut",
+    "queries and keys captured in that layer, as `LayerBatch.probed`",
+    probe="layer before",
+    rows="all tokens",
+)
+
+NEEDS: tuple[Need, ...] = (
+    STILL_IMAGES,
+    TOWER_ATTENTION,
+    CLS_TOKEN,
+    GRID,
+    WHOLE_TILES,
+    TILES,
+    LAST_TOKEN_AT_CUT,
+    LAST_TOKEN_BEFORE_CUT,
+    ALL_TOKENS_BEFORE_CUT,
+)
+
+
+def ordered(needs: Collection[Need]) -> list[Need]:
+    """Return `needs` in the order of the rows here, those from elsewhere last, by name."""
+    rows = {need: row for row, need in enumerate(NEEDS)}
+    return sorted(needs, key=lambda need: (rows.get(need, len(rows)), need.name))

@@ -1,0 +1,51 @@
+"""What arithmetic on features costs, counted from shapes as products of vectors and matrices (multiply-accumulates).
+
+Means over heads, softmax, sorting and the running maxima of greedy methods are left out, as norms and activations are
+elsewhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Scored:
+    """What an input method chooses from.
+
+    Attributes:
+        images: visual tokens before and after, of every image.
+        dim: width of the features.
+        has_cls: whether the vision tower has a CLS token.
+        tower_dim: width of the vision tower.
+        tiles: tiles an image.
+    """
+
+    images: Sequence[tuple[int, int]]
+    dim: int
+    has_cls: bool
+    tower_dim: int = 1
+    tiles: int = 1
+
+
+def all_pairs_macs(scored: Scored) -> int:
+    """Return the cost of the cosines of all pairs, from which the first pick is found and every later one is read."""
+    return sum(total * total * scored.dim for total, kept in scored.images if kept < total)
+
+
+def picked_rows_macs(scored: Scored) -> int:
+    """Return the cost of the cosines of the picks with all tokens; of all pairs where that many make the matrix cheaper."""
+    return sum(
+        (total if 16 * kept > total else kept) * total * scored.dim for total, kept in scored.images if kept < total
+    )
+
+
+def pairs_in_tiles_macs(scored: Scored) -> int:
+    """Return the cost of the cosines of all pairs of a tile's features in the vision tower, tokens spread evenly over the tiles."""
+    return sum(total * total // scored.tiles * scored.tower_dim for total, kept in scored.images if kept < total)
+
+
+def one_cosine_macs(scored: Scored) -> int:
+    """Return the cost of one cosine a token."""
+    return sum(total * scored.dim for total, kept in scored.images if kept < total)
