@@ -25,6 +25,7 @@ from support.merging import given_merged
 from support.oracle import suppressed
 from support.tiny_models import FamilyCase
 from vlmprune.errors import VlmpruneError
+from vlmprune.methods.needs import STILL_IMAGES
 from vlmprune.methods.registry import get_method
 
 DTYPE = torch.float64
@@ -77,7 +78,7 @@ class CallSequences(RuleBasedStateMachine):
         self.mrope = isinstance(self.case, QwenCase)
         self.depth = self.plain.config.get_text_config().num_hidden_layers
         self.names = IMAGES
-        if get_method(self.method).videos and self.case.name.startswith(("qwen", "llava-onevision")):
+        if STILL_IMAGES not in get_method(self.method).needs and self.case.name.startswith(("qwen", "llava-onevision")):
             # Videos of one OneVision call have equally many frames.
             self.names = IMAGES + (VIDEOS if self.mrope else VIDEOS[:1])
         self.cache: Any = None

@@ -24,6 +24,7 @@ class Method:
         name: the name that `apply` takes (a class attribute, as are all that follow).
         site: where the method acts.
         needs: what it needs of a model or a call.
+        merges: whether kept tokens get other values.
         symbols: how the symbols of its paper are spelt here, for the error that names them.
         is_stage: whether it is only a stage of another method, and not offered by name.
     """
@@ -33,6 +34,7 @@ class Method:
     name: ClassVar[str]
     site: ClassVar[Site]
     needs: ClassVar[frozenset[Need]] = frozenset({STILL_IMAGES})
+    merges: ClassVar[bool] = False
     symbols: ClassVar[Mapping[str, str]] = {}
     is_stage: ClassVar[bool] = False
 

@@ -17,13 +17,11 @@ class InputMethod(Method):
 
     Attributes:
         keep: share of visual tokens kept, a float in (0, 1], or the number kept per image, an int.
-        merges: whether kept tokens get other values (a class attribute).
     """
 
     keep: Keep = 0.25
 
     site: ClassVar[Site] = "input"
-    merges: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "keep", check_keep(self.keep))
