@@ -42,7 +42,7 @@ def picked_rows_macs(scored: Scored) -> int:
 
 
 def pairs_in_tiles_macs(scored: Scored) -> int:
-    """Return the cost of the cosines of all pairs of a tile's features in the vision tower, tokens spread evenly over the tiles."""
+    """Return the cost of the cosines of all pairs of a tile's features before the projector, tokens spread evenly over tiles."""
     return sum(total * total // scored.tiles * scored.tower_dim for total, kept in scored.images if kept < total)
 
 
