@@ -128,7 +128,7 @@ class PruningEngine:
         return None
 
     def _prefill(self, call: LanguageModelCall) -> dict[str, Any]:
-        visuals = read_visuals(self.family, call.model_call, self.input_site.signals)
+        visuals = read_visuals(self.family, call.model_call, self.input_site.signals, self.input_site.live)
         check_call(self.pipeline, set(visuals.modalities))
         cut = self.input_site.begin_prefill(call, visuals)
         name, depth = self.pipeline.name, self.family.decoder_layers

@@ -35,14 +35,14 @@ class ImageSpans:
 
 
 def find_image_spans(
-    visual_mask: Tensor, counts: Sequence[int], encoded: Sequence[int], modality: str = "image"
+    visual_mask: Tensor, counts: Sequence[int], unique: Sequence[int], modality: str = "image"
 ) -> ImageSpans:
     """Match placeholders with the features of one modality.
 
     Args:
         visual_mask: bool `[batch, columns]` on the CPU, true at placeholders.
         counts: visual tokens per image as the model gets them, in prompt order.
-        encoded: visual tokens per image as they were encoded, before any repetition.
+        unique: which encoded image each image shows, every one of them from 0 up at least once.
         modality: what messages call it.
 
     Raises:
@@ -68,29 +68,7 @@ def find_image_spans(
                 f"The {counts[image]} features of {modality} {image} do not fit the placeholders of row {row[start]}; "
                 "a processor with another patch size or number of tiles made the prompt."
             )
-    return ImageSpans(counts, rows, _shown(counts, rows, tuple(encoded), modality), flat)
-
-
-def _shown(counts: tuple[int, ...], rows: tuple[int, ...], encoded: tuple[int, ...], modality: str) -> tuple[int, ...]:
-    """Return the encoded image that each image shows, given that neighbouring rows repeat their images as a group."""
-    times, rest = divmod(len(counts), max(len(encoded), 1))
-    shown, fresh = [0] * len(counts), 0
-    in_row: dict[int, list[int]] = {}
-    for image, row in enumerate(rows):
-        in_row.setdefault(row, []).append(image)
-    for row, images in in_row.items():
-        first = in_row.get(row - row % max(times, 1), [])
-        for place, image in enumerate(images):
-            if images is first:
-                shown[image], fresh = fresh, fresh + 1
-            elif place < len(first):
-                shown[image] = shown[first[place]]
-    if rest or fresh != len(encoded) or any(encoded[shown[i]] != count for i, count in enumerate(counts)):
-        raise LayoutError(
-            f"The {len(encoded)} encoded {modality}s have {list(encoded)} visual tokens, the model was given {list(counts)}; "
-            "allowed: the same, or every row's repeated for beams and return sequences."
-        )
-    return tuple(shown)
+    return ImageSpans(counts, rows, tuple(unique), flat)
 
 
 def merge_spans(parts: Sequence[ImageSpans]) -> ImageSpans:

@@ -13,6 +13,7 @@ from vlmprune.methods.needs import WHOLE_TILES
 from ..calls import CallStack, LanguageModelCall
 from ..families.family import Family
 from ..hooks import HookSet
+from ..tower.encoded_visuals import LiveEncodings
 from ..tower.encoder_calls import watch_encoders
 from .entry_cut import EntryCut, plan_entry, whole_entry
 from .image_spans import columns_of
@@ -26,6 +27,7 @@ class InputSite:
     Attributes:
         method: what selects.
         compact: whether positions close the gaps of dropped tokens.
+        live: the encodings that prefills may still use.
     """
 
     def __init__(self, family: Family, method: InputMethod, calls: CallStack, compact: bool) -> None:
@@ -33,6 +35,7 @@ class InputSite:
         self.method = method
         self.calls = calls
         self.compact = compact
+        self.live = LiveEncodings()
 
     @property
     def signals(self) -> tuple[VisionSignal, ...]:
@@ -46,7 +49,7 @@ class InputSite:
 
     def install(self, hooks: HookSet) -> None:
         """Register the hooks on encoders and vision tower."""
-        watch_encoders(self.family, self.signals, self.calls, hooks)
+        watch_encoders(self.family, self.signals, self.calls, self.live, hooks)
 
     def begin_prefill(self, call: LanguageModelCall, visuals: PrefillVisuals) -> EntryCut:
         """Return what enters the language model.
@@ -77,14 +80,18 @@ class InputSite:
         columns = columns_of(shown, spans).to(call.device, non_blocking=True)
         vision, tile_vision = {}, {}
         for signal in self.signals:
-            read = [(encoded.vision[signal], encoded, encoded.layouts(family)) for encoded in visuals.encoded]
             if signal.kind in TILE_KINDS:
-                rows = [family.tile_rows(values, layouts) for values, _, layouts in read]
-                tile_vision[signal] = tuple(tiles.to(call.device) for each in rows for tiles in each)
+                tile_vision[signal] = tuple(
+                    tiles.to(call.device) for shown in visuals.encoded for tiles in shown.tile_rows(family, signal)
+                )
                 continue
-            vision[signal] = torch.cat([family.token_vision(*each).to(call.device) for each in read])
+            vision[signal] = torch.cat(
+                [shown.token_vision(family, signal).to(call.device) for shown in visuals.encoded]
+            )
             if WHOLE_TILES in self.method.needs:
-                tile_vision[signal] = tuple(maps.to(call.device) for each in read for maps in family.tile_vision(*each))
+                tile_vision[signal] = tuple(
+                    maps.to(call.device) for shown in visuals.encoded for maps in shown.tile_vision(family, signal)
+                )
         return VisualBatch(
             features=call.tokens.detach().flatten(0, 1)[columns],
             counts=tuple(spans.counts[image] for image in shown),

@@ -6,13 +6,13 @@ import inspect
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from vlmprune.methods.batch import VisionSignal
 
 from ..calls import CallStack, TowerCall
 from ..hooks import HookSet
-from .encoded_visuals import EncodedVisuals, encoded_visuals, set_encoded_visuals
+from .encoded_visuals import EncodedVisuals, LiveEncodings, encoded_visuals, set_encoded_visuals
 
 if TYPE_CHECKING:
     from ..families.family import Family
@@ -32,12 +32,14 @@ class EncoderCall:
         family: Family,
         signals: Sequence[VisionSignal],
         calls: CallStack,
+        live: LiveEncodings,
     ) -> None:
         self.encode = encode
         self.modality = modality
         self.family = family
         self.signals = tuple(signals)
         self.calls = calls
+        self.live = live
         self.__signature__ = inspect.signature(encode)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -63,19 +65,23 @@ class EncoderCall:
             vision=inner.vision
             if inner
             else {signal: self.family.tower_reader.read(signal, call) for signal in self.signals},
+            features=features if isinstance(features, Tensor) else tuple(features),
         )
         set_encoded_visuals(output, visuals)
+        self.live.add(visuals)
         if self.calls.model and not nested:
             self.calls.model[-1].encoded[self.modality] = output
         return output
 
 
-def watch_encoders(family: Family, signals: Sequence[VisionSignal], calls: CallStack, hooks: HookSet) -> None:
+def watch_encoders(
+    family: Family, signals: Sequence[VisionSignal], calls: CallStack, live: LiveEncodings, hooks: HookSet
+) -> None:
     """Watch the encoding of every modality of the family, and the tower layers that `signals` name."""
     if signals:
         family.tower_reader.install(family, signals, calls, hooks)
     model: nn.Module = family.multimodal_model
     for modality in family.modalities:
         name = f"get_{modality}_features"
-        call = EncoderCall(getattr(model, name), modality, family, signals, calls)
+        call = EncoderCall(getattr(model, name), modality, family, signals, calls, live)
         hooks.replace(f"{modality} encoder", model, name, call)
