@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vlmprune.errors import NoRunError
+from vlmprune.errors import NoRunError, UnsupportedCallError
 from vlmprune.methods.pipeline import Pipeline, check_call
 from vlmprune.record import RunRecord
 
@@ -18,7 +18,7 @@ from .cache.generation import patch_generation
 from .cache.pruned_cache import cache_state, close_cache, open_cache, set_cache_state
 from .calls import CallStack, LanguageModelCall, ModelCall
 from .families.family import Family
-from .hooks import HookSet
+from .hooks import HookSet, forget_compiled
 from .layers.site import LayerSite
 from .prefill.compaction import restore_columns
 from .prefill.site import InputSite
@@ -63,6 +63,7 @@ class PruningEngine:
             if self.layer_site is not None:
                 self.layer_site.install(hooks)
             patch_generation(family.model, hooks)
+            forget_compiled()
         except BaseException:
             hooks.remove()
             raise
@@ -80,6 +81,11 @@ class PruningEngine:
         return ", ".join(name for name in names if name) or None
 
     def _enter_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if getattr(module, "_is_replica", False):
+            raise UnsupportedCallError(
+                "DataParallel copies the model to several devices, and the copies share one set of hooks. "
+                "Use one device, or DistributedDataParallel."
+            )
         inputs = {**dict(zip(self._model_parameters, args, strict=False)), **kwargs} if args else kwargs
         call = ModelCall(inputs)
         self.calls.model.append(call)
@@ -121,6 +127,11 @@ class PruningEngine:
             call.state.check_entries(call.cache)
         if model_call.has_visuals:
             return args, self._prefill(call)
+        if model_call.visual_mask is not None:
+            raise UnsupportedCallError(
+                f"Pixels were given, but {type(self.family.multimodal_model).__name__} did not encode them where "
+                "vlmprune watches it: it was wrapped or changed since `apply`. Call vlmprune.remove(model) and apply again."
+            )
         if call.state is not None:
             return args, self._continue(call)
         if call.past == 0:
@@ -128,6 +139,7 @@ class PruningEngine:
         return None
 
     def _prefill(self, call: LanguageModelCall) -> dict[str, Any]:
+        self.hooks.check_in_place()
         visuals = read_visuals(self.family, call.model_call, self.input_site.signals, self.input_site.live)
         check_call(self.pipeline, set(visuals.modalities))
         cut = self.input_site.begin_prefill(call, visuals)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import torch
 from torch import nn
+
+from vlmprune.errors import UnsupportedCallError
 
 
 @dataclass(frozen=True)
@@ -37,6 +41,7 @@ class HookSet:
 
     def __init__(self) -> None:
         self._hooks: dict[str, Hook] = {}
+        self._watched: list[tuple[nn.Module, str, nn.Module]] = []
 
     def before(self, name: str, module: nn.Module, hook: Callable[..., Any]) -> None:
         """Call `hook(module, args, kwargs)` before `module`'s forward."""
@@ -53,10 +58,29 @@ class HookSet:
         module.__dict__[attribute] = value
         self._add(name, attribute, module, partial(_restore, module, attribute, had, previous))
 
+    def child(self, module: nn.Module, attribute: str) -> nn.Module:
+        """Return a submodule that is to be hooked, and have `check_in_place` make sure that it stays where it is."""
+        child: nn.Module = getattr(module, attribute)
+        self._watched.append((module, attribute, child))
+        return child
+
+    def check_in_place(self) -> None:
+        """Raise UnsupportedCallError if a hooked submodule was replaced, by an adapter say, so that its hooks miss something."""
+        for module, attribute, child in self._watched:
+            current = getattr(module, attribute, None)
+            if current is not child:
+                raise UnsupportedCallError(
+                    f"`{attribute}` of a {type(module).__name__} was replaced since `apply`: {type(child).__name__} then, "
+                    f"{type(current).__name__} now. Call vlmprune.remove(model) and apply the method again."
+                )
+
     def remove(self) -> None:
         """Undo everything, last added first."""
+        if self._hooks:
+            forget_compiled()
         while self._hooks:
             self._hooks.popitem()[1].undo()
+        self._watched.clear()
 
     def described(self, model: nn.Module) -> list[tuple[str, str, str]]:
         """Return `(path of the module in model, kind, name)` of every hook, in the order in which they were added."""
@@ -74,6 +98,15 @@ class HookSet:
 
     def __repr__(self) -> str:
         return f"HookSet({', '.join(self._hooks)})"
+
+
+def forget_compiled() -> None:
+    """Have compiled code made anew, all of it: `torch.compile` does not notice hooks that come or go later.
+
+    Without it a model that ran compiled before `apply` goes on unpruned. It costs nothing where nothing was compiled.
+    """
+    if "torch._dynamo" in sys.modules:
+        torch.compiler.reset()
 
 
 def _restore(module: nn.Module, attribute: str, had: bool, previous: object) -> None:

@@ -21,12 +21,10 @@ from .methods.registry import METHODS, make_method
 from .record import RunRecord
 
 if TYPE_CHECKING:
-    from torch import nn
-
     from vlmprune.patches.engine import PruningEngine
     from vlmprune.patches.families.family import Family
 
-ModelT = TypeVar("ModelT", bound="nn.Module")
+ModelT = TypeVar("ModelT")
 
 _ATTRIBUTE = "_vlmprune"
 _POSITIONS = ("compact", "original")
@@ -43,18 +41,20 @@ def apply(
     """Prune or merge the visual tokens of every later prefill of `model`, in place.
 
     Args:
-        model: a transformers vision-language model of a supported family.
+        model: a transformers vision-language model of a supported family, or what wraps one: a PEFT, DDP, FSDP,
+            DataParallel or `torch.compile`d model, one that accelerate has prepared, or a pipeline. Compiled code is made
+            anew, as `torch.compile` does not notice that hooks come and go.
         method: a method's name, class or object, or a list of them that act at different sites (a pipeline).
         keep: share of visual tokens kept, a float in (0, 1], or the number kept per image, an int; 0.25 if not given.
         positions: "compact" renumbers the kept tokens, "original" leaves their positions; by default as the family needs it.
         parameters: the method's own parameters, under the symbols of its paper.
 
     Returns:
-        The same model.
+        What was given.
 
     Raises:
         AlreadyAppliedError: the model carries a method already.
-        UnsupportedFamilyError: the model's class belongs to no supported family.
+        UnsupportedFamilyError: there is no model of a supported family inside.
         UnsupportedMethodError: the method needs something that this model does not have.
         UnknownNameError: unknown method, parameter or `positions`.
         BudgetError: bad `keep`.
@@ -67,17 +67,17 @@ def apply(
     if positions is not None and positions not in _POSITIONS:
         raise unknown("positions", positions, _POSITIONS)
     family = find_family(model)
-    current = model.__dict__.get(_ATTRIBUTE)
+    current = family.model.__dict__.get(_ATTRIBUTE)
     if current is not None:
         raise AlreadyAppliedError(
-            f"{type(model).__name__} already carries {current.pipeline!r}. "
+            f"{type(family.model).__name__} already carries {current.pipeline!r}. "
             f"Call vlmprune.remove(model) before applying {chosen!r}."
         )
     for chosen_method in chosen.methods:
         _check_served(chosen_method, family)
     engine = PruningEngine(family, chosen, positions)
     engine.install()
-    model.__dict__[_ATTRIBUTE] = engine
+    family.model.__dict__[_ATTRIBUTE] = engine
     return model
 
 
@@ -87,8 +87,9 @@ def remove(model: ModelT) -> ModelT:
     Raises:
         NotAppliedError: no method was applied.
     """
-    _engine(model).hooks.remove()
-    del model.__dict__[_ATTRIBUTE]
+    engine = _engine(model)
+    engine.hooks.remove()
+    del engine.family.model.__dict__[_ATTRIBUTE]
     return model
 
 
@@ -109,7 +110,7 @@ def pruned(
         remove(model)
 
 
-def last_run(model: nn.Module) -> RunRecord:
+def last_run(model: Any) -> RunRecord:
     """Return the record of the latest prefill.
 
     Raises:
@@ -120,7 +121,7 @@ def last_run(model: nn.Module) -> RunRecord:
     return record
 
 
-def describe(model: nn.Module) -> str:
+def describe(model: Any) -> str:
     """Return what is applied to a model, as text for bug reports: versions, method, and the hooks in order.
 
     Raises:
@@ -132,11 +133,11 @@ def describe(model: nn.Module) -> str:
     return describe_engine(engine.family.model, engine)
 
 
-def list_methods(model: nn.Module | None = None) -> list[str]:
+def list_methods(model: Any = None) -> list[str]:
     """Return the names of all methods, or of those that this model can be served with.
 
     Raises:
-        UnsupportedFamilyError: the model's class belongs to no supported family.
+        UnsupportedFamilyError: there is no model of a supported family inside.
     """
     if model is None:
         return list(METHODS)
@@ -186,11 +187,14 @@ def _families_with(need: Need) -> Iterator[str]:
 
 
 def _engine(model: Any) -> PruningEngine:
-    engine = getattr(model, "__dict__", {}).get(_ATTRIBUTE)
-    if engine is None:
+    from vlmprune.patches.families.wrappers import find_inside
+
+    found = find_inside(model, lambda item: _ATTRIBUTE in getattr(item, "__dict__", {}))
+    if found is None:
         raise NotAppliedError(
             f"No vlmprune method is applied to this {type(model).__name__}. Call vlmprune.apply(model, ...)."
         )
+    engine: PruningEngine = found.__dict__[_ATTRIBUTE]
     return engine
 
 

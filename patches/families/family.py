@@ -14,6 +14,7 @@ from vlmprune.methods.batch import TowerFacts
 from ..tower.dense import DenseTowerReader
 from ..tower.encoded_visuals import EncodedVisuals
 from ..tower.reader import TowerReader
+from .wrappers import without_wrappers
 
 
 class Family:
@@ -42,12 +43,12 @@ class Family:
     @property
     def multimodal_model(self) -> nn.Module:
         """The module that merges image features into the text embeddings and calls the language model."""
-        return self.model.model  # type: ignore[return-value]
+        return without_wrappers(self.model.model)  # type: ignore[arg-type]
 
     @property
     def language_model(self) -> nn.Module:
         """The decoder whose input is compacted."""
-        return self.multimodal_model.language_model  # type: ignore[return-value]
+        return without_wrappers(self.multimodal_model.language_model)  # type: ignore[arg-type]
 
     @property
     def decoder_layers(self) -> int:

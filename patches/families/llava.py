@@ -14,6 +14,7 @@ from vlmprune.methods.batch import TowerFacts
 
 from ..tower.encoded_visuals import EncodedVisuals
 from .family import Family
+from .wrappers import without_wrappers
 
 
 class Llava(Family):
@@ -26,7 +27,7 @@ class Llava(Family):
     @property
     def vision_tower(self) -> nn.Module:
         """The CLIP or SigLIP vision model."""
-        return self.multimodal_model.vision_tower  # type: ignore[return-value]
+        return without_wrappers(self.multimodal_model.vision_tower)  # type: ignore[arg-type]
 
     @cached_property
     def _vision_layers(self) -> nn.ModuleList:

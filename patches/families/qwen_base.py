@@ -16,6 +16,7 @@ from ..tower.encoded_visuals import EncodedVisuals
 from ..tower.packed import PackedTowerReader
 from ..tower.reader import TowerReader
 from .family import Family
+from .wrappers import without_wrappers
 
 _PIXELS = {"image": "pixel_values", "video": "pixel_values_videos"}
 
@@ -29,7 +30,7 @@ class QwenVL(Family):
     @property
     def vision_tower(self) -> nn.Module:
         """The vision transformer, patch merger included."""
-        return self.multimodal_model.visual  # type: ignore[return-value]
+        return without_wrappers(self.multimodal_model.visual)  # type: ignore[arg-type]
 
     @cached_property
     def tower_reader(self) -> TowerReader:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 
-from vlmprune.errors import UnsupportedFamilyError, nearest
+from vlmprune.errors import UnsupportedFamilyError
 
 from .family import Family
 from .llava import Llava
@@ -14,21 +16,61 @@ from .qwen2_5_vl import Qwen25VL
 from .qwen2_vl import Qwen2VL
 from .qwen3_vl import Qwen3VL
 from .vip_llava import VipLlava
+from .wrappers import find_inside
 
 FAMILIES: tuple[type[Family], ...] = (Llava, VipLlava, LlavaNext, LlavaOnevision, Qwen2VL, Qwen25VL, Qwen3VL)
 
 
-def find_family(model: nn.Module) -> Family:
-    """Return the adapter of the model's family, found by the names of its class and base classes.
+def find_vlm(model: Any) -> nn.Module:
+    """Return the vision-language model itself, wherever it is in the wrappers of `model`.
+
+    Args:
+        model: the model, or one wrapped by PEFT, DDP, DataParallel, FSDP, `torch.compile`, accelerate or a pipeline.
 
     Raises:
-        UnsupportedFamilyError: names the supported classes and the nearest one.
+        UnsupportedFamilyError: there is no model of a supported family inside; names the supported classes.
     """
+    found = find_inside(model, lambda item: _family_of(item) is not None)
+    if found is None:
+        supported = ", ".join(name for family in FAMILIES for name in family.model_classes)
+        raise UnsupportedFamilyError(f"{_described(model)} Supported: {supported}.")
+    return found  # type: ignore[no-any-return]
+
+
+def find_family(model: Any) -> Family:
+    """Return the adapter of the family of the model, or of the one inside its wrappers, by the names of classes.
+
+    Raises:
+        UnsupportedFamilyError: there is no model of a supported family inside; names the supported classes.
+    """
+    found = find_vlm(model)
+    family = _family_of(found)
+    assert family is not None
+    return family(found)
+
+
+def _family_of(model: object) -> type[Family] | None:
     names = [cls.__name__ for cls in type(model).__mro__]
-    for family in FAMILIES:
-        if any(name in family.model_classes for name in names):
-            return family(model)
-    supported = [name for family in FAMILIES for name in family.model_classes]
-    match = nearest(names[0], [name.lower() for name in supported])
-    hint = next((f" The nearest is {name}." for name in supported if name.lower() == match), "")
-    raise UnsupportedFamilyError(f"{names[0]} is of no supported family.{hint} Supported: {', '.join(supported)}.")
+    return next((family for family in FAMILIES if any(name in family.model_classes for name in names)), None)
+
+
+def _described(model: object) -> str:
+    """Say what is wrong with an object in which no supported model was found, and what of its kind is supported."""
+    name = type(model).__name__
+    if not isinstance(model, nn.Module) and not isinstance(getattr(model, "model", None), nn.Module):
+        return f"{name!r} is no model, and has none inside."
+    inner = find_inside(model, lambda item: getattr(item, "config", None) is not None)
+    kind = getattr(getattr(inner, "config", None), "model_type", None)
+    # The backbone and other heads of a supported family share its `model_type` or its prefix with the supported class.
+    stem = type(inner if inner is not None else model).__name__.removesuffix("Model")
+    related = [
+        cls
+        for family in FAMILIES
+        for cls in family.model_classes
+        if stem and cls.removesuffix("ForConditionalGeneration") == stem
+    ]
+    what = name if inner is None or inner is model else f"{type(inner).__name__} in {name}"
+    if related:
+        return f"{what} is only a part: of this family the whole {related[0]} is supported."
+    where = f" (model type {kind!r})" if kind else ""
+    return f"{what} is of no supported family{where}."

@@ -77,7 +77,7 @@ class LayerSite:
                     hooks.after(
                         f"decoder layer {layer} {kind}", getattr(attention, kind), partial(self._capture, kind, layer)
                     )
-            elif type(attention.k_proj) is nn.Linear:
+            elif type(hooks.child(attention, "k_proj")) is nn.Linear:
                 hooks.before(f"decoder layer {layer} k_proj skipped", attention.k_proj, partial(self._skip, layer))
                 hooks.after(f"decoder layer {layer} k_proj reused", attention.k_proj, partial(self._reuse, layer))
 

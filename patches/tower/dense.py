@@ -43,7 +43,7 @@ class DenseTowerReader(TowerReader):
                 if kind == "k_proj" or layer in queries:
                     whole = kind == "k_proj" or layer in whole_queries
                     hook = partial(self._keep_projection, kind, layer, whole)
-                    hooks.after(f"vision layer {layer} {kind}", getattr(attention, kind), hook)
+                    hooks.after(f"vision layer {layer} {kind}", hooks.child(attention, kind), hook)
         if any(signal.kind == "cls_features" for signal in signals):
             self.state_layers = family.state_layers
             if min(self.state_layers) < 0:

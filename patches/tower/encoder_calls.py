@@ -33,6 +33,7 @@ class EncoderCall:
         signals: Sequence[VisionSignal],
         calls: CallStack,
         live: LiveEncodings,
+        hooks: HookSet,
     ) -> None:
         self.encode = encode
         self.modality = modality
@@ -40,12 +41,14 @@ class EncoderCall:
         self.signals = tuple(signals)
         self.calls = calls
         self.live = live
+        self.hooks = hooks
         self.__signature__ = inspect.signature(encode)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Encode as the host does, and attach `EncodedVisuals` to the output."""
         inputs = self.__signature__.bind_partial(*args, **kwargs).arguments
         self.family.check_encoding(self.modality, inputs)
+        self.hooks.check_in_place()
         call = TowerCall()
         # Some hosts encode videos by the call for images.
         nested = bool(self.calls.tower)
@@ -83,5 +86,5 @@ def watch_encoders(
     model: nn.Module = family.multimodal_model
     for modality in family.modalities:
         name = f"get_{modality}_features"
-        call = EncoderCall(getattr(model, name), modality, family, signals, calls, live)
+        call = EncoderCall(getattr(model, name), modality, family, signals, calls, live, hooks)
         hooks.replace(f"{modality} encoder", model, name, call)
