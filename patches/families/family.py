@@ -40,12 +40,12 @@ class Family:
         self.model = model
         self.config: Any = model.config
 
-    @property
+    @cached_property
     def multimodal_model(self) -> nn.Module:
         """The module that merges image features into the text embeddings and calls the language model."""
         return without_wrappers(self.model.model)  # type: ignore[arg-type]
 
-    @property
+    @cached_property
     def language_model(self) -> nn.Module:
         """The decoder whose input is compacted."""
         return without_wrappers(self.multimodal_model.language_model)  # type: ignore[arg-type]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from torch import nn
+from transformers import PreTrainedModel
 
 from vlmprune.errors import UnsupportedFamilyError
 
@@ -59,18 +60,17 @@ def _described(model: object) -> str:
     name = type(model).__name__
     if not isinstance(model, nn.Module) and not isinstance(getattr(model, "model", None), nn.Module):
         return f"{name!r} is no model, and has none inside."
-    inner = find_inside(model, lambda item: getattr(item, "config", None) is not None)
-    kind = getattr(getattr(inner, "config", None), "model_type", None)
-    # The backbone and other heads of a supported family share its `model_type` or its prefix with the supported class.
-    stem = type(inner if inner is not None else model).__name__.removesuffix("Model")
+    inner = find_inside(model, lambda item: isinstance(item, PreTrainedModel))
+    what = name if inner is None or inner is model else f"{type(inner).__name__} in {name}"
+    # The backbone of a supported family is called as the supported class but for the ending.
+    stem = type(inner).__name__.removesuffix("Model")
     related = [
         cls
         for family in FAMILIES
         for cls in family.model_classes
-        if stem and cls.removesuffix("ForConditionalGeneration") == stem
+        if cls.removesuffix("ForConditionalGeneration") == stem
     ]
-    what = name if inner is None or inner is model else f"{type(inner).__name__} in {name}"
     if related:
         return f"{what} is only a part: of this family the whole {related[0]} is supported."
-    where = f" (model type {kind!r})" if kind else ""
-    return f"{what} is of no supported family{where}."
+    kind = f" (model type {inner.config.model_type!r})" if inner is not None else ""
+    return f"{what} is of no supported family{kind}."

@@ -74,12 +74,11 @@ class LayerSite:
             attention = model.layers[layer].self_attn
             if before:
                 for kind in ("q_proj", "k_proj"):
-                    hooks.after(
-                        f"decoder layer {layer} {kind}", getattr(attention, kind), partial(self._capture, kind, layer)
-                    )
-            elif type(hooks.child(attention, "k_proj")) is nn.Linear:
-                hooks.before(f"decoder layer {layer} k_proj skipped", attention.k_proj, partial(self._skip, layer))
-                hooks.after(f"decoder layer {layer} k_proj reused", attention.k_proj, partial(self._reuse, layer))
+                    projection = hooks.child(attention, kind)
+                    hooks.after(f"decoder layer {layer} {kind}", projection, partial(self._capture, kind, layer))
+            elif type(projection := hooks.child(attention, "k_proj")) is nn.Linear:
+                hooks.before(f"decoder layer {layer} k_proj skipped", projection, partial(self._skip, layer))
+                hooks.after(f"decoder layer {layer} k_proj reused", projection, partial(self._reuse, layer))
 
     def begin_prefill(
         self, call: LanguageModelCall, visuals: PrefillVisuals, cut: EntryCut, arguments: dict[str, Any]

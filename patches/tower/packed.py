@@ -61,7 +61,9 @@ class PackedTowerReader(TowerReader):
                     f"{type(attention).__name__} has no `qkv` projection with rotary positions; its attention cannot be read."
                 )
             hooks.before(f"vision layer {layer} bounds", attention, partial(self._keep_arguments, layer))
-            hooks.after(f"vision layer {layer} qkv", hooks.child(attention, "qkv"), partial(self._keep_projection, layer))
+            hooks.after(
+                f"vision layer {layer} qkv", hooks.child(attention, "qkv"), partial(self._keep_projection, layer)
+            )
 
     def read(self, signal: VisionSignal, call: TowerCall) -> Tensor:
         """Return `[visual tokens, channels]`, raster order in each image or frame, images one after the other."""

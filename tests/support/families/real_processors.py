@@ -16,7 +16,7 @@ from support.families.anyres_case import PATCH, TILE
 from support.families.llava_onevision import PINPOINTS
 from support.families.llava_onevision import VIDEO_TOKEN as ONEVISION_VIDEO
 from support.families.qwen_case import VIDEO_TOKEN, VISION_END, VISION_START
-from support.tiny_models import IMAGE_TOKEN, PAD, FamilyCase, spread_weights
+from support.tiny_models import CLIP, IMAGE_TOKEN, PAD, FamilyCase, spread_weights
 
 _WORDS = (
     "what", "is", "shown", "here", "?", "describe", "the", "picture", "and", "clip", ".", "yes", "no", "a",
@@ -32,6 +32,18 @@ def _tokenizer(special: dict[str, int]) -> PreTrainedTokenizerFast:
     core.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Whitespace(), pre_tokenizers.Digits(True)])
     core.add_special_tokens([AddedToken(token, normalized=False) for token in special])
     return PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", unk_token="<unk>", padding_side="left")
+
+
+def llava_processor() -> Any:
+    """Return the LLaVA-1.5 processor for the tiny model with a CLIP tower."""
+    side = CLIP.image_size
+    return transformers.LlavaProcessor(
+        transformers.CLIPImageProcessor(size={"shortest_edge": side}, crop_size={"height": side, "width": side}),
+        _tokenizer({"<image>": IMAGE_TOKEN}),
+        patch_size=CLIP.patch_size,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+    )
 
 
 def qwen_processor(name: str) -> Any:
