@@ -35,7 +35,7 @@ def find_vlm(model: Any) -> nn.Module:
     if found is None:
         supported = ", ".join(name for family in FAMILIES for name in family.model_classes)
         raise UnsupportedFamilyError(f"{_described(model)} Supported: {supported}.")
-    return found  # type: ignore[no-any-return]
+    return found
 
 
 def find_family(model: Any) -> Family:

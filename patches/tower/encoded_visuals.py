@@ -40,7 +40,7 @@ class EncodedVisuals:
     inputs: Mapping[str, Any]
     counts: tuple[int, ...]
     vision: dict[VisionSignal, Tensor]
-    features: Sequence[Tensor] = ()
+    features: Tensor | Sequence[Tensor] = ()
     _layouts: tuple[VisualLayout, ...] | None = field(default=None, repr=False)
 
     def layouts(self, family: Family) -> tuple[VisualLayout, ...]:
