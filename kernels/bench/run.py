@@ -90,7 +90,7 @@ def bench(ops: Sequence[str], device: str, quick: bool, seconds: float) -> tuple
                 rows.append(row)
                 faster = f"  ours {row['ours_is_faster_by']}x" if row["ours_is_faster_by"] else ""
                 print(
-                    f"{op:19}{contender.name:9}B{case.batch} N{case.tokens} K{case.kept} D{case.dim} {row['dtype']:9}"
+                    f"{op:23}{contender.name:9}B{case.batch} N{case.tokens} K{case.kept} D{case.dim} {row['dtype']:9}"
                     f"{median:10.3f} ms{row['gb_per_s']:>9} GB/s {float(str(row['copy_share'])):6.1%} of copy{faster}",
                     flush=True,
                 )
