@@ -8,6 +8,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from vlmprune.kernels.shared.compile_cases import CompileCase, Like
 from vlmprune.kernels.shared.cosine_matrix import row_scales, unit_rows
 from vlmprune.kernels.shared.implementation import choose_implementation, dot_needs_fp32, tl, triton
 from vlmprune.kernels.shared.segments import check_offsets, on_device
@@ -110,11 +111,14 @@ def bipartite_match_triton(
     # best partner, the lowest index among equals, whatever the order of the programs.
     keys = torch.empty(spans, tokens, dtype=torch.int64, device=device)
     table = on_device([*bounds, *ends], device)
+    # Products without tensor cores hold their operands in registers.
+    upcast = dot_needs_fp32(sources, destinations)
+    warps = 8 if upcast or sources.dtype == torch.float32 else 4
     block_dim = min(128 // sources.element_size(), max(16, triton.next_power_of_2(dim)))
     _match_kernel[(triton.cdiv(longest, TILE), spans, len(bounds) - 1)](
         *(sources, *sources.stride(), destinations, *destinations.stride()),
         *(row_scales(sources), row_scales(destinations), table, keys, len(bounds), tokens, dim),
-        TILE=TILE, SPAN=SPAN, BLOCK_D=block_dim, UPCAST=dot_needs_fp32(sources, destinations), num_warps=4, num_stages=3,
+        TILE=TILE, SPAN=SPAN, BLOCK_D=block_dim, UPCAST=upcast, num_warps=warps, num_stages=3,
     )  # fmt: skip
     best = keys.amax(0)
     partners = 0x7FFFFFFF - (best & 0xFFFFFFFF)
@@ -182,3 +186,12 @@ def _match_kernel(
             b_key = tl.where(m_d[None, :], b_key, -0x7FFFFFFFFFFFFFFF)
             b_best = tl.maximum(b_best, tl.max(b_key, 1))
         tl.store(keys + i_span.to(tl.int64) * S + i_begin + o_s, b_best, mask=m_s)
+
+
+COMPILE_CASES = tuple(
+    CompileCase(
+        f"{dtype} {dim}", bipartite_match_triton,
+        (Like(dtype, (1440, dim)), Like(dtype, (1440, dim)), [0, 1440], [0, 1440]),
+    )
+    for dtype, dim in ((torch.bfloat16, 64), (torch.float32, 1024), (torch.float32, 64))
+)  # fmt: skip

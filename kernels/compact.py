@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from vlmprune.kernels.shared.compile_cases import CompileCase, Like
 from vlmprune.kernels.shared.implementation import choose_implementation, tl, triton
 
 # Tokens and elements of a token that one program copies.
@@ -167,3 +168,17 @@ def _check(planes: Sequence[Tensor], index: Tensor, fills: Sequence[float | int 
             )
         if plane.element_size() not in _BITS or plane.is_complex():
             raise ValueError(f"planes[{number}] has dtype {plane.dtype}, which has more than 8 bytes or is complex.")
+
+
+COMPILE_CASES = (
+    CompileCase(
+        "embeddings, mask, positions", _compact_triton,
+        (
+            [
+                Like(torch.bfloat16, (2, 700, 4096)), Like(torch.int64, (2, 700)), Like(torch.int64, (3, 2, 700)),
+                Like(torch.bool, (2, 700), strided=True), Like(torch.float32, (2, 700, 4096)),
+            ],
+            Like(torch.int64, (2, 320)), [0, 0, 1, False, 0.0], [0, 0, 1, 0, 0],
+        ),
+    ),
+)  # fmt: skip

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
+from vlmprune.kernels.shared.compile_cases import CompileCase, Like
 from vlmprune.kernels.shared.cosine_matrix import (
     MATRIX_LIMIT_BYTES,
     cosine_matrices,
@@ -79,7 +80,7 @@ def coverage_reference(
             continue
         rows, last = unit_rows(features[begin:end])
         weight = None if weights is None else weights[begin:end].to(torch.float32)
-        values_of = partial(_cosines, rows)
+        values_of: Callable[[Tensor], Tensor] = partial(_cosines, rows)
         if 4 * (end - begin) ** 2 <= limit_bytes:
             matrix = rows @ rows.T
             values_of = matrix.__getitem__
@@ -130,3 +131,14 @@ def coverage_triton(
             features[piece], [0, piece.stop - piece.start], [counts[segment]], weight, combine, limit_bytes=limit_bytes
         )
     return picks
+
+
+COMPILE_CASES = tuple(
+    CompileCase(
+        f"{dtype}{' weighted, ' + combine if weighted else ''}", coverage_triton,
+        (Like(dtype, (2880, 1024)), [0, 2880], [320], Like(torch.float32, (2880,)) if weighted else None, combine),
+    )
+    for dtype, weighted, combine in (
+        (torch.bfloat16, False, "multiply"), (torch.bfloat16, True, "multiply"), (torch.bfloat16, True, "add")
+    )
+)  # fmt: skip

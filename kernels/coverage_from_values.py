@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from vlmprune.kernels.shared.compile_cases import CompileCase, Like
 from vlmprune.kernels.shared.greedy_coverage import check_combination, greedy_coverage, launch_coverage
 from vlmprune.kernels.shared.implementation import choose_implementation
 from vlmprune.kernels.shared.segments import check_counts, on_device
@@ -38,7 +39,7 @@ def coverage_from_values(
     """
     if values.dim() != 2:
         raise ValueError(f"values must be two-dimensional [tokens, rows]; got shape {tuple(values.shape)}.")
-    tokens, rows = values.shape
+    tokens = values.shape[0]
     (count,) = check_counts([k], [0, tokens])
     check_combination(weights, combine, tokens)
     if excluded is not None and (excluded.shape != (tokens,) or excluded.dtype != torch.bool):
@@ -49,16 +50,31 @@ def coverage_from_values(
     gains = values.clamp(min=0).sum(1)
     if chosen == "torch":
         return greedy_coverage(values.__getitem__, gains, count, weight, combine, excluded)
+    return _coverage_from_values_triton(values, gains, count, weight, combine, excluded)
+
+
+def _coverage_from_values_triton(
+    values: Tensor, gains: Tensor, k: int, weight: Tensor | None, combine: str, excluded: Tensor | None
+) -> Tensor:
+    tokens, rows = values.shape
     last = ~gains.isfinite()
     for mask in (excluded, None if weight is None else ~weight.isfinite()):
         if mask is not None:
             last |= mask
-    picks = torch.empty(count, dtype=torch.int64, device=values.device)
-    if count:
+    picks = torch.empty(k, dtype=torch.int64, device=values.device)
+    if k:
         values = values.contiguous()
-        table = on_device([0, tokens, count, 0, 0, 0], values.device)
+        table = on_device([0, tokens, k, 0, 0, 0], values.device)
         # At least one row, which no token covers where there is none: 0 stands for "as many as tokens".
         if rows == 0:
             values, rows = values.new_zeros(tokens, 1), 1
-        launch_coverage(values, table, 1, rows, rows, rows, count, weight, combine, last, picks)
+        launch_coverage(values, table, 1, rows, rows, rows, k, weight, combine, last, picks)
     return picks
+
+
+COMPILE_CASES = (
+    CompileCase(
+        "2880 x 2892", _coverage_from_values_triton,
+        (Like(torch.float32, (2880, 2892)), Like(torch.float32, (2880,)), 320, None, "multiply", None),
+    ),
+)  # fmt: skip

@@ -11,6 +11,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from vlmprune.kernels.shared.compile_cases import CompileCase, Like
 from vlmprune.kernels.shared.cosine_matrix import (
     LAST,
     MATRIX_LIMIT_BYTES,
@@ -255,3 +256,17 @@ def max_min_kernel(
             i_pick = tl.argmin(b_key, 0)
         else:
             i_pick = tl.argmin(b_running, 0)
+
+
+COMPILE_CASES = tuple(
+    CompileCase(
+        f"{dtype} {tokens}{' weighted' if weighted else ''}{' seeded' if seeds else ''}", max_min_triton,
+        (Like(dtype, (tokens, 1024)), [0, tokens], [64], seeds, Like(torch.float32, (tokens,)) if weighted else None),
+        {"limit_bytes": limit},
+    )
+    for dtype, tokens, weighted, seeds, limit in (
+        (torch.bfloat16, 576, False, None, MATRIX_LIMIT_BYTES), (torch.float32, 2880, False, None, MATRIX_LIMIT_BYTES),
+        (torch.bfloat16, 14000, True, None, MATRIX_LIMIT_BYTES), (torch.bfloat16, 14000, False, [3], MATRIX_LIMIT_BYTES),
+        (torch.bfloat16, 2880, False, None, 0), (torch.float32, 2880, True, None, 0),
+    )
+)  # fmt: skip

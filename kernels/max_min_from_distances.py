@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from vlmprune.kernels.max_min import greedy_max_min, loop_warps, max_min_kernel
+from vlmprune.kernels.shared.compile_cases import CompileCase, Like
 from vlmprune.kernels.shared.cosine_matrix import LAST, ROW_ALIGNMENT, TILE, row_stride
 from vlmprune.kernels.shared.implementation import choose_implementation, triton
 from vlmprune.kernels.shared.segments import check_counts, check_seeds, on_device
@@ -60,3 +61,8 @@ def _from_matrix_triton(affinity: Tensor, first: Tensor, k: int) -> Tensor:
         BLOCK=block, TILE=TILE, ALIGNMENT=ROW_ALIGNMENT, SEEDED=True, SCALED=False, WEIGHTED=False, num_warps=loop_warps(block),
     )  # fmt: skip
     return picks
+
+
+COMPILE_CASES = (
+    CompileCase("2880", _from_matrix_triton, (Like(torch.float32, (2880, 2880)), Like(torch.int64, (1,)), 320)),
+)

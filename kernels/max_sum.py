@@ -8,6 +8,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from vlmprune.kernels.shared.compile_cases import CompileCase, Like
 from vlmprune.kernels.shared.cosine_matrix import (
     LAST,
     MATRIX_LIMIT_BYTES,
@@ -151,3 +152,13 @@ def _max_sum_kernel(
         b_running += b_row
         b_running = tl.where(o_t == i_pick, float("inf"), b_running)
         i_pick = tl.argmin(b_running, 0)
+
+
+COMPILE_CASES = tuple(
+    CompileCase(
+        f"{dtype} {tokens}", max_sum_triton, (Like(dtype, (tokens, 1024)), [0, tokens], [64], [3]), {"limit_bytes": limit}
+    )
+    for dtype, tokens, limit in (
+        (torch.bfloat16, 576, MATRIX_LIMIT_BYTES), (torch.bfloat16, 14000, MATRIX_LIMIT_BYTES), (torch.bfloat16, 2880, 0)
+    )
+)  # fmt: skip

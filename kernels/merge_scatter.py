@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from vlmprune.kernels.shared.compile_cases import CompileCase, Like
 from vlmprune.kernels.shared.implementation import choose_implementation, tl, triton
 
 
@@ -133,3 +134,14 @@ def _merge_kernel(
     tl.store(merged + i_o * D + o_d, b_sum.to(merged.dtype.element_ty), mask=m_d)
     if tl.program_id(1) == 0:
         tl.store(total + i_o, size)
+
+
+COMPILE_CASES = tuple(
+    CompileCase(
+        f"{dtype}{' by size' if sized else ''}", _merge_scatter_triton,
+        (Like(dtype, (2880, 4096)), Like(torch.int64, (2880,)), Like(torch.float32, (2880,)) if sized else None, 320, out),
+    )
+    for dtype, sized, out in (
+        (torch.bfloat16, False, torch.bfloat16), (torch.bfloat16, True, torch.float32), (torch.float32, True, torch.float32)
+    )
+)  # fmt: skip

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from vlmprune.kernels.bipartite_match import bipartite_match
 from vlmprune.kernels.merge_scatter import merge_scatter
+from vlmprune.kernels.shared.compile_cases import CompileCase
 from vlmprune.kernels.shared.implementation import choose_implementation
 from vlmprune.kernels.shared.segments import check_offsets, on_device
 
@@ -127,3 +128,7 @@ def _check(
         raise ValueError(f"joins must be bool [{tokens}]; got {joins.dtype} {tuple(joins.shape)}.")
     if sizes is not None and sizes.shape != (tokens,):
         raise ValueError(f"sizes must be [{tokens}]; got {tuple(sizes.shape)}.")
+
+
+# Only the kernels of `bipartite_match` and `merge_scatter`.
+COMPILE_CASES: tuple[CompileCase, ...] = ()

@@ -8,6 +8,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from vlmprune.kernels.shared.compile_cases import CompileCase, Like
 from vlmprune.kernels.shared.implementation import choose_implementation, dot_needs_fp32, tl, triton
 from vlmprune.kernels.shared.segments import check_offsets, on_device
 
@@ -111,7 +112,9 @@ def _received_attention_triton(
     stride_t, stride_h = (heads, 1) if reduce_heads == "none" else (1, tokens)
     if tokens and heads and longest:
         log_sums = torch.empty(heads, tokens, dtype=torch.float32, device=device)
-        wide = 64 if longest <= 64 or query.element_size() == 4 else 128
+        # Products without tensor cores hold their operands in registers: smaller tiles, more warps, or they spill.
+        scalar = dot_needs_fp32(query, key) or query.dtype == torch.float32
+        wide, narrow = 64 if longest <= 64 or scalar else 128, 32 if scalar else 64
         blocks = triton.cdiv(longest, wide)
         grid = (blocks * (bounds.numel() - 1), heads)
         shared = (query, *query.stride(), key, *key.stride(), bounds, log_sums)
@@ -119,14 +122,14 @@ def _received_attention_triton(
             "BLOCK_D": max(16, triton.next_power_of_2(head_dim)),
             "CAUSAL": causal,
             "UPCAST": dot_needs_fp32(query, key),
-            "num_warps": 4 if wide == 64 else 8,
-            "num_stages": 3,
+            "num_warps": 4 if wide == 64 and not scalar else 8,
+            "num_stages": 2 if scalar else 3,
         }
         log2_scale = scale * LOG2_E
         sizes = (log2_scale, tokens, heads // key.shape[1], head_dim, blocks)
-        _log_sum_kernel[grid](*shared, *sizes, BLOCK_Q=wide, BLOCK_K=64, **options)
+        _log_sum_kernel[grid](*shared, *sizes, BLOCK_Q=wide, BLOCK_K=narrow, **options)
         _column_kernel[grid](
-            *(*shared, received, stride_t, stride_h, *sizes), BLOCK_K=wide, BLOCK_Q=64, MEAN=mean_queries, **options
+            *(*shared, received, stride_t, stride_h, *sizes), BLOCK_K=wide, BLOCK_Q=narrow, MEAN=mean_queries, **options
         )
     if reduce_heads == "none":
         return received
@@ -285,3 +288,15 @@ def _check(query: Tensor, key: Tensor, reduce_heads: str, reduce_queries: str) -
             "query and key must agree in tokens and head_dim, and heads must be a multiple of kv_heads; "
             f"got {tuple(query.shape)} and {tuple(key.shape)}."
         )
+
+
+COMPILE_CASES = tuple(
+    CompileCase(
+        f"{dtype} {head_dim}{' causal' if causal else ''}", _received_attention_triton,
+        (Like(dtype, (2880, 16, head_dim)), Like(dtype, (2880, 16, head_dim)), [0, 2880], 0.1, causal, heads, True, None),
+    )
+    for dtype, head_dim, causal, heads in (
+        (torch.bfloat16, 64, False, "mean"), (torch.bfloat16, 128, True, "none"), (torch.float32, 80, False, "mean"),
+        (torch.float32, 128, False, "mean"),
+    )
+)  # fmt: skip

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from vlmprune.kernels.shared.compile_cases import CompileCase, Like
 from vlmprune.kernels.shared.implementation import choose_implementation, dot_needs_fp32, tl, triton
 
 REDUCTIONS = ("none", "mean", "sum")
@@ -89,12 +90,15 @@ def _row_attention_triton(
         seen = mask.view(torch.uint8)
         mask_strides = (seen.stride(0), seen.stride(1) if seen.dim() == 3 else 0, seen.stride(-1))
     group_rows = rows * (heads // kv_heads)
-    block_rows = min(64, max(16, triton.next_power_of_2(group_rows)))
+    # Products without tensor cores hold their operands in registers: smaller tiles, more warps, or they spill.
+    scalar = dot_needs_fp32(query, key) or query.dtype == torch.float32
+    block_rows = min(16 if scalar else 64, max(16, triton.next_power_of_2(group_rows)))
     _logit_kernel[(blocks, triton.cdiv(group_rows, block_rows), batch * kv_heads)](
         *(query, *query.stride(), key, *key.stride(), seen, *mask_strides, scores, peaks, sums, scale),
         *(rows, heads, kv_heads, keys, head_dim, blocks),
         BLOCK_R=block_rows, BLOCK_L=LOGIT_KEYS, BLOCK_D=max(16, triton.next_power_of_2(head_dim)),
-        MASKED=mask is not None, UPCAST=dot_needs_fp32(query, key), SOFTMAX=not logits, num_warps=4, num_stages=1,
+        MASKED=mask is not None, UPCAST=dot_needs_fp32(query, key), SOFTMAX=not logits,
+        num_warps=8 if scalar else 4, num_stages=1,
     )  # fmt: skip
     if logits and reduce == "none":
         return result
@@ -239,3 +243,18 @@ def _check(query: Tensor, key: Tensor, mask: Tensor | None, reduce: str) -> None
             raise ValueError(
                 f"mask must be bool of shape {allowed[0]} or {allowed[1]}; got {mask.dtype} {tuple(mask.shape)}."
             )
+
+
+COMPILE_CASES = tuple(
+    CompileCase(
+        f"{dtype} {rows} rows{' reduced' if reduce != 'none' else ''}{' masked' if masked else ''}", _row_attention_triton,
+        (
+            Like(dtype, (2, rows, 32, 128)), Like(dtype, (2, 2928, 8, 128)), 0.1,
+            Like(torch.bool, (2, 2928)) if masked else None, reduce, logits,
+        ),
+    )
+    for dtype, rows, masked, reduce, logits in (
+        (torch.bfloat16, 1, False, "mean", False), (torch.bfloat16, 16, True, "none", False),
+        (torch.float32, 1, False, "sum", False), (torch.float32, 16, True, "none", True),
+    )
+)  # fmt: skip

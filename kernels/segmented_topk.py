@@ -9,6 +9,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from vlmprune.kernels.shared.compile_cases import CompileCase, Like
 from vlmprune.kernels.shared.implementation import choose_implementation, tl, triton
 from vlmprune.kernels.shared.segments import check_counts, check_offsets, on_device, running_starts
 
@@ -216,3 +217,9 @@ def _rank_kernel(scores, stride, offsets, counts, starts, picks, ranked, BLOCK: 
             b_place += tl.sum((m_before & m_j[None, :]).to(tl.int32), 1)
         tl.store(ranked + i_start + b_place, b_pick, mask=m_k)
         tl.store(ranked + i_start + o_k, tl.full([BLOCK], -1, dtype=tl.int64), mask=(o_k >= K) & (o_k < wanted))
+
+
+COMPILE_CASES = tuple(
+    CompileCase(f"{dtype} {tokens}", _segmented_topk_triton, (Like(dtype, (tokens,)), [0, tokens], [64], "score", None))
+    for dtype, tokens in ((torch.float32, 576), (torch.bfloat16, 576), (torch.float32, 32768))
+)

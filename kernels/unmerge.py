@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from vlmprune.kernels.compact import compact
+from vlmprune.kernels.shared.compile_cases import CompileCase
 
 
 def unmerge(merged: Tensor, groups: Tensor, *, implementation: str | None = None) -> Tensor:
@@ -30,3 +31,7 @@ def unmerge(merged: Tensor, groups: Tensor, *, implementation: str | None = None
             f"got {tuple(merged.shape)} and {groups.dtype} {tuple(groups.shape)}."
         )
     return compact([merged], groups, implementation=implementation)[0]
+
+
+# Only the kernel of `compact`.
+COMPILE_CASES: tuple[CompileCase, ...] = ()

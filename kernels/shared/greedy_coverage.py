@@ -54,7 +54,7 @@ def greedy_coverage(
     scores.masked_fill_(unusable, -LAST)
     proper = unusable.numel() - int(unusable.sum())
     picks: list[int] = []
-    cover: Tensor | None = None
+    cover = scores.new_zeros(())
     for step in range(min(k, proper)):
         fresh: set[int] = set()
         candidates = FIRST_CANDIDATES
@@ -69,7 +69,7 @@ def greedy_coverage(
         picks.append(pick)
         scores[pick] = -torch.inf
         row = values_of(torch.tensor([pick], device=scores.device))[0]
-        cover = row.clamp(min=0) if cover is None else torch.maximum(cover, row, out=cover)
+        cover = torch.maximum(cover, row)
     chosen = torch.tensor(picks, dtype=torch.int64, device=scores.device)
     return torch.cat([chosen, unusable.nonzero().flatten()[: k - len(picks)]])
 
