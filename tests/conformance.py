@@ -15,7 +15,9 @@ import sys
 import traceback
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
+from pkgutil import iter_modules
 from typing import Any
 
 import torch
@@ -23,19 +25,14 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from official_cases import hiprune, holov, input_site, layer_site, textmonkey, tiled_methods, vispruner
+import official_cases
 from official_cases.comparison import differences
-from official_cases.todre import todre
 
+# Every module of `official_cases` that runs cases names them by method in its `RUNS`.
 RUNS = {
-    **input_site.RUNS,
-    **tiled_methods.RUNS,
-    **layer_site.RUNS,
-    **hiprune.RUNS,
-    **holov.RUNS,
-    **textmonkey.RUNS,
-    **vispruner.RUNS,
-    "todre": todre,
+    method: run
+    for module in sorted(info.name for info in iter_modules(official_cases.__path__))
+    for method, run in getattr(import_module(f"official_cases.{module}"), "RUNS", {}).items()
 }
 
 

@@ -63,3 +63,6 @@ def todre_relevance(params: Mapping[str, Any], inputs: Tensors) -> dict[str, Ten
 def todre(params: Mapping[str, Any], inputs: Tensors) -> dict[str, Tensor]:
     """A case of either stage."""
     return (todre_diversity if params["stage"] == 1 else todre_relevance)(params, inputs)
+
+
+RUNS = {"todre": todre}
