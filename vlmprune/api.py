@@ -181,7 +181,7 @@ def _families_with(need: Need) -> Iterator[str]:
 
     for cls in FAMILIES:
         # Facts that depend on the model are properties, which say nothing before there is one.
-        with suppress(AttributeError):
+        with suppress(AttributeError, TypeError):
             if need.met_by(cls) is True:  # type: ignore[arg-type]
                 yield cls.name
 
