@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.masking_utils import create_causal_mask
 
-from support.layerwise import Positions, close_gaps
+from support.layerwise import Positions
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,6 +23,8 @@ class CallerSequence:
         embeddings: `[batch, columns, dim]`, input of the language model.
         deepstack: per layer `[batch, columns, dim]`, what is added to its output.
         layers: int64 `[batch, columns]`, the number of layers that see the token; 0 where it was dropped before the first.
+        lowered: int64 `[model layers, axes, batch, columns]`, how far the positions go down in each layer to close gaps. It is
+            decided when a token enters: what a cache holds is rotated already, whatever is cropped later.
     """
 
     ids: Tensor
@@ -31,6 +33,7 @@ class CallerSequence:
     embeddings: Tensor
     deepstack: tuple[Tensor, ...]
     layers: Tensor
+    lowered: Tensor
 
     @property
     def rows(self) -> int:
@@ -61,7 +64,22 @@ class CallerSequence:
             embeddings=torch.cat([self.embeddings, later.embeddings], 1),
             deepstack=tuple(torch.cat(planes, 1) for planes in deep),
             layers=torch.cat([self.layers, later.layers], 1),
+            lowered=torch.cat([self.lowered, later.lowered], 3),
         )
+
+    def seen(self, layers: Tensor, closing: Positions, before: CallerSequence) -> CallerSequence:
+        """Return this turn, which follows `before`, with `layers [batch, columns]` that see each token, and gaps closed."""
+        lowered = self.positions.expand(self.lowered.shape).clone()
+        for row in range(self.rows):
+            mask, ids = self.mask[row], self.positions[:, row]
+            for layer in range(len(lowered)):
+                there = ids[:, mask if closing.entry else mask & (layers[row] > 0)].unique()
+                left = ids[:, mask & (layers[row] > (layer if closing.layers else 0))].unique()
+                gone = there[~torch.isin(there, left)]
+                base = before.lowered[layer, :, row, before.mask[row]]
+                start = int(base.max()) if base.numel() else 0
+                lowered[layer, :, row] = start + torch.searchsorted(gone, ids.contiguous(), right=True)
+        return replace(self, layers=layers, lowered=lowered)
 
     def cropped(self, columns: int) -> CallerSequence:
         """Return the first `columns` columns."""
@@ -72,6 +90,7 @@ class CallerSequence:
             embeddings=self.embeddings[:, :columns],
             deepstack=tuple(plane[:, :columns] for plane in self.deepstack),
             layers=self.layers[:, :columns],
+            lowered=self.lowered[..., :columns],
         )
 
     def select(self, rows: Tensor) -> CallerSequence:
@@ -83,6 +102,7 @@ class CallerSequence:
             embeddings=self.embeddings[rows],
             deepstack=tuple(plane[rows] for plane in self.deepstack),
             layers=self.layers[rows],
+            lowered=self.lowered[:, :, rows],
         )
 
 
@@ -97,35 +117,32 @@ def layers_seen(record: Any, image: int, depth: int) -> Tensor:
 
 
 @torch.no_grad()
-def row_logits(
-    model: Any, sequence: CallerSequence, row: int, closing: Positions, first: int = 0
-) -> tuple[Tensor, Tensor]:
+def row_logits(model: Any, sequence: CallerSequence, row: int, first: int = 0) -> tuple[Tensor, Tensor]:
     """Run one row through the unpatched layers, each on the tokens that are alive there, without a cache.
 
     Args:
         model: the unpatched model.
         sequence: the batch.
         row: which row.
-        closing: which gaps positions close.
         first: the first column whose logits are wanted.
 
     Returns:
         The columns from `first` on that are alive after the last layer, and their logits `[columns, vocabulary]`.
     """
     language_model = model.model.language_model
-    seen, ids = sequence.layers[row], sequence.positions[:, row]
-    valid = sequence.mask[row].nonzero().flatten()
-    columns = valid[seen[valid] > 0]
-    entry, hidden = columns, sequence.embeddings[row, columns]
+    seen = sequence.layers[row]
+    columns = (sequence.mask[row] & (seen > 0)).nonzero().flatten()
+    hidden = sequence.embeddings[row, columns]
     for layer, module in enumerate(language_model.layers):
         alive = seen[columns] > layer
         hidden, columns = hidden[alive], columns[alive]
-        before, after = valid if closing.entry else entry, columns if closing.layers else entry
-        here = close_gaps(ids[:, columns], ids[:, before], ids[:, after])
+        positions = (sequence.positions - sequence.lowered[layer])[:, row, columns]
         hidden = module(
             hidden[None],
             attention_mask=create_causal_mask(language_model.config, hidden[None], None, None),
-            position_embeddings=language_model.rotary_emb(hidden[None], here[:, None] if len(ids) == 3 else here),
+            position_embeddings=language_model.rotary_emb(
+                hidden[None], positions[:, None] if len(positions) == 3 else positions
+            ),
         )[0]
         if layer < len(sequence.deepstack):
             hidden = hidden + sequence.deepstack[layer][row, columns]
