@@ -125,6 +125,7 @@ class PruningEngine:
         if call.state is not None:
             open_cache(call.cache)
             call.state.check_entries(call.cache)
+            LayerSite.check_continues(self.layer_site, call.state, self.pipeline.name)
         if model_call.has_visuals:
             return args, self._prefill(call)
         if model_call.visual_mask is not None:
@@ -159,7 +160,6 @@ class PruningEngine:
         arguments = continued_inputs(call)
         assert call.state is not None
         if len(call.state.layer_groups) > 1 and call.layer_run is None:
-            LayerSite.check_continues(self.layer_site, call.state, self.pipeline.name)
             assert self.layer_site is not None
             call.layer_run = self.layer_site.layer_run(call)
         return arguments

@@ -138,11 +138,13 @@ class LayerSite:
     @staticmethod
     def check_continues(site: LayerSite | None, state: PrunedCacheState, name: str) -> None:
         """Raise UnsupportedCallError unless `site` watches the layers that hold other tokens than the first."""
+        if len(state.layer_groups) == 1:
+            return
         first = state.layer_groups[1].first_layer
         if site is None or site.first_hooked > first:
             raise UnsupportedCallError(
-                f"The cache was pruned from layer {first} on by another method than {name!r}; "
-                "continue it with the method that made it."
+                f"The cache was pruned from layer {first} on, where {name!r} as it is applied now changes nothing; "
+                "continue it with the method and the parameters that made it."
             )
 
     def _schedule(self, count: int) -> dict[int, int | None]:

@@ -35,9 +35,9 @@ VIDEOS = ("video small", "video large")
 
 # What may be refused: who is applied while the cache is pruned, and the words of the message.
 MAY_REFUSE = {
-    "everything": "by another method|continue it with the method that made it",
+    "everything": "continue it with the method",
     "nothing": "",
-    "another": "by another method|continue it with the method that made it",
+    "another": "continue it with the method",
 }
 
 
