@@ -94,19 +94,22 @@ def vispruner_order(features: Tensor, scores: Tensor, important: int, count: int
         important: tokens chosen by score.
         count: tokens chosen in all.
     """
-    tokens = scores.shape[1]
+    tiles, tokens = scores.shape
     step = max(STEP, round(STEP * tokens / STEP_TOKENS))
     ranked = scores.float().argsort(dim=1, descending=True, stable=True)
     if count == tokens or important == count:
         return ranked[:, :count]
     rest, left = ranked[:, important:], count - important
     unit = normalize(features.float(), dim=-1)
-    cosines = unit @ unit.transpose(1, 2)
+    cosines = (unit @ unit.transpose(1, 2)).flatten(0, 1)
+    first = torch.arange(tiles, device=rest.device)[:, None] * tokens
     while rest.shape[1] > left:
         # Highest index first, so that of equally repeated tokens the lowest index survives.
         even, odd = rest[:, ::2].sort(dim=1, descending=True).values, rest[:, 1::2]
-        rows = cosines.gather(1, even[..., None].expand(-1, -1, tokens))
-        nearest = rows.gather(2, odd[:, None].expand(-1, even.shape[1], -1)).amax(2)
+        rows = cosines.index_select(0, (even + first).flatten()).view(tiles, -1, tokens)
+        # Adding to whole rows is much cheaper than gathering the columns of the odd places.
+        hidden = torch.full_like(scores, -torch.inf, dtype=torch.float32).scatter_(1, odd, 0.0)
+        nearest = rows.add_(hidden[:, None]).amax(2)
         falling = even.gather(1, nearest.argsort(dim=1, descending=True, stable=True))
         rest = torch.cat([falling[:, min(step, rest.shape[1] - left) :], odd], dim=1)
     return torch.cat([ranked[:, :important], rest], dim=1)
