@@ -35,6 +35,7 @@ def entry_record(
         image_layouts=[visuals.layouts[image] for image in spans.unique],
         image_modalities=[modalities[image] for image in spans.unique],
         kept_per_image=cut.index,
+        groups_per_image=cut.groups,
     )
 
 

@@ -22,6 +22,8 @@ class ImageRecord:
         total: visual tokens before pruning.
         kept: int64 `[kept]`, indices into the image's own visual token order; for merged tokens the index whose
             position the merged token took; for methods that drop inside the language model those alive after its last layer.
+        groups: int64 `[total]`, for each visual token the index of the token that its value entered the language model with (an
+            index into the kept indices of the first stage), -1 where it was dropped.
         stages: the kept indices with the first layer of the language model that sees just these, ascending by layer.
         layout: geometry of all its visual tokens.
         modality: "image" or "video".
@@ -30,6 +32,7 @@ class ImageRecord:
     batch_index: int
     total: int
     kept: Tensor
+    groups: Tensor
     layout: VisualLayout
     stages: tuple[tuple[int, Tensor], ...] = ()
     modality: str = "image"
@@ -56,6 +59,7 @@ class RunRecord:
         signal: what the method scored by ("cls_attention layer 22", say), None where it used no attention.
         text_tokens: valid prompt tokens that are not visual, per row.
         visual_tokens_per_layer: visual tokens per row `[rows]` and language-model layer `[layers]`.
+        groups_per_image: with methods that merge, per image where each visual token went; see `ImageRecord.groups`.
         kept_by_stage: with methods that drop inside the language model, per stage its first layer and the kept indices per image.
     """
 
@@ -68,6 +72,7 @@ class RunRecord:
     image_layouts: Sequence[VisualLayout]
     image_modalities: Sequence[str]
     kept_per_image: Sequence[Tensor | int]
+    groups_per_image: Sequence[Tensor] = ()
     kept_by_stage: Sequence[tuple[int, Sequence[Tensor | int]]] = ()
 
     @property
@@ -83,20 +88,20 @@ class RunRecord:
         def indices(kept: Tensor | int) -> Tensor:
             return torch.arange(kept) if isinstance(kept, int) else kept.to("cpu", torch.int64)
 
-        return [
-            ImageRecord(
-                row,
-                total,
-                indices(kept),
-                self.image_layouts[image],
-                tuple((layer, indices(per_image[image])) for layer, per_image in self.kept_by_stage)
-                or ((0, indices(kept)),),
-                self.image_modalities[image],
-            )
-            for image, (row, total, kept) in enumerate(
-                zip(self.image_rows, self.image_totals, self.kept_per_image, strict=True)
-            )
-        ]
+        records = []
+        for image, (row, total, kept) in enumerate(
+            zip(self.image_rows, self.image_totals, self.kept_per_image, strict=True)
+        ):
+            stages = tuple((layer, indices(per_image[image])) for layer, per_image in self.kept_by_stage)
+            stages = stages or ((0, indices(kept)),)
+            if self.groups_per_image:
+                groups = indices(self.groups_per_image[image])
+            else:
+                entered = stages[0][1]
+                groups = torch.full((total,), -1).index_copy_(0, entered, torch.arange(len(entered)))
+            layout, modality = self.image_layouts[image], self.image_modalities[image]
+            records.append(ImageRecord(row, total, indices(kept), groups, layout, stages, modality))
+        return records
 
     def __repr__(self) -> str:
         kept = [k if isinstance(k, int) else k.numel() for k in self.kept_per_image]

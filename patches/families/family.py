@@ -90,6 +90,11 @@ class Family:
         return (self.tower_facts.feature_layer,)
 
     @property
+    def has_projector(self) -> bool:
+        """Whether the family names its projector."""
+        return type(self).projector is not Family.projector
+
+    @property
     def projector(self) -> nn.Module:
         """The module that turns features of the vision tower into visual tokens."""
         raise NotImplementedError

@@ -22,12 +22,14 @@ class EntryCut:
     Attributes:
         columns: int64 `[kept]`, flat columns `row * columns + column` of the kept visual tokens, image after image.
         index: per image the kept indices into its own visual token order, or their number if that is all of them.
+        groups: per image where each of its visual tokens went, as `Selection.groups` says; empty where nothing is merged.
         compaction: how the rows shrink; None where every token stays.
         selection: what the method chose; None where every token stays.
     """
 
     columns: Tensor
     index: Sequence[Tensor | int]
+    groups: Sequence[Tensor] = ()
     compaction: Compaction | None = None
     selection: Selection | None = None
 
@@ -57,4 +59,9 @@ def plan_entry(call: LanguageModelCall, spans: ImageSpans, selection: Selection)
     keep[columns] = True
     visual = call.visual.to(call.device, non_blocking=True)
     compaction = plan_compaction(keep.view(call.batch, call.columns), visual, tuple(lengths), tuple(removed))
-    return EntryCut(columns, index, compaction, selection)
+    groups: Sequence[Tensor] = ()
+    if selection.groups is not None:
+        first = [spans.counts[image] for image in spans.first_of]
+        encoded = selection.groups.split(first)
+        groups = [encoded[image] for image in spans.unique]
+    return EntryCut(columns, index, groups, compaction, selection)

@@ -37,6 +37,7 @@ def test_every_method_says_what_it_computes():
         ("textmonkey", {"keep": 0.25}),
         ("holov", {"keep": 0.25}),
         ("vispruner", {"keep": 0.25}),
+        ("visionzip", {"keep": 0.25}),
         ("todre", {"keep": 16, "relevance": False}),
         ("todre", {"keep": 2, "relevance": False}),
         ("fastv", {"layer": 1, "ratio": 0.75}),

@@ -1,5 +1,7 @@
 """What holds for every method that selects before the language model."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -35,12 +37,12 @@ def test_budgets_are_spent_exactly(name, images, keep, tower, equal, seed):
 def test_an_image_gives_the_same_alone_and_in_a_batch(name, images, keep, tower):
     method = METHODS[name](keep=keep)
     whole = build.random_batch(method, images, 7, tower)
-    together = method.select(whole).kept.split(list(whole.budgets))
-    for index, layout in enumerate(images):
-        span = slice(whole.offsets[index], whole.offsets[index + 1])
-        vision = {signal: values[span] for signal, values in whole.vision.items()}
-        alone = build.make_batch(method, [layout], whole.features[span], vision, tower)
-        assert torch.equal(method.select(alone).kept, together[index])
+    together = method.select(whole)
+    for index in range(len(images)):
+        alone = method.select(build.image_of(whole, method, index))
+        assert torch.equal(alone.kept, together.kept.split(list(whole.budgets))[index])
+        if together.features is not None:
+            torch.testing.assert_close(alone.features, together.features.split(list(whole.budgets))[index])
 
 
 @pytest.mark.parametrize("name", ANY_LAYOUT)
@@ -64,7 +66,21 @@ def test_ties_go_to_the_lowest_index(name):
 def test_half_precision_features_are_served(name):
     method = METHODS[name](keep=0.3)
     batch = build.random_batch(method, [build.raster_layout(4, 4)], 5)
-    half = build.make_batch(method, batch.layouts, batch.features.bfloat16(), batch.vision, build.WITH_CLS)
+    half = replace(batch, features=batch.features.bfloat16())
     selection = method.select(half)
     assert selection.kept.numel() == sum(selection.counts)
     assert selection.features is None or selection.features.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("name", [name for name in ANY_LAYOUT if METHODS[name].merges])
+@QUICK
+@given(images=st.lists(build.layouts(), min_size=1, max_size=3), keep=build.keeps, tower=build.towers)
+def test_groups_say_where_every_token_went(name, images, keep, tower):
+    method = METHODS[name](keep=keep)
+    batch = build.random_batch(method, images, 3, tower)
+    selection = method.select(batch)
+    kept = selection.kept.split(list(selection.counts))
+    for groups, own in zip(selection.groups.split(list(batch.counts)), kept, strict=True):
+        assert groups.min() >= -1
+        assert groups.max() < len(own)
+    assert selection.merge(batch.features).shape == selection.features.shape

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from official_cases.anyres import anyres_layout
 from official_cases.batches import CLIP, make_batch, square_layout
-from official_cases.input_site import Tensors, pair, per_token, tile_and_token
+from official_cases.input_site import Tensors, pair, per_token
 from vlmprune.layout import VisualLayout, raster_layout
 from vlmprune.methods.batch import TowerFacts, VisualBatch
 from vlmprune.methods.input.visionzip import VisionZip

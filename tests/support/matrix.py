@@ -18,6 +18,7 @@ HARDER: dict[str, dict[str, object]] = {
     "todre": {"tau": 1.0, "layer": 3},
     "hiprune": {"alpha": 0.5},
     "holov": {"beta": 1.0},
+    "visionzip": {"merge_at": "projected", "cls_token": False},
     "fastv": {"layer": 1},
 }
 METHOD_PARAMETERS: dict[str, dict[str, object]] = {name: HARDER.get(name, {}) for name in METHODS}

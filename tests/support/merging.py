@@ -1,4 +1,4 @@
-"""Visual tokens merged by hand, as a method that averages cells of the grid must merge them."""
+"""Visual tokens merged by hand."""
 
 from __future__ import annotations
 
@@ -29,21 +29,37 @@ def given_merged(given: dict[str, Any], inputs: dict[str, Tensor], record: Any, 
 
 
 def merged_by_hand(embeddings: Tensor, inputs: dict[str, Tensor], record: Any, image_token: int) -> Tensor:
-    """Replace the kept tokens by the averages of the cells that they stand for."""
-    merged = embeddings.clone()
+    """Replace the kept tokens by what the method of the record merges into them."""
+    merged, combine = embeddings.clone(), COMBINED[record.method]
     for row in range(len(embeddings)):
         placeholders, start = (inputs["input_ids"][row] == image_token).nonzero().flatten(), 0
         for image in (image for image in record.images if image.batch_index == row):
             mine = placeholders[start : start + image.total]
-            grid = embeddings[row, mine].view(*image.grid, -1)
-            cell_rows = (image.kept // image.grid[1]).unique().numel()
-            cell_columns = image.kept.numel() // cell_rows
-            for cell, token in enumerate(image.kept.tolist()):
-                top, left = divmod(cell, cell_columns)
-                spans = [
-                    slice(index * size // cells, -(-(index + 1) * size // cells))
-                    for index, size, cells in ((top, image.grid[0], cell_rows), (left, image.grid[1], cell_columns))
-                ]
-                merged[row, mine[token]] = grid[spans[0], spans[1]].flatten(0, 1).mean(0)
+            for number, token in enumerate(image.kept.tolist()):
+                merged[row, mine[token]] = combine(embeddings[row, mine], image, number)
             start += image.total
     return merged
+
+
+def cell_average(values: Tensor, image: Any, number: int) -> Tensor:
+    """The average of a cell of the grid."""
+    grid = values.view(*image.grid, -1)
+    cell_rows = (image.kept // image.grid[1]).unique().numel()
+    cell_columns = image.kept.numel() // cell_rows
+    top, left = divmod(number, cell_columns)
+    spans = [
+        slice(index * size // cells, -(-(index + 1) * size // cells))
+        for index, size, cells in ((top, image.grid[0], cell_rows), (left, image.grid[1], cell_columns))
+    ]
+    return grid[spans[0], spans[1]].flatten(0, 1).mean(0)
+
+
+def target_plus_mean(values: Tensor, image: Any, number: int) -> Tensor:
+    """A kept token plus the mean of those that the groups say went into it."""
+    target = int(image.kept[number])
+    members = [token for token in (image.groups == number).nonzero().flatten().tolist() if token != target]
+    return values[target] + (values[members].mean(0) if members else 0)
+
+
+# How merging methods, with the parameters of the matrix, make one token of several, by name.
+COMBINED = {"pool": cell_average, "visionzip": target_plus_mean}

@@ -13,7 +13,7 @@ from official_cases.batches import kept_per_image as kept_per_image
 from official_cases.batches import make_batch as make_batch
 from vlmprune.layout import VisualLayout, raster_layout
 from vlmprune.methods.base import Method
-from vlmprune.methods.batch import Selection, TowerFacts, VisualBatch
+from vlmprune.methods.batch import TILE_KINDS, Selection, TowerFacts, VisualBatch
 
 WITH_CLS = TowerFacts(layers=10, feature_layer=8, has_cls=True)
 WITHOUT_CLS = TowerFacts(layers=10, feature_layer=9, has_cls=False)
@@ -51,13 +51,30 @@ def random_batch(
             crops = layout.crops or (0, 0)
             side = layout.tile_grid or (1, layout.total)
             maps.append(values(1 + crops[0] * crops[1], side[0] * side[1], 2))
+        if signal.kind in TILE_KINDS:
+            tile_vision[signal] = tuple(tiles[:, 0] for tiles in maps)
+            continue
         index = [layout.row * (layout.tile_grid or (1, 1))[1] + layout.column for layout in images]
         picked = [
             tiles[layout.tile, place.clamp(min=0)] for tiles, layout, place in zip(maps, images, index, strict=True)
         ]
         vision[signal] = torch.cat(picked).masked_fill(newline[:, None], 0)
         tile_vision[signal] = tuple(maps)
-    return make_batch(method, images, values(total, 8), vision, tower, tile_vision=tile_vision)
+    return make_batch(method, images, values(total, 8), vision, tower, tile_vision=tile_vision, project=widened)
+
+
+def widened(features: Tensor) -> Tensor:
+    """A projector of the features of `random_batch`: `[rows, 2]` to `[rows, 8]`."""
+    return features.repeat(1, 4)
+
+
+def image_of(whole: VisualBatch, method: Method, index: int) -> VisualBatch:
+    """Return one image of a batch as a batch of its own."""
+    span = slice(whole.offsets[index], whole.offsets[index + 1])
+    vision = {signal: values[span] for signal, values in whole.vision.items()}
+    tile_vision = {signal: (maps[index],) for signal, maps in whole.tile_vision.items()}
+    more = {"tile_vision": tile_vision, "project": whole.project}
+    return make_batch(method, [whole.layouts[index]], whole.features[span], vision, whole.tower, **more)
 
 
 def check_selection(selection: Selection, batch: VisualBatch, counts: Sequence[int] | None = None) -> None:

@@ -25,6 +25,10 @@ class FamilyFacts(Protocol):
         """Whether attention of the vision tower can be read."""
 
     @property
+    def has_projector(self) -> bool:
+        """Whether what the projector gets can be read, and the projector be run on other rows."""
+
+    @property
     def has_grid(self) -> bool:
         """Whether every image is one plain grid of tokens."""
 
@@ -88,6 +92,12 @@ TOWER_ATTENTION = Need(
     "the hooks on the layers that `vision_signals` names, as `VisualBatch.vision`",
     met_by=lambda family: family.has_tower_attention,
 )
+TOWER_FEATURES = Need(
+    "tower_features",
+    "a projector whose input can be read",
+    "the hook on the projector, as `VisualBatch.vision` and `VisualBatch.project`",
+    met_by=lambda family: family.has_projector,
+)
 CLS_TOKEN = Need(
     "cls_token",
     "a CLS token in the vision tower",
@@ -134,6 +144,7 @@ ALL_TOKENS_BEFORE_CUT = LayerNeed(
 NEEDS: tuple[Need, ...] = (
     STILL_IMAGES,
     TOWER_ATTENTION,
+    TOWER_FEATURES,
     CLS_TOKEN,
     GRID,
     WHOLE_TILES,

@@ -20,6 +20,8 @@ class Scored:
         has_cls: whether the vision tower has a CLS token.
         tower_dim: width of the vision tower.
         tiles: tiles an image.
+        head_dim: width of an attention head of the vision tower.
+        projector: multiply-accumulates of the projector for one visual token.
     """
 
     images: Sequence[tuple[int, int]]
@@ -27,6 +29,8 @@ class Scored:
     has_cls: bool
     tower_dim: int = 1
     tiles: int = 1
+    head_dim: int = 1
+    projector: int = 0
 
 
 def all_pairs_macs(scored: Scored) -> int:

@@ -11,8 +11,8 @@ from transformers import PreTrainedConfig
 from vlmprune.errors import unknown
 from vlmprune.methods.batch import TowerFacts
 
-from .tower_macs_dense import dense_segments, dense_tower_facts, dense_tower_macs
-from .tower_macs_packed import packed_segments, packed_tower_facts, packed_tower_macs
+from .tower_macs_dense import dense_projector_macs, dense_segments, dense_tower_facts, dense_tower_macs
+from .tower_macs_packed import packed_projector_macs, packed_segments, packed_tower_facts, packed_tower_macs
 from .vision_work import VisionWork, grids, one_crop_each, tiles, tiles_of_single_images
 
 
@@ -22,22 +22,24 @@ class VisionFamily:
 
     `work(config, inputs, images)` reads from the processor's `inputs` of a batch, with `images` pictures in each row,
     what every row gives the tower. `macs(config, work)` gives (tower, projector) MACs, `segments(config, work, layer)`
-    the numbers of tower tokens that attend to each other, `facts(config)` what methods ask of the tower.
+    the numbers of tower tokens that attend to each other, `facts(config)` what methods ask of the tower,
+    `projector(config)` the projector's MACs for one visual token.
     """
 
     work: Callable[[PreTrainedConfig, Mapping[str, Any], Sequence[int]], list[VisionWork]]
     macs: Callable[[PreTrainedConfig, VisionWork], tuple[int, int]]
     segments: Callable[[PreTrainedConfig, VisionWork, int], list[int]]
     facts: Callable[[PreTrainedConfig], TowerFacts]
+    projector: Callable[[PreTrainedConfig], int]
 
 
 def _dense(
     work: Callable[[PreTrainedConfig, Mapping[str, Any], Sequence[int]], list[VisionWork]],
 ) -> VisionFamily:
-    return VisionFamily(work, dense_tower_macs, dense_segments, dense_tower_facts)
+    return VisionFamily(work, dense_tower_macs, dense_segments, dense_tower_facts, dense_projector_macs)
 
 
-_PACKED = VisionFamily(grids, packed_tower_macs, packed_segments, packed_tower_facts)
+_PACKED = VisionFamily(grids, packed_tower_macs, packed_segments, packed_tower_facts, packed_projector_macs)
 
 VISION_FAMILIES: dict[str, VisionFamily] = {
     "llava": _dense(one_crop_each),

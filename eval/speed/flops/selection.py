@@ -63,7 +63,17 @@ def _input_macs(
         queries = sum(length * length if signal.kind == "received_attention" else length for length in lengths)
         total += queries * hidden
     tiles = max(1, work.crops // max(1, len(images)))
-    own = method.feature_macs(Scored(images, config.get_text_config().hidden_size, facts.has_cls, hidden, tiles))
+    heads = getattr(vision, "num_attention_heads", None) or vision.num_heads
+    scored = Scored(
+        images,
+        dim=config.get_text_config().hidden_size,
+        has_cls=facts.has_cls,
+        tower_dim=hidden,
+        tiles=tiles,
+        head_dim=hidden // heads,
+        projector=family.projector(config),
+    )
+    own = method.feature_macs(scored)
     return None if own is None else total + own
 
 

@@ -22,11 +22,15 @@ def dense_tower_macs(config: PreTrainedConfig, work: VisionWork) -> tuple[int, i
     tower += vision.num_hidden_layers * (tokens * (4 * hidden * hidden + 2 * hidden * ffn) + 2 * tokens**2 * hidden)
     if vision.model_type.startswith("siglip") and getattr(vision, "vision_use_head", True):
         tower += 2 * hidden * hidden + 2 * tokens * hidden * hidden + 2 * tokens * hidden + 2 * hidden * ffn
-    layers = _feature_layers(config)
-    width = hidden * (1 if isinstance(layers, int) else len(layers))
-    text = config.get_text_config().hidden_size
     projected = tokens - (has_cls(config) and _drops_cls(config))
-    return work.crops * tower, work.crops * projected * (width * text + text * text)
+    return work.crops * tower, work.crops * projected * dense_projector_macs(config)
+
+
+def dense_projector_macs(config: PreTrainedConfig) -> int:
+    """MACs of a two-layer projector for one token."""
+    layers, text = _feature_layers(config), config.get_text_config().hidden_size
+    width = config.vision_config.hidden_size * (1 if isinstance(layers, int) else len(layers))
+    return int(width * text + text * text)
 
 
 def dense_segments(config: PreTrainedConfig, work: VisionWork, layer: int) -> list[int]:

@@ -65,8 +65,13 @@ class PackedTower:
         tower += self.layers * patches * (4 * self.hidden**2 + self.ffn_weights)
         for layer in range(self.layers):
             tower += sum(2 * length**2 * self.hidden for length in self.segments(work, layer))
+        return tower, self.mergers * (patches // self.merge**2) * self.merger_macs
+
+    @property
+    def merger_macs(self) -> int:
+        """MACs of one merger for one visual token."""
         width = self.hidden * self.merge**2
-        return tower, self.mergers * (patches // self.merge**2) * width * (width + self.out)
+        return width * (width + self.out)
 
 
 def _steps(size: int, step: int) -> list[int]:
@@ -76,6 +81,11 @@ def _steps(size: int, step: int) -> list[int]:
 def packed_tower_macs(config: PreTrainedConfig, work: VisionWork) -> tuple[int, int]:
     """MACs of a Qwen tower and its mergers for the pictures and videos of `work.grids`."""
     return PackedTower.from_config(config).macs(work)
+
+
+def packed_projector_macs(config: PreTrainedConfig) -> int:
+    """MACs of the merger for one visual token."""
+    return PackedTower.from_config(config).merger_macs
 
 
 def packed_segments(config: PreTrainedConfig, work: VisionWork, layer: int) -> list[int]:

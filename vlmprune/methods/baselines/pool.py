@@ -45,7 +45,8 @@ class Pool(InputMethod):
         kept = [cell_centres(*grid, *target) for grid, target in zip(grids, targets, strict=True)]
         indices = torch.cat(kept).to(batch.features.device, non_blocking=True)
         counts = tuple(rows * columns for rows, columns in targets)
-        return Selection(indices, counts, merge(batch.features), merge)
+        groups = torch.cat([cell_of(*grid, *target) for grid, target in zip(grids, targets, strict=True)])
+        return Selection(indices, counts, merge(batch.features), merge, groups.to(indices.device, non_blocking=True))
 
     def feature_macs(self, scored: Scored) -> int:
         """Pooling counts as nothing, here as in the models."""
@@ -82,3 +83,17 @@ def cell_centres(rows: int, columns: int, new_rows: int, new_columns: int) -> Te
         return (start + end - 1) // 2
 
     return (middles(rows, new_rows)[:, None] * columns + middles(columns, new_columns)).flatten()
+
+
+@lru_cache(maxsize=256)
+def cell_of(rows: int, columns: int, new_rows: int, new_columns: int) -> Tensor:
+    """Return a pooled cell that each token of the grid lies in, `[rows * columns]` int64; the first where cells overlap."""
+
+    def cells(size: int, number: int) -> Tensor:
+        place = torch.arange(size)
+        cell = place * number // size
+        # Cells end at the upper rounding, so the one before may reach this far.
+        before = (cell - 1).clamp(min=0)
+        return torch.where(-(-(before + 1) * size // number) > place, before, cell)
+
+    return (cells(rows, new_rows)[:, None] * new_columns + cells(columns, new_columns)).flatten()

@@ -11,3 +11,4 @@ from .hiprune import HiPrune as HiPrune
 from .holov import HoloV as HoloV
 from .textmonkey import TextMonkey as TextMonkey
 from .vispruner import VisPruner as VisPruner
+from .visionzip import VisionZip as VisionZip

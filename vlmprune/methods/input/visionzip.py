@@ -8,22 +8,24 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from vlmprune.errors import ParameterError
 from vlmprune.kernels.merge_scatter import merge_scatter
 from vlmprune.kernels.merge_to_targets import merge_to_targets
 from vlmprune.kernels.segmented_topk import segmented_topk
-from vlmprune.methods.base import Method
-from vlmprune.methods.batch import Selection, TowerFacts, VisionSignal, VisualBatch, check_choice
+from vlmprune.methods.batch import Selection, TowerFacts, VisionSignal, VisualBatch
+from vlmprune.methods.checks import check_choice, check_flag, check_number
+from vlmprune.methods.input_method import InputMethod
+from vlmprune.methods.needs import STILL_IMAGES, TOWER_ATTENTION, TOWER_FEATURES, Need
+from vlmprune.methods.selection_macs import Scored
 from vlmprune.methods.shared.features import features_signal
 from vlmprune.methods.shared.tile_segments import tile_segments, to_device
 
-from .visionzip_plan import VisionZipPlan, visionzip_plan
+from .visionzip_plan import VisionZipPlan, tile_share, visionzip_plan
 
 MergeAt = Literal["tower", "projected"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class VisionZip(Method):
+class VisionZip(InputMethod):
     """Keep the tokens that the CLS token attends to most, and merge the others into a few evenly spaced ones of them.
 
     Of `T` tokens that a tile keeps, `round(T * contextual)` (one at least, if `T` is more than one) are contextual,
@@ -62,13 +64,13 @@ class VisionZip(Method):
     order: Literal["position", "official"] = "position"
 
     name: ClassVar[str] = "visionzip"
+    needs: ClassVar[frozenset[Need]] = frozenset({STILL_IMAGES, TOWER_ATTENTION, TOWER_FEATURES})
     merges: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        share = self.contextual
-        if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 < share < 1:
-            raise ParameterError(f"contextual={share!r}; allowed: a number above 0 and below 1.")
+        check_number("contextual", self.contextual, "(0, 1)", "the share of the kept tokens that are contextual")
+        check_flag("cls_token", self.cls_token)
         check_choice("order", self.order, ("position", "official"))
         if self.merge_at is not None:
             check_choice("merge_at", self.merge_at, ("tower", "projected"))
@@ -144,6 +146,18 @@ class VisionZip(Method):
         # The places of true values, without waiting to learn how many there are.
         pool = rest.logical_not().to(torch.int8).argsort(stable=True)[: plan.pool_offsets[-1]]
         return order[chosen], order[pool]
+
+    def feature_macs(self, scored: Scored) -> int:
+        """The cosines of keys with those of the targets, and the second run of the projector; tokens spread evenly over tiles."""
+        total = 0
+        for tokens, kept in scored.images:
+            size, count = tokens // scored.tiles, kept // scored.tiles
+            share = tile_share(size, count, self.contextual, self.cls_token and scored.has_cls)
+            total += scored.tiles * (size - share.dominant) * share.contextual * scored.head_dim
+            if scored.has_cls if self.merge_at is None else self.merge_at == "tower":
+                total += scored.tiles * share.contextual * scored.projector
+            total += scored.tiles * share.cls * scored.projector
+        return total
 
     def _official_order(self, plan: VisionZipPlan, position: Tensor, image_of: Tensor) -> Tensor:
         stage, within = to_device(plan.stage, position.device), to_device(plan.within, position.device)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -41,8 +42,33 @@ class VisionZipPlan:
     in_first_tile: Tensor
 
 
+class TileShare(NamedTuple):
+    """Tokens of each kind that a tile keeps.
+
+    Attributes:
+        dominant: patches that are kept as they are.
+        contextual: targets that others are merged into.
+        cls: 1 where the CLS token is sent, else 0.
+    """
+
+    dominant: int
+    contextual: int
+    cls: int
+
+
+def tile_share(size: int, count: int, share: float, with_cls: bool) -> TileShare:
+    """Return how a tile of `size` patches that keeps `count` tokens splits these; nothing is merged where one or all are kept."""
+    if not 1 < count < size:
+        return TileShare(count, 0, 0)
+    contextual = min(max(1, round(count * share)), count - 1)
+    cls = int(with_cls and count - contextual >= 2)
+    return TileShare(count - contextual - cls, contextual, cls)
+
+
 @lru_cache(maxsize=64)
-def visionzip_plan(layouts: tuple[VisualLayout, ...], budgets: tuple[int, ...], share: float, with_cls: bool) -> VisionZipPlan:
+def visionzip_plan(
+    layouts: tuple[VisualLayout, ...], budgets: tuple[int, ...], share: float, with_cls: bool
+) -> VisionZipPlan:
     """Return the plan for images with these layouts and budgets.
 
     Args:
@@ -60,13 +86,12 @@ def visionzip_plan(layouts: tuple[VisualLayout, ...], budgets: tuple[int, ...], 
     for image, layout in enumerate(layouts):
         sizes, kept = segments.sizes[image].tolist(), counts[image].tolist()
         for tile, (size, count) in enumerate(zip(sizes, kept, strict=True)):
-            merges = tile < width - 1 and 1 < count < size
-            number = min(max(1, round(count * share)), count - 1) if merges else 0
-            has_cls = with_cls and merges and count - number >= 2 and layout.tile_grid is not None
-            chosen = count - number - has_cls
+            # Newlines, the last segment, are kept as they are.
+            parts = tile_share(size, count, share, with_cls and layout.tile_grid is not None)
+            chosen, number, has_cls = parts if tile < width - 1 else TileShare(count, 0, 0)
             dominant.append(chosen)
-            merging.append(torch.full((size,), merges))
-            if not merges:
+            merging.append(torch.full((size,), number > 0))
+            if not number:
                 continue
             left = size - chosen
             step = max(1, left // number)

@@ -13,7 +13,7 @@ from torch.nn.functional import normalize
 from vlmprune.methods.batch import Selection, TowerFacts, VisionSignal, VisualBatch
 from vlmprune.methods.checks import check_number
 from vlmprune.methods.input_method import InputMethod
-from vlmprune.methods.needs import STILL_IMAGES, TOWER_ATTENTION, Need
+from vlmprune.methods.needs import STILL_IMAGES, TOWER_ATTENTION, TOWER_FEATURES, Need
 from vlmprune.methods.selection_macs import Scored, pairs_in_tiles_macs
 from vlmprune.methods.shared.features import features_signal, tower_features
 from vlmprune.methods.shared.tile_segments import even_counts, local_indices, tile_segments, to_device
@@ -48,7 +48,7 @@ class VisPruner(InputMethod):
     rho: float = 0.5
 
     name: ClassVar[str] = "vispruner"
-    needs: ClassVar[frozenset[Need]] = frozenset({STILL_IMAGES, TOWER_ATTENTION})
+    needs: ClassVar[frozenset[Need]] = frozenset({STILL_IMAGES, TOWER_ATTENTION, TOWER_FEATURES})
 
     def __post_init__(self) -> None:
         super().__post_init__()
