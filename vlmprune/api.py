@@ -47,7 +47,8 @@ def apply(
         method: a method's name, class or object, or a list of them that act at different sites (a pipeline).
         keep: share of visual tokens kept, a float in (0, 1], or the number kept per image, an int; 0.25 if not given.
         positions: "compact" renumbers the kept tokens, "original" leaves their positions; by default as the family needs it.
-        parameters: the method's own parameters, under the symbols of its paper.
+        parameters: the method's own parameters. A symbol of its paper that is spelt in another way here is answered with
+            an error that says how.
 
     Returns:
         What was given.

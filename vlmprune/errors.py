@@ -71,7 +71,7 @@ def unknown(kind: str, value: object, allowed: Iterable[str]) -> UnknownNameErro
 def unknown_parameter(method: str, symbol: str, here: str, allowed: Iterable[str]) -> UnknownNameError:
     """Build the error for a symbol of a method's paper that is spelt in another way here."""
     return UnknownNameError(
-        f"Unknown parameter of {method} {symbol!r}: the paper's {symbol} is {here} in this library. "
+        f"Unknown parameter of {method} {symbol!r}: what its paper or code calls {symbol} is {here} in this library. "
         f"Allowed: {', '.join(allowed)}."
     )
 

@@ -15,6 +15,9 @@ from .selection_macs import Scored
 class InputMethod(Method):
     """A method that selects or merges visual tokens before the first layer.
 
+    Positions: with 1-D rotary positions kept tokens and everything after them close the gaps, as in the official codes for
+    LLaVA; M-RoPE ids stay those of the full prompt. `apply(..., positions=)` overrides.
+
     Attributes:
         keep: share of visual tokens kept, a float in (0, 1], or the number kept per image, an int.
     """

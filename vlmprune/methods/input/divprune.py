@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -29,6 +30,11 @@ class DivPrune(InputMethod):
 
     name: ClassVar[str] = "divprune"
     needs: ClassVar[frozenset[Need]] = frozenset()
+    symbols: ClassVar[Mapping[str, str]] = {
+        "K": "keep as an int, the number kept per image",
+        "ratio": "keep=ratio",
+        "subset_ratio": "keep=subset_ratio",
+    }
 
     def select(self, batch: VisualBatch) -> Selection:
         """Pick `budgets[i]` tokens of each image."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -30,6 +31,11 @@ class FasterVLM(InputMethod):
 
     name: ClassVar[str] = "fastervlm"
     needs: ClassVar[frozenset[Need]] = frozenset({STILL_IMAGES, TOWER_ATTENTION})
+    symbols: ClassVar[Mapping[str, str]] = {
+        "R": "keep=1 - R",
+        "T": "keep=T * tiles, per image",
+        "visual_token_num": "keep=visual_token_num * tiles, per image",
+    }
 
     def vision_signals(self, tower: TowerFacts) -> tuple[VisionSignal, ...]:
         """Ask for the CLS attention of the feature layer."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -38,12 +39,17 @@ class GlobalCom2(InputMethod):
     thumbnail's scores resized to the image, both L2-normalised over the crop. Newlines are kept. A tower without CLS
     token is scored by the negative cosine between a token and the mean of its tile, as in the paper's appendix.
 
-    Source: "Compression with Global Guidance: Towards Training-free High-Resolution MLLMs Acceleration", arXiv
-    2501.05179. By default the budget is spent exactly, newlines included (at most half of a very small budget goes to
-    them), and kept tokens stay in raster order. The official code truncates the share of every tile and lets the
-    newlines come on top (`faithful=True`, which also leaves images that are not cut in tiles whole). It feeds the
-    thumbnail in score order, places crop tokens by their rank among the tokens that are no padding, and adds a
-    newline for every row of the padded image (`order="official"`). It serves one image a call.
+    Source: "Compression with Global Guidance: Towards Training-free High-Resolution MLLMs Acceleration" (later
+    "Global Compression Commander", AAAI 2026), arXiv 2501.05179. The paper writes the CLS attention with its softmax,
+    and the score as `alpha * global + (1 - alpha) * local`; the official code takes the logits, whose sums alone make
+    the crops' shares differ at a temperature of 10, and adds both views after normalising each: here as in the code.
+    Scores are those of the last tower layer in both, one later than the features. The score without a CLS token is
+    the paper's, the official code has none. By default the budget is spent exactly, newlines included (at most half
+    of a very small budget goes to them), and kept tokens stay in raster order. The paper claims that total too; the
+    official code truncates the share of every tile and lets the newlines come on top (`faithful=True`, which also
+    leaves images that are not cut in tiles whole). It feeds the thumbnail in score order, places crop tokens by their
+    rank among the tokens that are no padding, and adds a newline for every row of the padded image
+    (`order="official"`). It serves one image a call.
 
     Attributes:
         temperature: of the softmax over the crops.
@@ -57,6 +63,11 @@ class GlobalCom2(InputMethod):
 
     name: ClassVar[str] = "globalcom2"
     needs: ClassVar[frozenset[Need]] = frozenset({STILL_IMAGES, TOWER_ATTENTION, TILES})
+    symbols: ClassVar[Mapping[str, str]] = {
+        "R": "keep=R",
+        "retention_ratio": "keep=retention_ratio",
+        "tau": "temperature=",
+    }
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import ClassVar, NamedTuple
@@ -53,6 +54,7 @@ class HiPrune(InputMethod):
 
     name: ClassVar[str] = "hiprune"
     needs: ClassVar[frozenset[Need]] = frozenset({STILL_IMAGES, TOWER_ATTENTION})
+    symbols: ClassVar[Mapping[str, str]] = {"l": "object_layer="}
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import ClassVar, Literal
@@ -62,6 +63,7 @@ class HiRED(InputMethod):
 
     name: ClassVar[str] = "hired"
     needs: ClassVar[frozenset[Need]] = frozenset({STILL_IMAGES, TOWER_ATTENTION, WHOLE_TILES})
+    symbols: ClassVar[Mapping[str, str]] = {"r": "keep=r", "token_budget_rate": "keep=token_budget_rate"}
 
     def __post_init__(self) -> None:
         super().__post_init__()

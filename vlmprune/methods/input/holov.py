@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import ClassVar, Literal, NamedTuple
@@ -58,6 +59,7 @@ class HoloV(InputMethod):
 
     name: ClassVar[str] = "holov"
     needs: ClassVar[frozenset[Need]] = frozenset({STILL_IMAGES, TOWER_ATTENTION})
+    symbols: ClassVar[Mapping[str, str]] = {"P": "num_patches="}
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import ClassVar
@@ -40,6 +40,7 @@ class TextMonkey(InputMethod):
 
     name: ClassVar[str] = "textmonkey"
     needs: ClassVar[frozenset[Need]] = frozenset()
+    symbols: ClassVar[Mapping[str, str]] = {"r": "keep as an int, the number kept per image"}
 
     def select(self, batch: VisualBatch) -> Selection:
         """Take the lowest scores, `budgets[i]` of each image."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import ClassVar, Literal
@@ -55,6 +56,7 @@ class ToDRE(InputMethod):
 
     name: ClassVar[str] = "todre"
     needs: ClassVar[frozenset[Need]] = frozenset({STILL_IMAGES, TOWER_ATTENTION})
+    symbols: ClassVar[Mapping[str, str]] = {"K": "keep as an int, the number kept per image", "l": "layer="}
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import ClassVar
@@ -49,6 +50,7 @@ class VisPruner(InputMethod):
 
     name: ClassVar[str] = "vispruner"
     needs: ClassVar[frozenset[Need]] = frozenset({STILL_IMAGES, TOWER_ATTENTION, TOWER_FEATURES})
+    symbols: ClassVar[Mapping[str, str]] = {"T": "keep=T * tiles, per image", "important_ratio": "rho="}
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -26,10 +26,11 @@ class VTCCLS(InputMethod):
     of a tiled image keeps the same number of tokens, as far as it has that many; newlines are dropped first. Kept
     tokens stay in raster order. With `start_layer` equal to the feature layer it is FasterVLM.
 
-    Source: "[CLS] Token Tells Everything Needed for Training-free Efficient MLLMs", arXiv 2412.05819. The official
-    code sums half-precision scores, serves LLaVA-1.5 with one image a call, and drops tokens before the projector,
-    which gives the same tokens. Tiles, and the received attention that stands in where a tower has no CLS token, are
-    ours.
+    Source: "[CLS] Token Tells Everything Needed for Training-free Efficient MLLMs", arXiv 2412.05819. The paper sums
+    the last K layers; the official code those from a layer that it is given (16 of 24 by default) to the feature
+    layer, the last but one, as here. The official code sums half-precision scores, serves LLaVA-1.5 with one image a
+    call, and drops tokens before the projector, which gives the same tokens. Tiles, and the received attention that
+    stands in where a tower has no CLS token, are ours.
 
     Attributes:
         start_layer: first layer of the sum; negative values count from the end as Python's do. The sum ends with the
@@ -41,6 +42,11 @@ class VTCCLS(InputMethod):
 
     name: ClassVar[str] = "vtc_cls"
     needs: ClassVar[frozenset[Need]] = frozenset({STILL_IMAGES, TOWER_ATTENTION})
+    symbols: ClassVar[Mapping[str, str]] = {
+        "K": "start_layer=-(K + 1), the last K layers up to the feature layer of a CLIP tower",
+        "layer": "start_layer=",
+        "token_num": "keep as an int, the number kept per image",
+    }
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from math import floor
@@ -23,10 +23,11 @@ from vlmprune.methods.needs import LAST_TOKEN_BEFORE_CUT, STILL_IMAGES, Need
 class FastV(LayerMethod):
     """Drop visual tokens once, at the input of layer K, by the attention that the last prompt token pays them in layer K-1.
 
-    Kept tokens stay in place with their original positions, and so does everything after them.
+    Give `ratio` as in the paper, or `keep`, the average over all layers: `keep * L = K + (L - K) * share` is solved
+    for the share that stays after the cut. The paper's setting is `FastV(ratio=0.5)` (K 2, R 0.5), the official
+    demo's `FastV(layer=3, ratio=0.75)`; without either, `keep` is 0.25, which on 32 layers is K 2, R 0.8.
 
-    Give `ratio` as in the paper, or `keep`, the average over all layers: `keep * L = K + (L - K) * share` is solved for the share
-    that stays after the cut.
+    Positions: original. Kept tokens and everything after them stay where they were, in every layer and decode step.
 
     Attributes:
         layer: the paper's K, 0-based layer at whose input the tokens are dropped, an int >= 1.
@@ -34,8 +35,12 @@ class FastV(LayerMethod):
         rounding: "round" keeps `round(N * (1 - R))` tokens as the official code for transformers, "floor" truncates as
             the one for lmms-eval does, whose argument is the kept share: `int(N * (1 - R))`.
 
-    Source: "An Image is Worth 1/2 Tokens After Layer 2: Plug-and-Play Inference Acceleration for Large Vision-Language Models",
-    ECCV 2024, arXiv 2403.06764. The official code takes the ranking of row 0 for a whole batch; here every row has its own.
+    Source: "An Image is Worth 1/2 Tokens After Layer 2: Plug-and-Play Inference Acceleration for Large
+    Vision-Language Models", ECCV 2024, arXiv 2403.06764. The paper ranks by the attention that a token receives from
+    all tokens, the official code by that of the last one, as here. The paper's first code keeps no cache and, where
+    it only masks, ranks again for every generated token; here, as in the official codes with a cache, tokens are
+    ranked once, in the prefill. The official codes take the ranking of row 0 for a whole batch and one block of
+    tokens at a fixed place; here every row has its own, and every image its own budget.
     """
 
     layer: int = 2
@@ -44,6 +49,7 @@ class FastV(LayerMethod):
 
     name: ClassVar[str] = "fastv"
     needs: ClassVar[frozenset[Need]] = frozenset({STILL_IMAGES, LAST_TOKEN_BEFORE_CUT})
+    symbols: ClassVar[Mapping[str, str]] = {"K": "layer=K", "R": "ratio=R", "keep_ratio": "ratio=1 - keep_ratio"}
     positions = "original"
 
     def __post_init__(self) -> None:

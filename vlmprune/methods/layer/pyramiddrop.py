@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
@@ -25,23 +25,36 @@ _LOWEST_RATE = 0.4
 class PyramidDrop(LayerMethod):
     """Drop visual tokens in stages inside the language model, by the attention of the last prompt token.
 
-    At the input of each layer in `layers` the tokens are ranked by that layer's own attention (its norm, query of the last
-    prompt token, all keys, fp32 softmax over the whole sequence, mean over heads); the best stay, in position order.
+    At the input of each layer in `layers` the tokens are ranked by that layer's own attention (its norm, query of the
+    last prompt token, all keys, fp32 softmax over the whole sequence, mean over heads); the best stay, in position
+    order.
 
-    Either give `ratios` (and `layers`), or `keep`, the average over all layers, from which a schedule is solved:
-    with `layers`, stage j keeps the share `rate**j`; without, cuts at L/4, L/2 and 3L/4 with `rate**j` while the rate is at
-    least 0.4 (the lowest in the paper); below that, cuts at L/16, 10L/32 and 20L/32 with shares r, r/2, r/4 (2, 10, 20 of 32);
-    where even that is too much, the first cut moves to layer 1, which leaves averages above 1/L within reach.
-    Solved shares are rounded half to even, at least one token an image.
+    Either give `ratios` (and `layers`), or `keep`, the average over all layers, from which a schedule is solved: with
+    `layers`, stage j keeps the share `rate**j`; without, cuts at L/4, L/2 and 3L/4 with `rate**j` while the rate is
+    at least 0.4 (the lowest in the paper); below that, cuts at L/16, 10L/32 and 20L/32 with shares r, r/2, r/4 (2,
+    10, 20 of 32); where even that is too much, the first cut moves to layer 1, which leaves averages above 1/L within
+    reach. Solved shares are rounded half to even, at least one token an image.
+
+    The paper's setting (lambda 0.5, S 4 stages) is `PyramidDrop(layers=(8, 16, 24), ratios=(0.5, 0.25, 0.125))` on 32
+    layers, an average of 0.47; without parameters `keep` is 0.25, which keeps less. The paper publishes no settings
+    for its averages of 192, 128 and 64.
+
+    Positions: as before the first layer: with 1-D rotary positions gaps are closed at every stage, as in the official
+    code; M-RoPE ids, for which there is no official code, stay those of the full prompt.
 
     Attributes:
         layers: 0-based layers at whose input tokens are dropped (the paper counts completed layers: the same numbers).
         ratios: share of the image's tokens that stays from each of these layers on, `int(N * ratio)`; never growing.
         allow_empty: whether an image may lose all tokens because `int(N * ratio)` is 0, as in the official code; else an error.
 
-    Source: "PyramidDrop: Accelerating Your Large Vision-Language Models via Pyramid Visual Redundancy Reduction" (CVPR 2025 as
-    "Conical Visual Concentration for Efficient Large Vision-Language Models"), arXiv 2410.17247.
-    The official code scores in half precision and for one image a prompt; here in fp32 and image by image.
+    Source: "PyramidDrop: Accelerating Your Large Vision-Language Models via Pyramid Visual Redundancy Reduction"
+    (CVPR 2025 as "Conical Visual Concentration for Efficient Large Vision-Language Models"), arXiv 2410.17247. The
+    paper ranks with queries and keys of the last layer of a stage, the official code with those of the layer after
+    it, as here. The paper compares with image tokens only; the official code takes the softmax over the whole
+    sequence, as here. The paper drops `ceil((1 - lambda) n)` of the tokens alive, the official code keeps `int(N *
+    ratio)` of all N, as here with `ratios`. The paper splits the layers evenly, the official code cuts at 8, 16 and
+    24 also in 40 layers; here `layers` says, or they are split evenly. The official code scores in half precision and
+    for one image a prompt; here in fp32 and image by image.
     """
 
     layers: tuple[int, ...] | None = None
@@ -49,6 +62,12 @@ class PyramidDrop(LayerMethod):
     allow_empty: bool = False
 
     name: ClassVar[str] = "pyramiddrop"
+    symbols: ClassVar[Mapping[str, str]] = {
+        "lambda": "ratios=(lambda, lambda**2, ...)",
+        "S": "the number of layers and ratios, plus one",
+        "layer_list": "layers=",
+        "image_token_ratio_list": "ratios=, without its leading 1.0",
+    }
 
     def __post_init__(self) -> None:
         super().__post_init__()

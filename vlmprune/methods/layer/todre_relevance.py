@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -29,6 +30,10 @@ class ToDRERelevance(LayerMethod):
     tokens, and of the visual tokens' attention that falls on text. Both below `tau`: the visual tokens leave. Text is what
     follows the first visual token of a row, the rest counts as system prompt. The decision waits for the device once a prefill.
 
+    The defaults are the paper's (7L/8, tau 0.1), which does not say how 7L/8 is rounded.
+
+    Positions: original; the paper does not say. Text behind a dropped image stays where it was, as in the earlier layers' caches.
+
     Attributes:
         layer: 0-based layer at whose input the tokens are dropped; by default `floor(7L / 8)`.
         tau: threshold of both shares, in [0, 1].
@@ -42,6 +47,7 @@ class ToDRERelevance(LayerMethod):
 
     name: ClassVar[str] = "todre_relevance"
     needs: ClassVar[frozenset[Need]] = frozenset({STILL_IMAGES, ALL_TOKENS_BEFORE_CUT})
+    symbols: ClassVar[Mapping[str, str]] = {"l": "layer="}
     is_stage: ClassVar[bool] = True
     positions = "original"
 
