@@ -41,10 +41,12 @@ class ModelCall:
         attention_mask: the caller's 2-D mask as bool on the CPU, or None.
         encoded: per modality what the encoder returned, with the projected features per image in `pooler_output`.
         modality_masks: like `visual_mask`, per modality.
+        direct: whether the caller called the language model itself, with these arguments.
         language_call: the call of the language model inside it, once that has begun.
     """
 
     inputs: Mapping[str, Any]
+    direct: bool = False
     visual_mask: Tensor | None = None
     attention_mask: Tensor | None = None
     encoded: dict[str, Any] = field(default_factory=dict)
@@ -55,6 +57,11 @@ class ModelCall:
     def has_visuals(self) -> bool:
         """Whether images or videos are put into this call."""
         return bool(self.encoded) and self.visual_mask is not None
+
+    def read_mask(self, mask: Any) -> None:
+        """Keep a copy of a 2-D attention mask on the CPU."""
+        if isinstance(mask, Tensor) and mask.ndim == 2:
+            self.attention_mask = mask.bool().cpu()
 
 
 @dataclass(eq=False)

@@ -3,28 +3,36 @@
 from __future__ import annotations
 
 import inspect
+import threading
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from vlmprune.errors import NoRunError, UnsupportedCallError
-from vlmprune.methods.pipeline import Pipeline, check_call
+from vlmprune.errors import NoRunError, UnsupportedCallError, VlmpruneWarning
+from vlmprune.methods.layer_method import LayerMethod
+from vlmprune.methods.pipeline import Pipeline
 from vlmprune.record import RunRecord
 
 from .cache.continuation import continued_inputs
 from .cache.generation import patch_generation
 from .cache.pruned_cache import cache_state, close_cache, open_cache, set_cache_state
+from .call_options import OptionsInForce, RowPipelines
 from .calls import CallStack, LanguageModelCall, ModelCall
+from .continuous_batching import refuse_continuous_batching
 from .families.family import Family
 from .hooks import HookSet, forget_compiled
 from .layers.site import LayerSite
 from .prefill.compaction import restore_columns
+from .prefill.given_mask import given_visuals
 from .prefill.site import InputSite
-from .prefill.visuals import read_visuals
+from .prefill.visuals import PrefillVisuals, read_visuals
 from .run_records import entry_record, text_record
 
+# Not on the engine, which is copied along with its model.
+_PREPARING = threading.Lock()
 _PIXELS = {"image": "pixel_values", "video": "pixel_values_videos"}
 
 
@@ -39,17 +47,18 @@ class PruningEngine:
     def __init__(self, family: Family, pipeline: Pipeline, positions: str | None = None) -> None:
         self.family = family
         self.pipeline = pipeline
-        inner = pipeline.at_layers
+        self._applied = RowPipelines((pipeline,))
         self.positions = positions or ("original" if family.mrope else "compact")
         self.calls = CallStack()
         self.input_site = InputSite(family, pipeline.at_input, self.calls, compact=self.positions == "compact")
-        self.layer_site: LayerSite | None = None
-        if inner is not None:
-            compact = (positions or inner.positions or self.positions) == "compact"
-            self.layer_site = LayerSite(family, inner, self.calls, compact, self.positions == "compact")
+        self._asked_positions = positions
+        self.layer_site = self._layer_site(pipeline.at_layers)
+        self.options = OptionsInForce()
         self.hooks = HookSet()
         self.record: RunRecord | None = None
         self._model_parameters = list(inspect.signature(family.multimodal_model.forward).parameters)
+        self._language_parameters = list(inspect.signature(family.language_model.forward).parameters)
+        self._told_of_embeddings = False
 
     def install(self) -> None:
         """Register all hooks; undone completely if one of them cannot be registered."""
@@ -59,11 +68,12 @@ class PruningEngine:
             hooks.before("model entry", family.multimodal_model, self._enter_model)
             hooks.after("model exit", family.multimodal_model, self._leave_model, always=True)
             hooks.before("language model entry", family.language_model, self._enter_language_model)
-            hooks.after("language model exit", family.language_model, self._leave_language_model)
+            hooks.after("language model exit", family.language_model, self._leave_language_model, always=True)
             if self.layer_site is not None:
                 self.layer_site.install(hooks)
             patch_generation(family.model, hooks)
             forget_compiled()
+            refuse_continuous_batching(family.model, hooks)
         except BaseException:
             hooks.remove()
             raise
@@ -76,9 +86,34 @@ class PruningEngine:
 
     @property
     def signal(self) -> str | None:
-        """What the methods score by, in words."""
+        """What the methods score by, in words; the record of a prefill says what was read in it."""
         names = [self.input_site.signal, self.layer_site.signal if self.layer_site is not None else None]
         return ", ".join(name for name in names if name) or None
+
+    def prepare(self, pipelines: RowPipelines) -> None:
+        """Register the hooks that the applied methods need once they run with these budgets.
+
+        Raises:
+            BudgetError: a budget that the model's layers cannot reach.
+        """
+        with _PREPARING:
+            before = len(self.hooks)
+            for pipeline in pipelines.pipelines:
+                inner = pipeline.at_layers
+                if inner is None:
+                    continue
+                site = self.layer_site or self._layer_site(inner)
+                assert site is not None
+                site.watch(inner, self.hooks)
+                self.layer_site = site
+            if len(self.hooks) != before:
+                forget_compiled()
+
+    def _layer_site(self, method: LayerMethod | None) -> LayerSite | None:
+        if method is None:
+            return None
+        compact = (self._asked_positions or method.positions or self.positions) == "compact"
+        return LayerSite(self.family, method, self.calls, compact, self.positions == "compact")
 
     def _enter_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if getattr(module, "_is_replica", False):
@@ -97,9 +132,7 @@ class PruningEngine:
             return
         call.modality_masks = {name: self._placeholders(inputs, name).cpu() for name in present}
         call.visual_mask = torch.stack([*call.modality_masks.values()]).any(0)
-        mask = inputs.get("attention_mask")
-        if isinstance(mask, Tensor) and mask.ndim == 2:
-            call.attention_mask = mask.bool().cpu()
+        call.read_mask(inputs.get("attention_mask"))
 
     def _leave_model(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         if self.calls.model:
@@ -117,7 +150,8 @@ class PruningEngine:
 
     def _enter_language_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if not self.calls.model:
-            return None
+            args, kwargs = (), {**dict(zip(self._language_parameters, args, strict=False)), **kwargs}
+            self.calls.model.append(ModelCall(kwargs, direct=True))
         model_call = self.calls.model[-1]
         cache = kwargs.get("past_key_values")
         state = None if cache is None else cache_state(cache)
@@ -126,8 +160,12 @@ class PruningEngine:
             open_cache(call.cache)
             call.state.check_entries(call.cache)
             LayerSite.check_continues(self.layer_site, call.state, self.pipeline.name)
+        given = self._given_visuals(call)
+        if given is not None:
+            return args, self._prefill(call, given)
         if model_call.has_visuals:
-            return args, self._prefill(call)
+            signals, live = self.input_site.signals, self.input_site.live
+            return args, self._prefill(call, read_visuals(self.family, model_call, signals, live))
         if model_call.visual_mask is not None:
             raise UnsupportedCallError(
                 f"Pixels were given, but {type(self.family.multimodal_model).__name__} did not encode them where "
@@ -136,21 +174,48 @@ class PruningEngine:
         if call.state is not None:
             return args, self._continue(call)
         if call.past == 0:
-            self.record = text_record(self.pipeline.name, self.signal, self.family.decoder_layers, call)
+            self._tell_of_embeddings(call)
+            self.record = text_record(self.pipeline.name, self.family.decoder_layers, call)
         return None
 
-    def _prefill(self, call: LanguageModelCall) -> dict[str, Any]:
+    def _given_visuals(self, call: LanguageModelCall) -> PrefillVisuals | None:
+        mask = self.options.current.visual_mask
+        visuals = None if mask is None else given_visuals(call, mask)
+        if visuals is not None:
+            call.model_call.visual_mask = torch.zeros(call.batch * call.columns, dtype=torch.bool)
+            call.model_call.visual_mask[visuals.spans.flat] = True
+            call.model_call.visual_mask = call.model_call.visual_mask.view(call.batch, call.columns)
+            call.model_call.read_mask(call.mask)
+        return visuals
+
+    def _tell_of_embeddings(self, call: LanguageModelCall) -> None:
+        inputs = call.model_call.inputs
+        if (
+            self._told_of_embeddings
+            or inputs.get("inputs_embeds") is None
+            or self.options.current.visual_mask is not None
+        ):
+            return
+        self._told_of_embeddings = True
+        warnings.warn(
+            f"{self.pipeline.name!r} is applied, and a call brought embeddings but no images: nothing was pruned. If visual "
+            "tokens are among them, say where: `with vlmprune.options(model, visual_mask=...)`. This is said once.",
+            VlmpruneWarning,
+            stacklevel=2,
+        )
+
+    def _prefill(self, call: LanguageModelCall, visuals: PrefillVisuals) -> dict[str, Any]:
         self.hooks.check_in_place()
-        visuals = read_visuals(self.family, call.model_call, self.input_site.signals, self.input_site.live)
-        check_call(self.pipeline, set(visuals.modalities))
-        cut = self.input_site.begin_prefill(call, visuals)
+        pipelines = self.options.current.pipelines or self._applied
+        cut = self.input_site.begin_prefill(call, visuals, pipelines)
         name, depth = self.pipeline.name, self.family.decoder_layers
-        call.record = self.record = entry_record(name, self.signal, depth, call, visuals, cut)
+        signal = None if cut.selection is None else self.input_site.signal
+        call.record = self.record = entry_record(name, signal, depth, call, visuals, cut)
         arguments = call.arguments
         if cut.compaction is not None:
             arguments = self.input_site.compacted(call, visuals, cut)
         if self.layer_site is not None:
-            arguments = self.layer_site.begin_prefill(call, visuals, cut, arguments)
+            arguments = self.layer_site.begin_prefill(call, visuals, cut, arguments, pipelines)
         if cut.compaction is None and call.state is not None:
             call.arguments = arguments
             return self._continue(call)
@@ -168,12 +233,19 @@ class PruningEngine:
         call = self.calls.language_call
         if call is None:
             return None
+        if call.model_call.direct:
+            self._leave_model(module, args, kwargs, output)
+        if output is None:
+            return None
         entry, run, state = call.entry, call.layer_run, call.left_behind
         if run is not None and run.images is not None:
             state = run.left_behind()
-            self.record = LayerSite.finish_record(run)
+            assert self.layer_site is not None
+            self.record = self.layer_site.finish_record(run)
         if state is None:
             return None
+        if isinstance(output, tuple) and not hasattr(output, "last_hidden_state"):
+            raise UnsupportedCallError("return_dict=False in a pruned call of the language model; leave it unset.")
         if output.past_key_values is not None:
             set_cache_state(output.past_key_values, state)
 

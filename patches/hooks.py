@@ -96,6 +96,9 @@ class HookSet:
             raise ValueError(f"A hook named {name!r} is already registered.")
         self._hooks[name] = Hook(name, kind, module, undo)
 
+    def __len__(self) -> int:
+        return len(self._hooks)
+
     def __repr__(self) -> str:
         return f"HookSet({', '.join(self._hooks)})"
 

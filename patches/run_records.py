@@ -39,13 +39,13 @@ def entry_record(
     )
 
 
-def text_record(method: str, signal: str | None, decoder_layers: int, call: LanguageModelCall) -> RunRecord:
+def text_record(method: str, decoder_layers: int, call: LanguageModelCall) -> RunRecord:
     """Return the record of a prefill without images."""
     mask = call.mask
     is_plain = isinstance(mask, Tensor) and mask.ndim == 2
     return RunRecord(
         method=method,
-        signal=signal,
+        signal=None,
         text_tokens=mask[:, -call.columns :].sum(1).tolist() if is_plain else [call.columns] * call.batch,
         visual_tokens_per_layer=[[0] * decoder_layers for _ in range(call.batch)],
         image_rows=(),

@@ -16,7 +16,7 @@ if (_root := Path(__file__).resolve().parent.parent).joinpath("kernels", "segmen
 
 if TYPE_CHECKING:
     from . import errors, methods
-    from .api import apply, describe, last_run, list_methods, pruned, remove
+    from .api import apply, describe, last_run, list_methods, options, pruned, remove
     from .methods import *  # noqa: F403
     from .record import ImageRecord, RunRecord
 
@@ -30,12 +30,13 @@ __all__ = [
     "last_run",
     "list_methods",
     "methods",
+    "options",
     "pruned",
     "remove",
 ]
 
 _HOMES = {
-    **dict.fromkeys(("apply", "describe", "last_run", "list_methods", "pruned", "remove"), "vlmprune.api"),
+    **dict.fromkeys(("apply", "describe", "last_run", "list_methods", "options", "pruned", "remove"), "vlmprune.api"),
     **dict.fromkeys(("ImageRecord", "RunRecord"), "vlmprune.record"),
 }
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from .budget import Keep
 from .errors import (
     AlreadyAppliedError,
     NotAppliedError,
@@ -21,6 +22,8 @@ from .methods.registry import METHODS, make_method
 from .record import RunRecord
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from vlmprune.patches.engine import PruningEngine
     from vlmprune.patches.families.family import Family
 
@@ -111,6 +114,55 @@ def pruned(
         remove(model)
 
 
+@contextmanager
+def options(
+    model: ModelT,
+    *,
+    keep: Keep | Mapping[str, Keep] | Sequence[Keep | Mapping[str, Keep]] | None = None,
+    visual_mask: Tensor | None = None,
+) -> Iterator[ModelT]:
+    """Change the budget, or say where the visual tokens are, for the calls in the body of a `with` statement.
+
+    It holds for calls made in this thread (or in this task, where calls are asynchronous), so a server can choose a budget for
+    each request without applying the method again; a thread that is started in the body does not inherit it. Blocks nest,
+    and what an inner one does not set stays as it was. Undone even when the body raises. A decoding that begins in the body
+    may go on after it: what a prefill dropped stays dropped.
+
+    Args:
+        model: a model that a method is applied to.
+        keep: as for `apply`, or a list or tuple with one entry for each row of the batch (before the expansion for beams and
+            return sequences). Where several methods are applied, a mapping from their names to the budgets.
+        visual_mask: for calls that bring embeddings and no images: which tokens are visual, `[batch, tokens]`. Bool:
+            every unbroken run of true is an image. Int: 0 is text, other numbers tell the images of a row apart. It also serves
+            calls of `model.model.language_model`. Nothing is known of the tokens' geometry; methods that
+            read the vision tower, a grid or tiles refuse such calls.
+            Calls of another length than the mask that go on with a filled cache (decoding, say) bring no new visual tokens.
+
+    Returns:
+        The same model, as the target of `as`.
+
+    Raises:
+        NotAppliedError: no method was applied.
+        BudgetError: bad `keep`, or one that the model's layers cannot reach.
+        ParameterError: the method's budget is set by another parameter than `keep`, one `keep` is given for several
+            methods, or rows get budgets of their own under a method with `faithful=True`.
+        LayoutError: `visual_mask` is no bool or int tensor of two dimensions.
+    """
+    engine = _engine(model)
+    changes: dict[str, Any] = {}
+    if keep is not None:
+        from vlmprune.patches.call_options import row_pipelines
+
+        changes["pipelines"] = row_pipelines(engine.pipeline, keep)
+        engine.prepare(changes["pipelines"])
+    if visual_mask is not None:
+        from vlmprune.patches.prefill.given_mask import checked_mask
+
+        changes["visual_mask"] = checked_mask(visual_mask)
+    with engine.options.changed(**changes):
+        yield model
+
+
 def last_run(model: Any) -> RunRecord:
     """Return the record of the latest prefill.
 
@@ -199,4 +251,4 @@ def _engine(model: Any) -> PruningEngine:
     return engine
 
 
-__all__ = ["UnsupportedFamilyError", "apply", "describe", "last_run", "list_methods", "pruned", "remove"]
+__all__ = ["UnsupportedFamilyError", "apply", "describe", "last_run", "list_methods", "options", "pruned", "remove"]

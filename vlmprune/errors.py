@@ -54,6 +54,10 @@ class MissingExtraError(VlmpruneError, ImportError):
     """An optional dependency is not installed."""
 
 
+class VlmpruneWarning(UserWarning):
+    """A call that vlmprune leaves as it is, which may not be what was meant."""
+
+
 def nearest(value: str, allowed: Iterable[str]) -> str | None:
     """Return the allowed name closest to `value`, or None where nothing is close."""
     matches = get_close_matches(str(value).lower(), list(allowed), n=1, cutoff=0.5)

@@ -87,12 +87,14 @@ class PrunedCacheState:
         layer_groups: groups of layers with equal caches, from layer 0 up.
         highest: int64 `[batch, caller_length]`, the highest position id up to each of the caller's columns, before any moved
             down; -1 where there is only padding.
+        packed: whether rows hold several prompts; such a cache cannot be continued.
     """
 
     method: str
     caller_length: int
     layer_groups: tuple[LayerGroup, ...]
     highest: Tensor
+    packed: bool = False
 
     @property
     def cache_length(self) -> int:
@@ -118,7 +120,12 @@ class PrunedCacheState:
         return self.caller_length + int(cache.layers[0].get_seq_length()) - self.cache_length
 
     def check_entries(self, cache: Any) -> None:
-        """Raise UnsupportedCallError if layers of the cache were shortened or exchanged behind its back."""
+        """Raise UnsupportedCallError if layers of the cache were shortened or exchanged behind its back, or prompts packed."""
+        if self.packed:
+            raise UnsupportedCallError(
+                f"A cache pruned by {self.method!r} holds several prompts packed in one row, of which none can be continued; "
+                "allowed: one prompt a row, or `use_cache=False`."
+            )
         added = [
             int(cache.layers[group.first_layer].get_seq_length()) - group.cache_length for group in self.layer_groups
         ]

@@ -25,6 +25,7 @@ class Family:
         model_classes: names of the transformers classes of the family.
         modalities: what the model encodes, of "image" and "video".
         mrope: whether position ids are 3-D (temporal, height, width).
+        text_positions: whether 2-D position ids are to the host the tokens' 1-D positions, which tell packed prompts apart.
         has_tiles: whether images are cut in a thumbnail and crops.
         has_equal_tiles: whether an image is encoded as one or several tiles of one size.
     """
@@ -33,6 +34,7 @@ class Family:
     model_classes: ClassVar[tuple[str, ...]]
     modalities: ClassVar[tuple[str, ...]] = ("image",)
     mrope: ClassVar[bool] = False
+    text_positions: ClassVar[bool] = True
     has_tiles: ClassVar[bool] = False
     has_equal_tiles: ClassVar[bool] = False
 

@@ -19,6 +19,7 @@ class Qwen25VL(QwenVL):
 
     name: ClassVar[str] = "Qwen2.5-VL"
     model_classes: ClassVar[tuple[str, ...]] = ("Qwen2_5_VLForConditionalGeneration",)
+    text_positions: ClassVar[bool] = False
 
     @cached_property
     def tower_reader(self) -> TowerReader:

@@ -12,3 +12,4 @@ class Qwen2VL(QwenVL):
 
     name: ClassVar[str] = "Qwen2-VL"
     model_classes: ClassVar[tuple[str, ...]] = ("Qwen2VLForConditionalGeneration",)
+    text_positions: ClassVar[bool] = False

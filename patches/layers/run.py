@@ -37,6 +37,7 @@ class LayerRun:
         layer_groups: groups of layers with equal caches, up to here.
         cuts: the layers cut so far, and the sequence after each.
         kept_by_cut: after each cut the indices alive per image.
+        scored: the layers whose attention was read so far.
         captured: projections of the probed layer.
         projected_keys: a layer and its keys before rotation, which that layer need not project again.
     """
@@ -58,6 +59,7 @@ class LayerRun:
     layer_groups: list[LayerGroup] = field(default_factory=list)
     cuts: list[tuple[int, Compaction]] = field(default_factory=list)
     kept_by_cut: list[tuple[int, list[Tensor]]] = field(default_factory=list)
+    scored: list[int] = field(default_factory=list)
     captured: dict[str, Any] = field(default_factory=dict)
     projected_keys: tuple[int, Tensor] | None = None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -14,13 +15,16 @@ from vlmprune.errors import UnsupportedCallError
 from vlmprune.kernels.row_attention import row_attention
 from vlmprune.methods.batch import Selection
 from vlmprune.methods.layer_method import LayerBatch, LayerMethod, ProbedLayer
+from vlmprune.methods.pipeline import check_call
 from vlmprune.record import RunRecord
 
 from ..cache.state import PrunedCacheState
+from ..call_options import RowPipelines
 from ..calls import CallStack, LanguageModelCall
 from ..families.family import Family
 from ..hooks import HookSet
 from ..prefill.entry_cut import EntryCut
+from ..prefill.packing import packed_prompts
 from ..prefill.visuals import PrefillVisuals
 from .run import LayerRun
 from .scores import cached_keys, check_decoder, rotary_row, rotate
@@ -42,35 +46,38 @@ class LayerSite:
         self.calls = calls
         self.compact = compact
         self.compact_entry = compact_entry
-        self.cuts = method.cut_layers(family.decoder_layers)
-
-    @property
-    def first_hooked(self) -> int:
-        """The lowest layer that is watched."""
-        return min(self.cuts) - (self.method.reading.probe == "layer before")
+        self.first_hooked = family.decoder_layers
+        self._probed: set[int] = set()
 
     @property
     def signal(self) -> str:
-        """What the method scores by."""
-        back = int(self.method.reading.probe == "layer before")
-        layers = ", ".join(str(cut - back) for cut in self.cuts)
+        """What the method scores by where its whole schedule is needed."""
+        return self._attention_of(sorted(self._probed))
+
+    def _attention_of(self, layers: Sequence[int]) -> str:
         whose = "last token" if self.method.reading.rows == "last token" else "text"
-        return f"{whose} attention layer {layers}"
+        return f"{whose} attention layer {', '.join(map(str, layers))}"
 
     def install(self, hooks: HookSet) -> None:
         """Register the hooks on layers and projections."""
+        self.watch(self.method, hooks)
+
+    def watch(self, method: LayerMethod, hooks: HookSet) -> None:
+        """Register the hooks that `method` needs and that are not there yet; it differs from the site's own in `keep` alone.
+
+        Raises:
+            UnsupportedMethodError: the layers lack what dropping inside them needs.
+        """
         model: Any = self.family.language_model
         before = self.method.reading.probe == "layer before"
-        probed = [cut - before for cut in self.cuts]
-        first = self.first_hooked
-        check_decoder(model, range(first, self.family.decoder_layers), self.method.name)
-        for layer in range(first, self.family.decoder_layers):
-            hooks.before(
-                f"decoder layer {layer}",
-                model.layers[layer],
-                partial(self._enter_layer, layer, before and layer in probed),
-            )
-        for layer in probed:
+        probed = {cut - before for cut in method.cut_layers(self.family.decoder_layers)}
+        first = min(probed)
+        check_decoder(model, range(first, self.family.decoder_layers), method.name)
+        for layer in range(first, self.first_hooked):
+            hooks.before(f"decoder layer {layer}", model.layers[layer], partial(self._enter_layer, layer))
+        self.first_hooked = min(first, self.first_hooked)
+        for layer in sorted(probed - self._probed):
+            self._probed.add(layer)
             attention = model.layers[layer].self_attn
             if before:
                 for kind in ("q_proj", "k_proj"):
@@ -81,7 +88,12 @@ class LayerSite:
                 hooks.after(f"decoder layer {layer} k_proj reused", projection, partial(self._reuse, layer))
 
     def begin_prefill(
-        self, call: LanguageModelCall, visuals: PrefillVisuals, cut: EntryCut, arguments: dict[str, Any]
+        self,
+        call: LanguageModelCall,
+        visuals: PrefillVisuals,
+        cut: EntryCut,
+        arguments: dict[str, Any],
+        pipelines: RowPipelines,
     ) -> dict[str, Any]:
         """Begin the run of a prefill with images, if something changes inside the language model.
 
@@ -90,15 +102,32 @@ class LayerSite:
             visuals: the images.
             cut: what enters the language model.
             arguments: the language model's arguments after `cut`.
+            pipelines: the methods as they run in each row.
 
         Returns:
             The arguments, without what the site adds itself after the first cut.
+
+        Raises:
+            UnsupportedCallError: something is to be dropped, and the call's mask is not two-dimensional.
+            UnsupportedMethodError: something is to be dropped, and the method cannot serve a video that the call holds.
         """
         counts = [kept if isinstance(kept, int) else len(kept) for kept in cut.index]
-        schedule = [self._schedule(count) for count in counts]
-        run = self.layer_run(call)
-        if not any(schedule) and not run.boundaries:
+        schedule = [
+            self._schedule(count, pipelines.row(row, call.batch).at_layers)
+            for row, count in zip(visuals.spans.rows, counts, strict=True)
+        ]
+        inner = call.state is not None and len(call.state.layer_groups) > 1
+        if not any(schedule) and not inner:
             return arguments
+        call.check_mask()
+        if any(schedule):
+            check_call(self.method, set(visuals.modalities))
+        if any(schedule) and packed_prompts(call, text_axis=self.family.text_positions) is not None:
+            raise UnsupportedCallError(
+                f"Several prompts are packed in one row, and {self.method.name!r} scores with the last token of a row; "
+                "allowed: one prompt a row, or a method that selects before the language model."
+            )
+        run = self.layer_run(call)
         device = cut.columns.device
         last = (call.valid * torch.arange(call.columns)).amax(1)
         images = VisualTokens(
@@ -114,7 +143,6 @@ class LayerSite:
         run = replace(run, images=images, entry=cut.compaction, last_column=last.to(device, non_blocking=True))
         run.group_inputs(0, call.past)
         call.layer_run = run
-        call.check_mask()
         return self.hold_back_deepstack(run, arguments)
 
     def layer_run(self, call: LanguageModelCall) -> LayerRun:
@@ -147,10 +175,10 @@ class LayerSite:
                 "continue it with the method and the parameters that made it."
             )
 
-    def _schedule(self, count: int) -> dict[int, int | None]:
+    def _schedule(self, count: int, method: LayerMethod | None) -> dict[int, int | None]:
         """Return the layers at which an image of `count` tokens is cut, and to how many (None: the method decides)."""
         alive, wanted = count, {}
-        for cut in self.method.schedule(count, self.family.decoder_layers):
+        for cut in method.schedule(count, self.family.decoder_layers) if method is not None else ():
             if cut.tokens is None or cut.tokens < alive:
                 wanted[cut.layer] = cut.tokens
                 alive = cut.tokens or 0
@@ -167,10 +195,12 @@ class LayerSite:
             del run.deepstack[layer]
         return {**kwargs, "deepstack_visual_embeds": list(features)[:first]} if run.deepstack else kwargs
 
-    @staticmethod
-    def finish_record(run: LayerRun) -> RunRecord:
+    def finish_record(self, run: LayerRun) -> RunRecord:
         """Return the record of a finished prefill, with what every layer saw."""
         record: RunRecord = run.record
+        if run.scored:
+            signals = [record.signal, self._attention_of(run.scored)]
+            record = replace(record, signal=", ".join(signal for signal in signals if signal))
         assert run.images is not None
         per_layer = [list(row) for row in record.visual_tokens_per_layer]
         for first, compaction in run.cuts:
@@ -185,9 +215,7 @@ class LayerSite:
             kept_by_stage=((0, record.kept_per_image), *run.kept_by_cut),
         )
 
-    def _enter_layer(
-        self, layer: int, probed: bool, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
+    def _enter_layer(self, layer: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         run = self._run()
         if run is None:
             return None
@@ -199,7 +227,7 @@ class LayerSite:
             hidden = self._add_deepstack(run, hidden, run.deepstack[layer - 1])
         if layer in run.boundaries:
             hidden, kwargs = self._change(run, layer, hidden, kwargs)
-        if probed:
+        if self.method.reading.probe == "layer before" and layer + 1 in run.boundaries:
             run.captured["position_embeddings"] = kwargs["position_embeddings"]
         if run.inputs is None and hidden is entering:
             return None
@@ -250,6 +278,7 @@ class LayerSite:
     ) -> tuple[Tensor, bool]:
         assert run.images is not None
         images = run.images
+        run.scored.append(layer - (self.method.reading.probe == "layer before"))
         with torch.no_grad():
             batch, keys = self._batch(run, layer, chosen, hidden, kwargs)
             selection = self.method.select_at_layer(batch)

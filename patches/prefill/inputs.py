@@ -16,11 +16,19 @@ from .compaction import Compaction, gather_columns
 from .deepstack import compact_deepstack, merging_of
 from .entry_cut import EntryCut
 from .image_spans import ImageSpans
+from .packing import check_packing, packed_arguments, packed_positions
 from .position_gaps import dropped_positions
 
 
 def compacted_inputs(
-    call: LanguageModelCall, cut: EntryCut, spans: ImageSpans, method: str, *, close_gaps: bool, mrope: bool
+    call: LanguageModelCall,
+    cut: EntryCut,
+    spans: ImageSpans,
+    prompts: Tensor | None,
+    method: str,
+    *,
+    close_gaps: bool,
+    mrope: bool,
 ) -> tuple[dict[str, Any], PrunedCacheState]:
     """Return the arguments for the shorter sequence, and what later calls with its cache must know.
 
@@ -28,9 +36,13 @@ def compacted_inputs(
         call: the call in the caller's columns.
         cut: which visual tokens stay; some are dropped.
         spans: the images.
+        prompts: int64 `[batch, columns]`, which prompt of a packed row each token belongs to; None where rows hold one each.
         method: the name of the method.
         close_gaps: whether positions of later tokens move down by what was dropped before them.
         mrope: whether one visual token may share its position ids with others.
+
+    Raises:
+        UnsupportedCallError: packed rows that cannot be compacted.
     """
     compaction, selection = cut.compaction, cut.selection
     assert compaction is not None
@@ -38,16 +50,18 @@ def compacted_inputs(
     state, cache = call.state, call.cache
     if state is not None:
         state.check_batch(call.batch)
-    positions = call.positions
-    highest = highest_positions(state, call.caller_past, positions, call.valid.to(call.device, non_blocking=True))
-    lower: Tensor | None = None
-    removed = torch.zeros(call.batch, 1, dtype=torch.int64, device=call.device)
-    if state is not None:
-        positions, removed = positions - state.removed, state.removed
-    if close_gaps:
-        lower, dropped = _closed_gaps(call, compaction, positions, mrope)
-        positions, removed = positions - lower, removed + dropped
+    highest = highest_positions(state, call.caller_past, call.positions, call.valid.to(call.device, non_blocking=True))
+    if prompts is not None:
+        check_packing(call, compaction)
+        positions = packed_positions(call.positions, prompts, compaction, close_gaps=close_gaps, mrope=mrope)
+        lower, removed = None, torch.zeros(call.batch, 1, dtype=torch.int64, device=call.device)
+    else:
+        positions, lower, removed = _positions(call, compaction, close_gaps=close_gaps, mrope=mrope)
     compacted, positions = gather_columns([call.tokens, positions], compaction.index, dims=[0, positions.ndim - 2])
+    if prompts is None and positions.ndim == 3 and positions.shape[0] == 4:
+        # The host makes masks from the first axis, where a gap would read as the border of a packed sequence.
+        plain = positions[:1, :, :1] + torch.arange(compaction.width, device=positions.device)
+        positions = torch.cat([plain, positions[1:]])
     if selection.features is not None:
         compacted = _with_merged(compacted, selection, cut, spans)
 
@@ -62,18 +76,30 @@ def compacted_inputs(
         columns=columns_held(before, call.caller_past, call.batch, compaction.index, compaction.width),
         lowered=positions_lowered(before, call.caller_past, lower, call.positions),
     )
-    left_behind = PrunedCacheState(method, call.caller_past + call.columns, (group,), highest)
+    left_behind = PrunedCacheState(method, call.caller_past + call.columns, (group,), highest, prompts is not None)
     mask = valid
-    if mask is None and (cache is None or not close_gaps):
+    if prompts is None and mask is None and (cache is None or not close_gaps):
         mask = torch.ones(call.batch, length, dtype=torch.bool, device=call.device)
     if mask is not None and call.mask is not None:
         mask = mask.to(call.mask.dtype)
-    if positions.ndim == 3 and positions.shape[0] == 4:
-        # The host makes masks from the first axis, where a gap would read as the border of a packed sequence.
-        plain = positions[:1, :, :1] + torch.arange(compaction.width, device=positions.device)
-        positions = torch.cat([plain, positions[1:]])
-    arguments = {**call.arguments, "inputs_embeds": compacted, "position_ids": positions, "attention_mask": mask}
+    arguments = packed_arguments(call.arguments, compaction)
+    arguments = {**arguments, "inputs_embeds": compacted, "position_ids": positions, "attention_mask": mask}
     return compact_deepstack(arguments, compaction, cut.columns, merging_of(selection, spans)), left_behind
+
+
+def _positions(
+    call: LanguageModelCall, compaction: Compaction, *, close_gaps: bool, mrope: bool
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Return positions in the caller's columns, right where a token is kept, how far they and how far later ones move down."""
+    positions = call.positions
+    lower: Tensor | None = None
+    removed = torch.zeros(call.batch, 1, dtype=torch.int64, device=call.device)
+    if call.state is not None:
+        positions, removed = positions - call.state.removed, call.state.removed
+    if close_gaps:
+        lower, dropped = _closed_gaps(call, compaction, positions, mrope)
+        positions, removed = positions - lower, removed + dropped
+    return positions, lower, removed
 
 
 def _closed_gaps(

@@ -9,15 +9,19 @@ import torch
 from vlmprune.methods.batch import TILE_KINDS, VisionSignal, VisualBatch
 from vlmprune.methods.input_method import InputMethod
 from vlmprune.methods.needs import WHOLE_TILES
+from vlmprune.methods.pipeline import check_call
 
+from ..call_options import RowPipelines
 from ..calls import CallStack, LanguageModelCall
 from ..families.family import Family
 from ..hooks import HookSet
 from ..tower.encoded_visuals import LiveEncodings
 from ..tower.encoder_calls import watch_encoders
 from .entry_cut import EntryCut, plan_entry, whole_entry
+from .given_mask import check_needs_no_tower
 from .image_spans import columns_of
 from .inputs import compacted_inputs
+from .packing import packed_prompts
 from .visuals import PrefillVisuals
 
 
@@ -51,26 +55,43 @@ class InputSite:
         """Register the hooks on encoders and vision tower."""
         watch_encoders(self.family, self.signals, self.calls, self.live, hooks)
 
-    def begin_prefill(self, call: LanguageModelCall, visuals: PrefillVisuals) -> EntryCut:
+    def begin_prefill(self, call: LanguageModelCall, visuals: PrefillVisuals, pipelines: RowPipelines) -> EntryCut:
         """Return what enters the language model.
 
+        Args:
+            call: the call in the caller's columns.
+            visuals: the images.
+            pipelines: the methods as they run in each row.
+
         Raises:
-            UnsupportedCallError: something is to be dropped, and the call's mask is not two-dimensional.
+            BudgetError: budgets for another number of rows than the call has.
+            UnsupportedCallError: something is to be dropped, and the call's mask is not two-dimensional, or the method needs
+                more than tokens that were merged by hand.
+            UnsupportedMethodError: something is to be dropped, and the method cannot serve a video that the call holds.
         """
         spans = visuals.spans
-        budgets = tuple(self.method.budget(count) for count in spans.counts)
+        budgets = tuple(
+            pipelines.row(row, call.batch).at_input.budget(count)
+            for row, count in zip(spans.rows, spans.counts, strict=True)
+        )
         if budgets == spans.counts:
             return whole_entry(call, spans)
         call.check_mask()
+        # Methods that differ by row differ in their budgets alone, which the batch carries.
+        method = pipelines.row(spans.rows[0], call.batch).at_input
+        if not visuals.encoded:
+            check_needs_no_tower(method, self.family.tower_facts)
+        check_call(method, set(visuals.modalities))
         with torch.no_grad():
-            selection = self.method.select(self._batch(call, visuals, budgets))
+            selection = method.select(self._batch(call, visuals, budgets))
         return plan_entry(call, spans, selection)
 
     def compacted(self, call: LanguageModelCall, visuals: PrefillVisuals, cut: EntryCut) -> dict[str, Any]:
         """Return the language model's arguments after `cut`, which drops something."""
         call.entry = cut.compaction
+        prompts = packed_prompts(call, text_axis=self.family.text_positions)
         arguments, call.left_behind = compacted_inputs(
-            call, cut, visuals.spans, self.method.name, close_gaps=self.compact, mrope=self.family.mrope
+            call, cut, visuals.spans, prompts, self.method.name, close_gaps=self.compact, mrope=self.family.mrope
         )
         return arguments
 

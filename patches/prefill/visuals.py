@@ -60,7 +60,7 @@ class PrefillVisuals:
     """What a prefill knows of its images and videos.
 
     Attributes:
-        encoded: what the vision tower left behind, one modality after the other.
+        encoded: what the vision tower left behind, one modality after the other; nothing where the caller merged the features.
         spans: the columns of each image in the prompt, repetitions for beams included.
         layouts: geometry of each shown image, in the order of `encoded`.
     """
@@ -72,7 +72,7 @@ class PrefillVisuals:
     @property
     def modalities(self) -> list[str]:
         """ "image" or "video" for each shown image."""
-        return [shown.visuals.modality for shown in self.encoded for _ in shown.images]
+        return [shown.visuals.modality for shown in self.encoded for _ in shown.images] or ["image"] * len(self.layouts)
 
 
 def read_visuals(

@@ -236,3 +236,14 @@ def test_videos_that_do_not_fit_their_rows_are_refused(case):
         pytest.raises(LayoutError, match="features of video 0 do not fit the placeholders of row 0"),
     ):
         model(**{**inputs, "input_ids": ids})
+
+
+@over_cases
+def test_whole_videos_are_served_by_every_method(case):
+    case = deeper(case)
+    model, inputs = case.build(torch.float32), case.inputs([[3, "A", 2, "video", 4]])
+    with torch.no_grad():
+        expected = model(**inputs).logits
+        for name in vlmprune.list_methods(model):
+            with vlmprune.pruned(model, name, keep=1.0):
+                assert torch.equal(model(**inputs).logits, expected)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 
-from ..errors import UnsupportedMethodError
+from ..errors import ParameterError, UnsupportedMethodError, unknown
 from .base import Method
 from .input_method import InputMethod
 from .layer_method import LayerMethod
@@ -31,6 +31,33 @@ class Pipeline:
     def name(self) -> str:
         """Names of the methods, joined by "+"."""
         return "+".join(method.name for method in self.methods)
+
+    def with_keep(self, keep: object) -> Pipeline:
+        """Return the same methods with another budget.
+
+        Args:
+            keep: as for `apply`; for several methods a mapping from their names, those left out stay as they are.
+
+        Raises:
+            BudgetError: bad `keep`.
+            ParameterError: a method's budget is set by another parameter, or one `keep` is given for several methods.
+            UnknownNameError: a name in the mapping is none of the methods'.
+        """
+        names = [method.name for method in self.methods]
+        if not isinstance(keep, Mapping):
+            if len(names) > 1:
+                example = ", ".join(f"{name!r}: ..." for name in names)
+                raise ParameterError(f"keep={keep!r} for several methods; say which is meant: keep={{{example}}}.")
+            keep = {names[0]: keep}
+        for name in keep:
+            if name not in names:
+                raise unknown("method in keep", name, names)
+        return make_pipeline(
+            [
+                replace(method, keep=keep[method.name]) if method.name in keep else method  # type: ignore[arg-type]
+                for method in self.methods
+            ]
+        )
 
     def __repr__(self) -> str:
         return repr(self.methods[0]) if len(self.methods) == 1 else f"[{', '.join(map(repr, self.methods))}]"
@@ -59,19 +86,15 @@ def make_pipeline(methods: Sequence[Method]) -> Pipeline:
     return Pipeline(tuple(methods), at_input, at_layers)
 
 
-def check_call(pipeline: Pipeline, modalities: Collection[str]) -> None:
-    """Raise UnsupportedMethodError unless a call that holds `modalities` ("image", "video") meets the needs of every stage."""
+def check_call(part: Method, modalities: Collection[str]) -> None:
+    """Raise UnsupportedMethodError unless a call that holds `modalities` ("image", "video") meets the needs of a stage."""
     from .registry import METHODS
 
-    for method in pipeline.methods:
-        for part in method.parts():
-            for need in ordered(part.needs):
-                refused = [modality for modality in modalities if not need.met_by_call((modality,))]
-                if refused:
-                    served = [
-                        name for name, cls in METHODS.items() if all(n.met_by_call(modalities) for n in cls.needs)
-                    ]
-                    raise UnsupportedMethodError(
-                        f"{part.name!r} does not serve {refused[0]}s, and this call holds one. "
-                        f"Methods that do: {', '.join(served) or 'none'}."
-                    )
+    for need in ordered(part.needs):
+        refused = [modality for modality in modalities if not need.met_by_call((modality,))]
+        if refused:
+            served = [name for name, cls in METHODS.items() if all(n.met_by_call(modalities) for n in cls.needs)]
+            raise UnsupportedMethodError(
+                f"{part.name!r} does not serve {refused[0]}s, and this call holds one. "
+                f"Methods that do: {', '.join(served) or 'none'}."
+            )
