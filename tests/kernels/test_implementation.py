@@ -10,6 +10,7 @@ from vlmprune.kernels.bipartite_match import bipartite_match
 from vlmprune.kernels.compact import compact
 from vlmprune.kernels.coverage import coverage
 from vlmprune.kernels.coverage_from_values import coverage_from_values
+from vlmprune.kernels.dpp_map import dpp_map
 from vlmprune.kernels.max_min import max_min
 from vlmprune.kernels.max_min_from_distances import max_min_from_distances
 from vlmprune.kernels.max_sum import max_sum
@@ -31,6 +32,7 @@ CALLS = {
     "row_attention": lambda name: row_attention(ROWS.view(1, 1, 4, 8), ROWS.view(1, 1, 4, 8), implementation=name),
     "received_attention": lambda name: received_attention(ROWS[:, None], ROWS[:, None], [0, 4], implementation=name),
     "compact": lambda name: compact([ROWS[None]], torch.zeros(1, 2, dtype=torch.int64), implementation=name),
+    "dpp_map": lambda name: dpp_map(ROWS, [0, 4], [2], implementation=name),
     "coverage": lambda name: coverage(ROWS, [0, 4], [2], implementation=name),
     "coverage_from_values": lambda name: coverage_from_values(ROWS, 2, implementation=name),
     "bipartite_match": lambda name: bipartite_match(ROWS, ROWS, [0, 4], [0, 4], implementation=name),
