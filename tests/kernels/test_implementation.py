@@ -22,6 +22,7 @@ from vlmprune.kernels.segmented_topk import segmented_topk
 from vlmprune.kernels.shared import implementation
 from vlmprune.kernels.shared.implementation import KernelUnavailableError, choose_implementation
 from vlmprune.kernels.unmerge import unmerge
+from vlmprune.kernels.windowed_topk import windowed_topk
 
 ROWS, ONE = torch.ones(4, 8), torch.ones(1, dtype=torch.int64)
 CALLS = {
@@ -33,6 +34,7 @@ CALLS = {
     "received_attention": lambda name: received_attention(ROWS[:, None], ROWS[:, None], [0, 4], implementation=name),
     "compact": lambda name: compact([ROWS[None]], torch.zeros(1, 2, dtype=torch.int64), implementation=name),
     "dpp_map": lambda name: dpp_map(ROWS, [0, 4], [2], implementation=name),
+    "windowed_topk": lambda name: windowed_topk(torch.ones(1), ONE - 1, [1], implementation=name),
     "coverage": lambda name: coverage(ROWS, [0, 4], [2], implementation=name),
     "coverage_from_values": lambda name: coverage_from_values(ROWS, 2, implementation=name),
     "bipartite_match": lambda name: bipartite_match(ROWS, ROWS, [0, 4], [0, 4], implementation=name),
