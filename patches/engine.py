@@ -159,7 +159,7 @@ class PruningEngine:
         if call.state is not None:
             open_cache(call.cache)
             call.state.check_entries(call.cache)
-            LayerSite.check_continues(self.layer_site, call.state, self.pipeline.name)
+            LayerSite.check_continues(self.layer_site, call.state, self.pipeline)
         given = self._given_visuals(call)
         if given is not None:
             return args, self._prefill(call, given)

@@ -15,7 +15,7 @@ from vlmprune.errors import UnsupportedCallError
 from vlmprune.kernels.row_attention import row_attention
 from vlmprune.methods.batch import Selection
 from vlmprune.methods.layer_method import LayerBatch, LayerMethod, ProbedLayer
-from vlmprune.methods.pipeline import check_call
+from vlmprune.methods.pipeline import Pipeline, check_call
 from vlmprune.record import RunRecord
 
 from ..cache.state import PrunedCacheState
@@ -164,14 +164,14 @@ class LayerSite:
         )
 
     @staticmethod
-    def check_continues(site: LayerSite | None, state: PrunedCacheState, name: str) -> None:
+    def check_continues(site: LayerSite | None, state: PrunedCacheState, pipeline: Pipeline) -> None:
         """Raise UnsupportedCallError unless `site` watches the layers that hold other tokens than the first."""
         if len(state.layer_groups) == 1:
             return
         first = state.layer_groups[1].first_layer
         if site is None or site.first_hooked > first:
             raise UnsupportedCallError(
-                f"The cache was pruned from layer {first} on, where {name!r} as it is applied now changes nothing; "
+                f"The cache was pruned from layer {first} on, where {pipeline.name!r} as it is applied now changes nothing; "
                 "continue it with the method and the parameters that made it."
             )
 
