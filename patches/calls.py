@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from .layers.run import LayerRun
     from .prefill.compaction import Compaction
 
+PIXELS = {"image": "pixel_values", "video": "pixel_values_videos"}
+"""The argument that has what is encoded, by modality."""
+
 
 @dataclass(eq=False)
 class TowerCall:

@@ -20,7 +20,7 @@ from .cache.continuation import continued_inputs
 from .cache.generation import patch_generation
 from .cache.pruned_cache import cache_state, close_cache, open_cache, set_cache_state
 from .call_options import OptionsInForce, RowPipelines
-from .calls import CallStack, LanguageModelCall, ModelCall
+from .calls import PIXELS, CallStack, LanguageModelCall, ModelCall
 from .continuous_batching import refuse_continuous_batching
 from .families.family import Family
 from .hooks import HookSet, forget_compiled
@@ -33,7 +33,6 @@ from .run_records import entry_record, text_record
 
 # Not on the engine, which is copied along with its model.
 _PREPARING = threading.Lock()
-_PIXELS = {"image": "pixel_values", "video": "pixel_values_videos"}
 
 
 class PruningEngine:
@@ -45,6 +44,7 @@ class PruningEngine:
     """
 
     def __init__(self, family: Family, pipeline: Pipeline, positions: str | None = None) -> None:
+        family.check()
         self.family = family
         self.pipeline = pipeline
         self._applied = RowPipelines((pipeline,))
@@ -127,7 +127,7 @@ class PruningEngine:
         modalities = self.family.modalities
         given = inputs.get("mm_encoder_outputs") or {}
         call.encoded = {name: given[name] for name in modalities if given.get(name) is not None}
-        present = [name for name in modalities if name in call.encoded or inputs.get(_PIXELS[name]) is not None]
+        present = [name for name in modalities if name in call.encoded or inputs.get(PIXELS[name]) is not None]
         if not present:
             return
         call.modality_masks = {name: self._placeholders(inputs, name).cpu() for name in present}

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 
 import vlmprune
 from vlmprune.errors import UnsupportedCallError
-from vlmprune.eval.speed.flops import VisionWork, vision_family
+from vlmprune.eval.speed.flops import VisionWork, vision_cost
 from vlmprune.record import RunRecord
 
 MAX_NEW_TOKENS = 256
@@ -272,7 +272,7 @@ class LiveModel(lmms):
             depth = config.get_text_config().num_hidden_layers
             layers = [(count,) * depth for count in before]
             text = (inputs["attention_mask"].bool() & ~is_visual).sum(-1).tolist()
-        works = vision_family(config).work(config, inputs, [len(question.images) for question in batch])
+        works = vision_cost(config).work(config, inputs, [len(question.images) for question in batch])
         for i, question in enumerate(batch):
             if question.counted:
                 self.records.append(

@@ -12,7 +12,7 @@ import torch
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
 
 from vlmprune.errors import unknown
-from vlmprune.eval.speed.flops import vision_family
+from vlmprune.patches.families.registry import family_of_config
 
 from .memory import TYPICAL_IMAGE, DeviceError, require_memory, stored_bytes
 from .names import ModelLoadError, resolve_model
@@ -69,7 +69,7 @@ def load_model(
         config = AutoConfig.from_pretrained(source)
     except Exception as error:
         raise ModelLoadError(_load_message(source, error)) from error
-    vision_family(config)
+    family_of_config(config)
     known = wanted if isinstance(wanted, torch.dtype) else None
     stored = config.dtype or config.get_text_config().dtype or torch.float32
     weights = None if known else stored_bytes(source)

@@ -10,7 +10,8 @@ import torch
 from transformers import AutoModelForImageTextToText, PreTrainedConfig
 
 from vlmprune.errors import VlmpruneError
-from vlmprune.eval.speed.flops import LanguageShape, vision_family
+from vlmprune.eval.speed.flops import LanguageShape, vision_cost
+from vlmprune.patches.families.facts import tower_width
 
 from .synthetic_request import synthetic_request
 
@@ -86,10 +87,9 @@ def memory_need(
         weights = parameter_count(config) * dtype.itemsize
     inputs = synthetic_request(config, image_size, text_tokens)
     tokens = inputs["input_ids"].shape[1]
-    family, shape, vision = vision_family(config), LanguageShape.from_config(config), config.vision_config
-    patches = sum(family.segments(config, family.work(config, inputs, [1])[0], 0))
-    width = getattr(vision, "embed_dim", None) or vision.hidden_size
-    tower = patches * width * (family.facts(config).layers + 1 + 8)
+    vision, shape = vision_cost(config), LanguageShape.from_config(config)
+    patches = sum(vision.segments(config, vision.work(config, inputs, [1])[0], 0))
+    tower = patches * tower_width(config) * (vision.facts(config).layers + 1 + 8)
     language = tokens * (6 * shape.hidden + 3 * shape.ffn)
     activations = max(tower, language) * dtype.itemsize + 4 * shape.vocab
     cache = shape.cache_bytes([tokens] * shape.layers, dtype.itemsize)

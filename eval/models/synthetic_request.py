@@ -6,6 +6,7 @@ size (resizing, tiles, rounding to patches), and no tokenizer has to be download
 
 from __future__ import annotations
 
+import inspect
 import re
 from typing import Any
 
@@ -18,26 +19,10 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedTokenizerFast
 from transformers.utils import is_torchvision_available
 
-from vlmprune.errors import ParameterError, unknown
+from vlmprune.errors import ParameterError
+from vlmprune.patches.families.facts import has_cls
+from vlmprune.patches.families.registry import family_of_config
 
-DENSE_MARK, PACKED_MARK = "<image>", "<|vision_start|><|image_pad|><|vision_end|>"
-KINDS = {
-    "llava": ("LlavaProcessor", "CLIPImageProcessor", DENSE_MARK),
-    "vipllava": ("LlavaProcessor", "CLIPImageProcessor", DENSE_MARK),
-    "llava_next": ("LlavaNextProcessor", "LlavaNextImageProcessor", DENSE_MARK),
-    "llava_onevision": ("LlavaOnevisionProcessor", "LlavaOnevisionImageProcessor", DENSE_MARK),
-    "qwen2_vl": ("Qwen2VLProcessor", "Qwen2VLImageProcessor", PACKED_MARK),
-    "qwen2_5_vl": ("Qwen2_5_VLProcessor", "Qwen2VLImageProcessor", PACKED_MARK),
-    "qwen3_vl": ("Qwen3VLProcessor", "Qwen2VLImageProcessor", PACKED_MARK),
-    "qwen3_vl_moe": ("Qwen3VLProcessor", "Qwen2VLImageProcessor", PACKED_MARK),
-}
-"""Processor, image processor and what stands for a picture in a prompt, by `config.model_type`."""
-VIDEO_PROCESSORS = {
-    "LlavaOnevisionProcessor": "LlavaOnevisionVideoProcessor",
-    "Qwen2VLProcessor": "Qwen2VLVideoProcessor",
-    "Qwen2_5_VLProcessor": "Qwen2VLVideoProcessor",
-    "Qwen3VLProcessor": "Qwen3VLVideoProcessor",
-}
 WORD = "word"
 
 
@@ -70,17 +55,15 @@ def synthetic_request(
     `image_processor` is that of the checkpoint; by default one of the model type's class with the sizes of `config`. Raises
     `UnknownNameError` for a model type that is not supported and `ParameterError` for a prompt too short for its markers.
     """
-    if config.model_type not in KINDS:
-        raise unknown("model type", config.model_type, KINDS)
-    processor_class, _, mark = KINDS[config.model_type]
-    special = special_ids(config)
-    words = text_tokens - (2 if mark == PACKED_MARK else 0)
+    preparation = family_of_config(config).preparation
+    mark, special = preparation.picture, special_ids(config)
+    words = text_tokens - (sum(marker in mark for marker in preparation.markers) - 1)
     if words < 1:
         raise ParameterError(
             f"text_tokens={text_tokens}; allowed for {config.model_type!r}: {text_tokens - words + 1} or more."
         )
     tokenizer = stand_in_tokenizer(config)
-    processor = _make_processor(processor_class, image_processor or default_image_processor(config), tokenizer, config)
+    processor = _make_processor(image_processor or default_image_processor(config), tokenizer, config)
     generator = np.random.default_rng(seed)
     width, height = image_size
     pictures = [
@@ -99,44 +82,38 @@ def synthetic_request(
 
 def default_image_processor(config: PreTrainedConfig, **settings: Any) -> Any:
     """The model type's image processor with the sizes of `config`; `settings` come on top."""
-    name = KINDS[config.model_type][1]
-    vision = config.vision_config
-    if name == "Qwen2VLImageProcessor":
+    family, vision = family_of_config(config), config.vision_config
+    name = family.preparation.image_processor
+    if family.tower_kind == "packed":
         given = {
             "patch_size": vision.patch_size,
             "merge_size": vision.spatial_merge_size,
             "temporal_patch_size": vision.temporal_patch_size,
             "size": {"shortest_edge": 4 * vision.patch_size**2 * 4, "longest_edge": 16384 * vision.patch_size**2 * 4},
         }
-    elif name == "LlavaOnevisionImageProcessor":
-        side = vision.image_size
-        given = {"size": {"height": side, "width": side}, "image_grid_pinpoints": config.image_grid_pinpoints}
     else:
-        side = vision.image_size
-        given = {"size": {"shortest_edge": side}, "crop_size": {"height": side, "width": side}}
-        if name == "LlavaNextImageProcessor":
+        square = {"height": vision.image_size, "width": vision.image_size}
+        given = {"size": square}
+        if family.picture_kind != "tiles of single pictures":
+            given = {"size": {"shortest_edge": vision.image_size}, "crop_size": square}
+        if family.has_tiles:
             given["image_grid_pinpoints"] = config.image_grid_pinpoints
     return _processing_class(name)(**{**given, **settings})
 
 
 def stand_in_tokenizer(config: PreTrainedConfig) -> PreTrainedTokenizerFast:
     """A tokenizer of one word that knows the model's markers by their true ids."""
-    ids = {"<|vision_start|>": "vision_start_token_id", "<|vision_end|>": "vision_end_token_id"}
-    packed = KINDS[config.model_type][2] == PACKED_MARK
-    names = ("<|image_pad|>", "<|video_pad|>") if packed else ("<image>", "<video>")
-    markers = {names[0]: config.image_token_id}
-    video = getattr(config, "video_token_id", None)
-    if video is not None:
-        markers[names[1]] = video
-    if packed:
-        markers.update({mark: getattr(config, attribute) for mark, attribute in ids.items()})
-    taken = {*markers.values()}
+    known = {
+        marker: (getattr(config, attribute), name)
+        for marker, (attribute, name) in family_of_config(config).preparation.markers.items()
+        if getattr(config, attribute, None) is not None
+    }
+    markers = {marker: number for marker, (number, _) in known.items()}
+    taken = set(markers.values())
     word = next(token for token in range(len(taken) + 1) if token not in taken)
     core = Tokenizer(models.WordLevel({WORD: word, **markers}, unk_token=WORD))
     core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    named = {"image_token": names[0], **({"video_token": names[1]} if video is not None else {})}
-    if packed:
-        named.update({"vision_bos_token": "<|vision_start|>", "vision_eos_token": "<|vision_end|>"})
+    named = {name: marker for marker, (_, name) in known.items()}
     return PreTrainedTokenizerFast(
         tokenizer_object=core, unk_token=WORD, pad_token=WORD, padding_side="left", extra_special_tokens=named
     )
@@ -152,26 +129,22 @@ def special_ids(config: PreTrainedConfig) -> set[int]:
     return found
 
 
-def _make_processor(name: str, image_processor: Any, tokenizer: Any, config: PreTrainedConfig) -> Any:
-    vision = config.vision_config
-    strategy = getattr(config, "vision_feature_select_strategy", "default")
-    settings: dict[str, Any] = {}
-    if name in ("LlavaProcessor", "LlavaNextProcessor"):
-        has_cls = vision.model_type.startswith("clip")
-        settings = {
+def _make_processor(image_processor: Any, tokenizer: Any, config: PreTrainedConfig) -> Any:
+    preparation, vision = family_of_config(config).preparation, config.vision_config
+    made = getattr(transformers, preparation.processor)
+    settings: dict[str, Any] = {"image_processor": image_processor, "tokenizer": tokenizer}
+    if preparation.video_processor is not None:
+        settings["video_processor"] = getattr(transformers, preparation.video_processor)()
+    if hasattr(vision, "image_size"):
+        settings |= {
             "patch_size": vision.patch_size,
-            "num_additional_image_tokens": int(has_cls),
-            "vision_feature_select_strategy": strategy,
-        }
-    elif name == "LlavaOnevisionProcessor":
-        settings = {
+            "num_additional_image_tokens": int(has_cls(config)),
             "num_image_tokens": (vision.image_size // vision.patch_size) ** 2,
-            "vision_feature_select_strategy": strategy,
-            "vision_aspect_ratio": config.vision_aspect_ratio,
+            "vision_feature_select_strategy": getattr(config, "vision_feature_select_strategy", "default"),
+            "vision_aspect_ratio": getattr(config, "vision_aspect_ratio", None),
         }
-    if name in VIDEO_PROCESSORS:
-        settings["video_processor"] = getattr(transformers, VIDEO_PROCESSORS[name])()
-    return getattr(transformers, name)(image_processor=image_processor, tokenizer=tokenizer, **settings)
+    taken = inspect.signature(made.__init__).parameters
+    return made(**{name: value for name, value in settings.items() if name in taken})
 
 
 def _processing_class(name: str) -> Any:

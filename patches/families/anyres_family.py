@@ -11,6 +11,7 @@ from torch import Tensor
 from vlmprune.errors import LayoutError
 from vlmprune.layout import VisualLayout
 
+from ..parts import Part
 from ..tower.encoded_visuals import EncodedVisuals
 from .anyres import AnyresImage, AnyresLayout
 from .llava import Llava
@@ -20,6 +21,10 @@ class AnyresFamily(Llava):
     """One CLIP or SigLIP tower over equally large tiles, several of them an image."""
 
     has_tiles: ClassVar[bool] = True
+    parts: ClassVar[tuple[Part, ...]] = (
+        *Llava.parts,
+        Part("multimodal_model.get_image_features", ("image_sizes",)),
+    )
 
     @property
     def has_grid(self) -> bool:

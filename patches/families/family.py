@@ -6,14 +6,19 @@ from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any, ClassVar
 
+import transformers
 from torch import Tensor, nn
 
+from vlmprune.errors import UnsupportedFamilyError, UnsupportedMethodError
 from vlmprune.layout import VisualLayout
 from vlmprune.methods.batch import TowerFacts
 
+from ..calls import PIXELS
+from ..parts import Part, missing_parts
 from ..tower.dense import DenseTowerReader
 from ..tower.encoded_visuals import EncodedVisuals
 from ..tower.reader import TowerReader
+from .facts import TOWER_FACTS, PictureKind, Preparation, TowerKind
 from .wrappers import without_wrappers
 
 
@@ -23,6 +28,10 @@ class Family:
     Attributes:
         name: the name that messages use.
         model_classes: names of the transformers classes of the family.
+        model_types: `model_type` of their configurations.
+        preparation: how prompts with pictures are prepared.
+        tower_kind: how the vision tower encodes.
+        picture_kind: what the vision tower is given of a picture.
         modalities: what the model encodes, of "image" and "video".
         mrope: whether position ids are 3-D (temporal, height, width).
         text_positions: whether 2-D position ids are to the host the tokens' 1-D positions, which tell packed prompts apart.
@@ -32,15 +41,55 @@ class Family:
 
     name: ClassVar[str]
     model_classes: ClassVar[tuple[str, ...]]
+    model_types: ClassVar[tuple[str, ...]]
+    preparation: ClassVar[Preparation]
+    tower_kind: ClassVar[TowerKind] = "dense"
+    picture_kind: ClassVar[PictureKind] = "one tile"
     modalities: ClassVar[tuple[str, ...]] = ("image",)
     mrope: ClassVar[bool] = False
     text_positions: ClassVar[bool] = True
     has_tiles: ClassVar[bool] = False
     has_equal_tiles: ClassVar[bool] = False
 
+    parts: ClassVar[tuple[Part, ...]] = (
+        Part("multimodal_model", ("input_ids", "inputs_embeds", "attention_mask", "position_ids", "past_key_values")),
+        Part("multimodal_model.get_input_embeddings"),
+        Part("language_model", ("inputs_embeds", "attention_mask", "position_ids", "past_key_values")),
+        Part("vision_tower"),
+    )
+    """What the hooks rely on in every model of the family, from the family on."""
+    tower_parts: ClassVar[tuple[Part, ...]] = ()
+    """What reading the vision tower relies on beside them."""
+
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.config: Any = model.config
+
+    def check(self) -> None:
+        """Raise UnsupportedFamilyError if the model lacks something that the hooks rely on; names all of it."""
+        encoders = [
+            part
+            for modality in self.modalities
+            for part in (
+                Part(f"config.{modality}_token_id"),
+                Part(f"multimodal_model.get_{modality}_features", (PIXELS[modality],)),
+                Part("multimodal_model", (PIXELS[modality],)),
+            )
+        ]
+        missing = missing_parts(self, (*self.parts, *encoders))
+        if missing:
+            raise UnsupportedFamilyError(
+                f"This {type(self.model).__name__} lacks what vlmprune relies on in {self.name} models: {'; '.join(missing)}. "
+                f"transformers {transformers.__version__} may have changed it; supported: 5.17 and later 5.x."
+            )
+
+    def check_tower(self) -> None:
+        """Raise UnsupportedMethodError if the vision tower lacks something that reading it relies on; names all of it."""
+        missing = missing_parts(self, self.tower_parts)
+        if missing:
+            raise UnsupportedMethodError(
+                f"The vision tower {type(self.vision_tower).__name__} cannot be read: {'; '.join(missing)}."
+            )
 
     @cached_property
     def multimodal_model(self) -> nn.Module:
@@ -104,12 +153,17 @@ class Family:
     @property
     def vision_heads(self) -> int:
         """Number of attention heads of the vision tower."""
-        raise NotImplementedError
+        return self.tower_facts.heads
 
-    @property
+    @classmethod
+    def tower_facts_of(cls, config: Any) -> TowerFacts:
+        """Return the facts of the vision tower that a configuration describes."""
+        return TOWER_FACTS[cls.tower_kind](config)
+
+    @cached_property
     def tower_facts(self) -> TowerFacts:
         """Layers of the vision tower, the one that gives the features, and whether there is a CLS token."""
-        raise NotImplementedError
+        return self.tower_facts_of(self.config)
 
     @property
     def has_tower_attention(self) -> bool:

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cached_property
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from vlmprune.errors import LayoutError, UnsupportedMethodError
+from vlmprune.errors import LayoutError, UnsupportedFamilyError
 from vlmprune.layout import VisualLayout, raster_layout, unknown_layout
-from vlmprune.methods.batch import TowerFacts
 
+from ..parts import Part
 from ..tower.encoded_visuals import EncodedVisuals
+from .facts import Preparation, drops_cls, state_layers
 from .family import Family
 from .wrappers import without_wrappers
 
@@ -22,6 +23,13 @@ class Llava(Family):
 
     name: ClassVar[str] = "LLaVA"
     model_classes: ClassVar[tuple[str, ...]] = ("LlavaForConditionalGeneration",)
+    model_types: ClassVar[tuple[str, ...]] = ("llava",)
+    preparation: ClassVar[Preparation] = Preparation("LlavaProcessor", "CLIPImageProcessor")
+    tower_parts: ClassVar[tuple[Part, ...]] = (
+        Part("vision_layers.*.self_attn.q_proj"),
+        Part("vision_layers.*.self_attn.k_proj"),
+        Part("projector"),
+    )
     has_equal_tiles: ClassVar[bool] = True
 
     @property
@@ -29,23 +37,19 @@ class Llava(Family):
         """The CLIP or SigLIP vision model."""
         return without_wrappers(self.multimodal_model.vision_tower)  # type: ignore[arg-type]
 
-    @cached_property
-    def _vision_layers(self) -> nn.ModuleList:
-        tower = getattr(self.vision_tower, "vision_model", self.vision_tower)
-        layers = getattr(getattr(tower, "encoder", None), "layers", None)
-        if not isinstance(layers, nn.ModuleList):
-            raise UnsupportedMethodError(
-                f"The vision tower {type(self.vision_tower).__name__} has no `encoder.layers`; its attention cannot be read."
-            )
-        return layers
+    @property
+    def vision_layers(self) -> nn.ModuleList:
+        """The encoder layers of the tower."""
+        tower: Any = getattr(self.vision_tower, "vision_model", self.vision_tower)
+        return tower.encoder.layers
 
     def vision_attention(self, layer: int) -> nn.Module:
         """Return `self_attn` of an encoder layer."""
-        return self._vision_layers[layer].self_attn  # type: ignore[return-value]
+        return self.vision_layers[layer].self_attn  # type: ignore[return-value]
 
     def vision_layer(self, layer: int) -> nn.Module:
         """Return an encoder layer."""
-        return self._vision_layers[layer]
+        return self.vision_layers[layer]
 
     @property
     def projector(self) -> nn.Module:
@@ -58,36 +62,31 @@ class Llava(Family):
         tower = getattr(self.vision_tower, "vision_model", self.vision_tower)
         return isinstance(getattr(getattr(tower, "encoder", None), "layers", None), nn.ModuleList)
 
-    @property
-    def vision_heads(self) -> int:
-        """Number of attention heads of the vision tower."""
-        return int(self.config.vision_config.num_attention_heads)
-
-    @property
-    def feature_layers(self) -> int | list[int]:
-        """Indices of the hidden states that make the features, as in the configuration."""
-        return self.config.vision_feature_layer
-
     @cached_property
     def state_layers(self) -> tuple[int, ...]:
-        """The layers behind the hidden states of `feature_layers`; -1 stands for the embeddings before the first layer."""
-        layers, chosen = int(self.config.vision_config.num_hidden_layers), self.feature_layers
-        states = [chosen] if isinstance(chosen, int) else list(chosen)
-        return tuple((state if state >= 0 else layers + 1 + state) - 1 for state in states)
+        """The layers behind the hidden states that make the features; -1 stands for the embeddings before the first layer."""
+        return state_layers(self.config)
 
-    @cached_property
-    def tower_facts(self) -> TowerFacts:
-        """Facts of the tower; with several feature layers the deepest counts as the feature layer."""
-        layers = int(self.config.vision_config.num_hidden_layers)
-        deepest = max(self.state_layers)
+    def check(self) -> None:
+        """Check the parts, and that the tower has a CLS token where its configuration says so.
+
+        Raises:
+            UnsupportedFamilyError: names what the model lacks.
+        """
+        super().check()
         tower = getattr(self.vision_tower, "vision_model", self.vision_tower)
-        has_cls = hasattr(getattr(tower, "embeddings", None), "class_embedding")
-        return TowerFacts(layers, max(deepest, 0), has_cls, heads=self.vision_heads)
+        embeddings = getattr(tower, "embeddings", None)
+        if hasattr(embeddings, "class_embedding") != self.tower_facts.has_cls:
+            says = "a" if self.tower_facts.has_cls else "no"
+            raise UnsupportedFamilyError(
+                f"By its configuration the vision tower {type(tower).__name__} has {says} CLS token; "
+                "`embeddings.class_embedding` says otherwise."
+            )
 
     @property
     def has_grid(self) -> bool:
         """True unless the CLS token stays among the features."""
-        return not (self.tower_facts.has_cls and self.config.vision_feature_select_strategy == "full")
+        return drops_cls(self.config) or not self.tower_facts.has_cls
 
     def layouts(self, visuals: EncodedVisuals) -> tuple[VisualLayout, ...]:
         """Return a raster per image; of unknown geometry where the CLS token stays among the features."""

@@ -9,6 +9,7 @@ import torch
 from ..tower.encoded_visuals import EncodedVisuals
 from .anyres import AnyresImage, anyres_image
 from .anyres_family import AnyresFamily
+from .facts import PictureKind, Preparation
 
 
 class LlavaNext(AnyresFamily):
@@ -16,6 +17,9 @@ class LlavaNext(AnyresFamily):
 
     name: ClassVar[str] = "LLaVA-NeXT"
     model_classes: ClassVar[tuple[str, ...]] = ("LlavaNextForConditionalGeneration",)
+    model_types: ClassVar[tuple[str, ...]] = ("llava_next",)
+    preparation: ClassVar[Preparation] = Preparation("LlavaNextProcessor", "LlavaNextImageProcessor")
+    picture_kind: ClassVar[PictureKind] = "tiles"
 
     def images(self, visuals: EncodedVisuals) -> tuple[AnyresImage, ...]:
         """Follow `image_sizes`."""

@@ -16,6 +16,7 @@ from vlmprune.layout import VisualLayout, raster_layout
 from ..tower.encoded_visuals import EncodedVisuals
 from .anyres import AnyresImage, anyres_image
 from .anyres_family import AnyresFamily, check_counts
+from .facts import PictureKind, Preparation
 
 
 class LlavaOnevision(AnyresFamily):
@@ -26,6 +27,11 @@ class LlavaOnevision(AnyresFamily):
 
     name: ClassVar[str] = "LLaVA-OneVision"
     model_classes: ClassVar[tuple[str, ...]] = ("LlavaOnevisionForConditionalGeneration",)
+    model_types: ClassVar[tuple[str, ...]] = ("llava_onevision",)
+    preparation: ClassVar[Preparation] = Preparation(
+        "LlavaOnevisionProcessor", "LlavaOnevisionImageProcessor", "LlavaOnevisionVideoProcessor"
+    )
+    picture_kind: ClassVar[PictureKind] = "tiles of single pictures"
     modalities: ClassVar[tuple[str, ...]] = ("image", "video")
 
     @property

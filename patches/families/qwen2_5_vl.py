@@ -5,9 +5,11 @@ from __future__ import annotations
 from functools import cached_property
 from typing import ClassVar
 
+from ..parts import Part
 from ..tower.packed import WindowedTowerReader
 from ..tower.reader import TowerReader
-from .qwen_base import QwenVL
+from .facts import Preparation
+from .qwen_base import QwenVL, qwen_preparation
 
 
 class Qwen25VL(QwenVL):
@@ -20,6 +22,13 @@ class Qwen25VL(QwenVL):
     name: ClassVar[str] = "Qwen2.5-VL"
     model_classes: ClassVar[tuple[str, ...]] = ("Qwen2_5_VLForConditionalGeneration",)
     text_positions: ClassVar[bool] = False
+    model_types: ClassVar[tuple[str, ...]] = ("qwen2_5_vl",)
+    preparation: ClassVar[Preparation] = qwen_preparation("Qwen2_5_VLProcessor")
+    tower_parts: ClassVar[tuple[Part, ...]] = (
+        *QwenVL.tower_parts,
+        Part("vision_tower.window_size"),
+        Part("vision_tower.patch_size"),
+    )
 
     @cached_property
     def tower_reader(self) -> TowerReader:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from .qwen_base import QwenVL
+from .facts import Preparation
+from .qwen_base import QwenVL, qwen_preparation
 
 
 class Qwen2VL(QwenVL):
@@ -13,3 +14,5 @@ class Qwen2VL(QwenVL):
     name: ClassVar[str] = "Qwen2-VL"
     model_classes: ClassVar[tuple[str, ...]] = ("Qwen2VLForConditionalGeneration",)
     text_positions: ClassVar[bool] = False
+    model_types: ClassVar[tuple[str, ...]] = ("qwen2_vl",)
+    preparation: ClassVar[Preparation] = qwen_preparation("Qwen2VLProcessor")

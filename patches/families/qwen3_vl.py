@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from .qwen_base import QwenVL
+from ..parts import Part
+from .facts import Preparation
+from .qwen_base import QwenVL, qwen_preparation
 
 
 class Qwen3VL(QwenVL):
@@ -18,4 +20,10 @@ class Qwen3VL(QwenVL):
     model_classes: ClassVar[tuple[str, ...]] = (
         "Qwen3VLForConditionalGeneration",
         "Qwen3VLMoeForConditionalGeneration",
+    )
+    model_types: ClassVar[tuple[str, ...]] = ("qwen3_vl", "qwen3_vl_moe")
+    preparation: ClassVar[Preparation] = qwen_preparation("Qwen3VLProcessor", "Qwen3VLVideoProcessor")
+    parts: ClassVar[tuple[Part, ...]] = (
+        *QwenVL.parts,
+        Part("language_model", ("visual_pos_masks", "deepstack_visual_embeds")),
     )

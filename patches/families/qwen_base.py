@@ -10,15 +10,28 @@ from torch import Tensor, nn
 
 from vlmprune.errors import LayoutError
 from vlmprune.layout import VisualLayout, raster_layout
-from vlmprune.methods.batch import TowerFacts
 
+from ..calls import PIXELS
+from ..parts import Part
 from ..tower.encoded_visuals import EncodedVisuals
 from ..tower.packed import PackedTowerReader
 from ..tower.reader import TowerReader
+from .facts import PictureKind, Preparation, TowerKind
 from .family import Family
 from .wrappers import without_wrappers
 
-_PIXELS = {"image": "pixel_values", "video": "pixel_values_videos"}
+_MARKERS = {
+    "<|image_pad|>": ("image_token_id", "image_token"),
+    "<|video_pad|>": ("video_token_id", "video_token"),
+    "<|vision_start|>": ("vision_start_token_id", "vision_bos_token"),
+    "<|vision_end|>": ("vision_end_token_id", "vision_eos_token"),
+}
+
+
+def qwen_preparation(processor: str, video_processor: str = "Qwen2VLVideoProcessor") -> Preparation:
+    """Return how prompts of a Qwen-VL family are prepared."""
+    picture = "<|vision_start|><|image_pad|><|vision_end|>"
+    return Preparation(processor, "Qwen2VLImageProcessor", video_processor, picture, _MARKERS)
 
 
 class QwenVL(Family):
@@ -26,6 +39,21 @@ class QwenVL(Family):
 
     modalities: ClassVar[tuple[str, ...]] = ("image", "video")
     mrope: ClassVar[bool] = True
+    tower_kind: ClassVar[TowerKind] = "packed"
+    picture_kind: ClassVar[PictureKind] = "grids"
+    parts: ClassVar[tuple[Part, ...]] = (
+        *Family.parts,
+        Part("multimodal_model.get_image_features", ("image_grid_thw",)),
+        Part("multimodal_model.get_video_features", ("video_grid_thw",)),
+    )
+    tower_parts: ClassVar[tuple[Part, ...]] = (
+        Part("vision_tower", ("grid_thw",)),
+        Part("vision_tower.spatial_merge_size"),
+        Part("vision_tower.blocks.*.attn", ("cu_seqlens", "position_embeddings")),
+        Part("vision_tower.blocks.*.attn.qkv"),
+        Part("vision_tower.blocks.*.attn.scaling"),
+        Part("projector"),
+    )
 
     @property
     def vision_tower(self) -> nn.Module:
@@ -47,18 +75,6 @@ class QwenVL(Family):
         return self.vision_tower.merger  # type: ignore[return-value]
 
     @property
-    def vision_heads(self) -> int:
-        """Number of attention heads of the vision tower."""
-        return int(self.config.vision_config.num_heads)
-
-    @property
-    def tower_facts(self) -> TowerFacts:
-        """There is no CLS token, and the visual tokens come from the last block."""
-        depth = len(self.vision_tower.blocks)  # type: ignore[arg-type]
-        merged = int(self.config.vision_config.spatial_merge_size) ** 2
-        return TowerFacts(depth, depth - 1, has_cls=False, heads=self.vision_heads, patches_per_token=merged)
-
-    @property
     def has_grid(self) -> bool:
         """Every image is one plain raster."""
         return True
@@ -69,12 +85,12 @@ class QwenVL(Family):
         Raises:
             LayoutError: no grid, a grid of which no whole tokens can be made, or grids of other pixels.
         """
-        name, pixels = f"{modality}_grid_thw", inputs.get(_PIXELS[modality])
+        name, pixels = f"{modality}_grid_thw", inputs.get(PIXELS[modality])
         grid = inputs.get(name)
         if not isinstance(grid, Tensor) or grid.ndim != 2 or grid.shape[1] != 3:
             shape = list(grid.shape) if isinstance(grid, Tensor) else grid
             raise LayoutError(
-                f"{_PIXELS[modality]} came with {name}={shape}; needed: the processor's tensor of shape [{modality}s, 3]."
+                f"{PIXELS[modality]} came with {name}={shape}; needed: the processor's tensor of shape [{modality}s, 3]."
             )
         merge = int(self.config.vision_config.spatial_merge_size)
         grids = grid.tolist()
@@ -88,7 +104,7 @@ class QwenVL(Family):
         patches = sum(frames * rows * columns for frames, rows, columns in grids)
         if isinstance(pixels, Tensor) and len(pixels) != patches:
             raise LayoutError(
-                f"{_PIXELS[modality]} holds {len(pixels)} patches, {name} {grids} stands for {patches}; allowed: the same."
+                f"{PIXELS[modality]} holds {len(pixels)} patches, {name} {grids} stands for {patches}; allowed: the same."
             )
 
     def layouts(self, visuals: EncodedVisuals) -> tuple[VisualLayout, ...]:

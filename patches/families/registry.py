@@ -1,13 +1,13 @@
-"""Which family serves which model class."""
+"""Which family serves which model class and which configuration."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
-from vlmprune.errors import UnsupportedFamilyError
+from vlmprune.errors import UnsupportedFamilyError, unknown
 
 from .family import Family
 from .llava import Llava
@@ -74,3 +74,15 @@ def _described(model: object) -> str:
         return f"{what} is only a part: of this family the whole {related[0]} is supported."
     kind = f" (model type {inner.config.model_type!r})" if inner is not None else ""
     return f"{what} is of no supported family{kind}."
+
+
+def family_of_config(config: PreTrainedConfig) -> type[Family]:
+    """Return the family of the models that a configuration describes, found by its `model_type`.
+
+    Raises:
+        UnknownNameError: names the supported model types and the nearest one.
+    """
+    families = {model_type: family for family in FAMILIES for model_type in family.model_types}
+    if config.model_type not in families:
+        raise unknown("model type", config.model_type, families)
+    return families[config.model_type]

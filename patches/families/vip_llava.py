@@ -12,11 +12,7 @@ class VipLlava(Llava):
 
     name: ClassVar[str] = "ViP-LLaVA"
     model_classes: ClassVar[tuple[str, ...]] = ("VipLlavaForConditionalGeneration",)
-
-    @property
-    def feature_layers(self) -> int | list[int]:
-        """The older of the two names of the setting, which all versions know."""
-        return self.config.vision_feature_layers
+    model_types: ClassVar[tuple[str, ...]] = ("vipllava",)
 
     @property
     def has_grid(self) -> bool:

@@ -11,30 +11,34 @@ from torch import Tensor, nn
 
 from vlmprune.errors import UnsupportedMethodError
 
+from ..parts import Part, missing_parts
+
+MODEL_PARTS = (Part("layers"), Part("rotary_emb"), Part("config"))
+"""What dropping between layers relies on in the language model."""
+LAYER_PARTS = (
+    Part(arguments=("attention_mask", "position_ids", "position_embeddings", "past_key_values")),
+    Part("input_layernorm"),
+    *(Part(f"self_attn.{name}") for name in ("q_proj", "k_proj", "head_dim", "scaling")),
+)
+"""What it relies on in every layer from the first that is read on."""
+
 
 def check_decoder(language_model: nn.Module, layers: Iterable[int], method: str) -> None:
     """Raise UnsupportedMethodError unless the decoder layers have the parts that dropping inside them needs."""
     name = type(language_model).__name__
-    for part in ("layers", "rotary_emb", "config"):
-        if not hasattr(language_model, part):
-            raise UnsupportedMethodError(f"{method!r} drops tokens inside the language model; {name} has no `{part}`.")
+    missing = missing_parts(language_model, MODEL_PARTS)
+    if missing:
+        raise UnsupportedMethodError(f"{method!r} drops tokens inside the language model: {'; '.join(missing)}.")
     config: Any = language_model.config
     for layer in layers:
         module: Any = language_model.layers[layer]  # type: ignore[index]
         attention = getattr(module, "self_attn", None)
-        missing = [
-            part
-            for part, found in (
-                ("input_layernorm", hasattr(module, "input_layernorm")),
-                ("self_attn.q_proj", hasattr(attention, "q_proj")),
-                ("self_attn.k_proj", hasattr(attention, "k_proj")),
-                ("apply_rotary_pos_emb", attention is not None and _rotary_function(attention) is not None),
-            )
-            if not found
-        ]
+        missing = missing_parts(module, LAYER_PARTS)
+        if not missing and _rotary_function(module.self_attn) is None:
+            missing = [f"the module of {type(module.self_attn).__name__} has no `apply_rotary_pos_emb`"]
         if missing:
             raise UnsupportedMethodError(
-                f"{method!r} scores with the projections of layer {layer}; {type(module).__name__} has no {', '.join(missing)}."
+                f"{method!r} scores with the projections of layer {layer} and passes it fewer tokens: {'; '.join(missing)}."
             )
         kinds = getattr(config, "layer_types", None)
         kind = kinds[layer] if kinds else "full_attention"

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from vlmprune.methods.batch import VisionSignal
 
-from ..calls import CallStack, TowerCall
+from ..calls import PIXELS, CallStack, TowerCall
 from ..hooks import HookSet
 from .encoded_visuals import EncodedVisuals, LiveEncodings, encoded_visuals, set_encoded_visuals
 
@@ -63,7 +63,7 @@ class EncoderCall:
         inner = encoded_visuals(output)
         visuals = EncodedVisuals(
             modality=self.modality,
-            inputs={name: value for name, value in inputs.items() if not name.startswith("pixel_values")},
+            inputs={name: value for name, value in inputs.items() if name not in PIXELS.values()},
             counts=self.family.token_counts(self.modality, features),
             vision=inner.vision
             if inner
@@ -82,6 +82,7 @@ def watch_encoders(
 ) -> None:
     """Watch the encoding of every modality of the family, and the tower layers that `signals` name."""
     if signals:
+        family.check_tower()
         family.tower_reader.install(family, signals, calls, hooks)
     model: nn.Module = family.multimodal_model
     for modality in family.modalities:

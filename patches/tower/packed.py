@@ -41,7 +41,7 @@ class PackedTowerReader(TowerReader):
         """Register hooks on the attention of every layer, and on the merger.
 
         Raises:
-            UnsupportedMethodError: a signal needs a CLS token, or the attention has no `qkv` or no rotary positions.
+            UnsupportedMethodError: a signal needs a CLS token, or the attention has no rotary positions.
         """
         super().install(family, signals, calls, hooks)
         self.heads = family.vision_heads
@@ -56,9 +56,9 @@ class PackedTowerReader(TowerReader):
             if signal.kind != "features":
                 self.layers[signal.layer] = family.vision_attention(signal.layer)
         for layer, attention in sorted(self.layers.items()):
-            if not hasattr(attention, "qkv") or _rotary_function(attention) is None:
+            if _rotary_function(attention) is None:
                 raise UnsupportedMethodError(
-                    f"{type(attention).__name__} has no `qkv` projection with rotary positions; its attention cannot be read."
+                    f"The module of {type(attention).__name__} has no `apply_rotary_pos_emb_vision`, so it cannot be read."
                 )
             hooks.before(f"vision layer {layer} bounds", attention, partial(self._keep_arguments, layer))
             hooks.after(

@@ -12,7 +12,7 @@ from support.tiny_configs import MAKERS, tiny_config
 from vlmprune.eval.accuracy.live_model import entering_images
 from vlmprune.eval.models.random_weights import preset_config
 from vlmprune.eval.models.synthetic_request import synthetic_request
-from vlmprune.eval.speed.flops import VisionWork, request_cost, selection_macs, vision_family
+from vlmprune.eval.speed.flops import VisionWork, request_cost, selection_macs, vision_cost
 from vlmprune.methods.layer_method import LayerMethod
 from vlmprune.methods.registry import make_method, method_names
 from vlmprune.methods.selection_macs import Scored
@@ -70,7 +70,7 @@ def test_pruned_requests_of_every_family_match_the_counter(model_type):
     config._experts_implementation = "eager"
     model = AutoModelForImageTextToText.from_config(config, attn_implementation="eager").eval()
     inputs = synthetic_request(config, (50, 40), 10, batch_size=2)
-    works = vision_family(config).work(config, inputs, [1, 1])
+    works = vision_cost(config).work(config, inputs, [1, 1])
     names = {"uniform", "fastervlm", "vtc_cls", "hired", "divprune", "pyramiddrop"} & set(vlmprune.list_methods(model))
     assert len(names) >= 5
     for name in names:

@@ -20,7 +20,7 @@ from support.tiny_configs import MAKERS, TOWER, tiny_config
 from vlmprune.errors import UnknownNameError
 from vlmprune.eval.models.random_weights import preset_config
 from vlmprune.eval.models.synthetic_request import synthetic_request
-from vlmprune.eval.speed.flops import VisionWork, request_cost, vision_family
+from vlmprune.eval.speed.flops import VisionWork, request_cost, vision_cost
 
 
 def counted(call) -> int:
@@ -47,9 +47,9 @@ def test_towers_and_requests_match_the_counter(model_type, size):
     model = eager(model_type)
     config, text = model.config, 9
     inputs = synthetic_request(config, size, text, batch_size=2)
-    work, same = vision_family(config).work(config, inputs, [1, 1])
+    work, same = vision_cost(config).work(config, inputs, [1, 1])
     assert work == same
-    assert counted(lambda: image_features(model, inputs)) == 2 * 2 * sum(vision_family(config).macs(config, work))
+    assert counted(lambda: image_features(model, inputs)) == 2 * 2 * sum(vision_cost(config).macs(config, work))
     visual = int((inputs["input_ids"][0] == config.image_token_id).sum())
     cost = request_cost(config, work, [visual] * 3, text)
     assert counted(lambda: model(**inputs, logits_to_keep=1)) == 2 * 2 * cost.total
@@ -74,7 +74,7 @@ def test_variants_of_llava_match_the_counter(vision, feature_layer, strategy):
         vision_feature_select_strategy=strategy,
     )
     model = LlavaForConditionalGeneration._from_config(config, attn_implementation="eager").eval()
-    macs = vision_family(config).macs
+    macs = vision_cost(config).macs
     total = counted(lambda: model.model.get_image_features(torch.zeros(3, 3, 32, 32)))
     assert 2 * sum(macs(config, VisionWork(crops=3))) == total
     assert macs(config, VisionWork()) == (0, 0)
@@ -88,7 +88,7 @@ def test_packed_towers_match_the_counter_on_videos_and_cut_windows(model_type, g
     shape = (frames, *grid)
     pixels = torch.zeros(frames * grid[0] * grid[1], 3 * 2 * 4 * 4)
     total = counted(lambda: model.model.visual(pixels, grid_thw=torch.tensor([shape])))
-    assert total == 2 * sum(vision_family(model.config).macs(model.config, VisionWork(grids=(shape,))))
+    assert total == 2 * sum(vision_cost(model.config).macs(model.config, VisionWork(grids=(shape,))))
 
 
 @pytest.mark.parametrize("name", ["llava-next-7b", "llava-onevision-0.5b"])
@@ -98,7 +98,7 @@ def test_true_dense_towers_match_the_counter_on_meta(name):
         model = AutoModelForImageTextToText.from_config(config, attn_implementation="eager", dtype=torch.bfloat16)
         pixels = torch.zeros(5, 3, *2 * [config.vision_config.image_size], dtype=torch.bfloat16)
     tower = counted(lambda: model.model.vision_tower(pixels))
-    assert tower == 2 * vision_family(config).macs(config, VisionWork(crops=5))[0]
+    assert tower == 2 * vision_cost(config).macs(config, VisionWork(crops=5))[0]
 
 
 def test_images_of_one_prompt_are_tiled_as_the_host_does():
@@ -106,18 +106,18 @@ def test_images_of_one_prompt_are_tiled_as_the_host_does():
     inputs = {"image_sizes": sizes}
     for model_type, crops in (("llava_next", [5, 10]), ("llava_onevision", [5, 2]), ("llava", [1, 2])):
         config = tiny_config(model_type)
-        assert [work.crops for work in vision_family(config).work(config, inputs, [1, 2])] == crops
+        assert [work.crops for work in vision_cost(config).work(config, inputs, [1, 2])] == crops
     config = tiny_config("qwen2_vl")
     inputs = {"image_grid_thw": torch.tensor([[1, 4, 4], [1, 2, 2], [1, 6, 2]])}
-    works = vision_family(config).work(config, inputs, [1, 0, 2])
+    works = vision_cost(config).work(config, inputs, [1, 0, 2])
     assert [work.grids for work in works] == [((1, 4, 4),), (), ((1, 2, 2), (1, 6, 2))]
 
 
 def test_text_alone_costs_no_tower():
     for model_type in MAKERS:
         config = tiny_config(model_type)
-        (work,) = vision_family(config).work(config, {}, [0])
-        assert vision_family(config).macs(config, work) == (0, 0)
+        (work,) = vision_cost(config).work(config, {}, [0])
+        assert vision_cost(config).macs(config, work) == (0, 0)
 
 
 def test_unknown_families_are_refused():

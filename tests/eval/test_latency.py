@@ -20,7 +20,7 @@ from vlmprune.eval.models.synthetic_request import parse_sizes, synthetic_reques
 from vlmprune.eval.run.cells import Cell
 from vlmprune.eval.run.result_folder import ResultFolderError
 from vlmprune.eval.speed import latency_command
-from vlmprune.eval.speed.flops import LanguageShape, request_cost, vision_family
+from vlmprune.eval.speed.flops import LanguageShape, request_cost, vision_cost
 from vlmprune.eval.speed.ideal_prefill import IdealPrefill
 from vlmprune.eval.speed.latency import cache_bytes, measure
 from vlmprune.eval.speed.latency_command import LatencyOptions, latency_table, run_latency
@@ -131,7 +131,7 @@ def test_the_ideal_does_the_work_of_the_kept_tokens(model_type, stages):
     inputs = request_for(model, 2, size=(50, 40))
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         IdealPrefill.prepare(model, inputs, stages).run()
-    work = vision_family(config).work(config, inputs, [1, 1])
+    work = vision_cost(config).work(config, inputs, [1, 1])
     assert counter.get_total_flops() == 2 * sum(request_cost(config, each, stages, 10).total for each in work)
 
 

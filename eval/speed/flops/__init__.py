@@ -6,7 +6,7 @@ Attention is counted in full (not halved for causality), as fused kernels and
 not counted.
 """
 
-from .families import VISION_FAMILIES, VisionFamily, vision_family
+from .families import VisionCost, vision_cost
 from .formulas import equivalent_tokens, fastv_formula, pyramiddrop_formula
 from .language import LanguageShape
 from .request_cost import STAGES, Cost, request_cost
@@ -15,15 +15,14 @@ from .vision_work import VisionWork
 
 __all__ = [
     "STAGES",
-    "VISION_FAMILIES",
     "Cost",
     "LanguageShape",
-    "VisionFamily",
+    "VisionCost",
     "VisionWork",
     "equivalent_tokens",
     "fastv_formula",
     "pyramiddrop_formula",
     "request_cost",
     "selection_macs",
-    "vision_family",
+    "vision_cost",
 ]

@@ -9,7 +9,7 @@ from transformers import PreTrainedConfig
 
 from vlmprune.methods.base import Method
 
-from .families import vision_family
+from .families import vision_cost
 from .language import LanguageShape
 from .selection import selection_macs
 from .vision_work import VisionWork
@@ -63,7 +63,7 @@ def request_cost(
     before and after the input of the language model, of each) give the cost of selecting. Raises `UnknownNameError` for
     a model type whose vision tower is not known here.
     """
-    vision, projector = vision_family(config).macs(config, work)
+    vision, projector = vision_cost(config).macs(config, work)
     shape = LanguageShape.from_config(config)
     tokens = [n + text_tokens for n in visual_tokens]
     return Cost(

@@ -16,8 +16,9 @@ from vlmprune.methods.batch import ATTENTION_KINDS
 from vlmprune.methods.input_method import InputMethod
 from vlmprune.methods.layer_method import LayerMethod
 from vlmprune.methods.selection_macs import Scored
+from vlmprune.patches.families.facts import tower_width
 
-from .families import vision_family
+from .families import vision_cost
 from .language import LanguageShape
 from .vision_work import VisionWork
 
@@ -51,10 +52,9 @@ def selection_macs(
 def _input_macs(
     config: PreTrainedConfig, method: InputMethod, work: VisionWork, images: Sequence[tuple[int, int]]
 ) -> int | None:
-    family = vision_family(config)
+    family = vision_cost(config)
     facts = family.facts(config)
-    vision = config.vision_config
-    hidden = getattr(vision, "embed_dim", None) or vision.hidden_size
+    hidden = tower_width(config)
     total = 0
     for signal in method.vision_signals(facts):
         if signal.kind not in ATTENTION_KINDS:
@@ -63,14 +63,13 @@ def _input_macs(
         queries = sum(length * length if signal.kind == "received_attention" else length for length in lengths)
         total += queries * hidden
     tiles = max(1, work.crops // max(1, len(images)))
-    heads = getattr(vision, "num_attention_heads", None) or vision.num_heads
     scored = Scored(
         images,
         dim=config.get_text_config().hidden_size,
         has_cls=facts.has_cls,
         tower_dim=hidden,
         tiles=tiles,
-        head_dim=hidden // heads,
+        head_dim=hidden // facts.heads,
         projector=family.projector(config),
     )
     own = method.feature_macs(scored)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from transformers import PreTrainedConfig
 
-from vlmprune.methods.batch import TowerFacts
+from vlmprune.patches.families.facts import drops_cls, has_cls, state_layers
 
 from .vision_work import VisionWork
 
@@ -22,14 +22,14 @@ def dense_tower_macs(config: PreTrainedConfig, work: VisionWork) -> tuple[int, i
     tower += vision.num_hidden_layers * (tokens * (4 * hidden * hidden + 2 * hidden * ffn) + 2 * tokens**2 * hidden)
     if vision.model_type.startswith("siglip") and getattr(vision, "vision_use_head", True):
         tower += 2 * hidden * hidden + 2 * tokens * hidden * hidden + 2 * tokens * hidden + 2 * hidden * ffn
-    projected = tokens - (has_cls(config) and _drops_cls(config))
+    projected = tokens - (has_cls(config) and drops_cls(config))
     return work.crops * tower, work.crops * projected * dense_projector_macs(config)
 
 
 def dense_projector_macs(config: PreTrainedConfig) -> int:
     """MACs of a two-layer projector for one token."""
-    layers, text = _feature_layers(config), config.get_text_config().hidden_size
-    width = config.vision_config.hidden_size * (1 if isinstance(layers, int) else len(layers))
+    text = config.get_text_config().hidden_size
+    width = config.vision_config.hidden_size * len(state_layers(config))
     return int(width * text + text * text)
 
 
@@ -37,25 +37,3 @@ def dense_segments(config: PreTrainedConfig, work: VisionWork, layer: int) -> li
     """Tokens of every picture: each attends to itself."""
     vision = config.vision_config
     return work.crops * [(vision.image_size // vision.patch_size) ** 2 + has_cls(config)]
-
-
-def dense_tower_facts(config: PreTrainedConfig) -> TowerFacts:
-    """Layers, the deepest layer whose output is used, and whether there is a CLS token."""
-    depth, chosen = config.vision_config.num_hidden_layers, _feature_layers(config)
-    states = [chosen] if isinstance(chosen, int) else list(chosen)
-    deepest = max(state if state >= 0 else depth + 1 + state for state in states)
-    return TowerFacts(layers=depth, feature_layer=max(deepest - 1, 0), has_cls=has_cls(config))
-
-
-def has_cls(config: PreTrainedConfig) -> bool:
-    """Whether the tower has a CLS token."""
-    return bool(config.vision_config.model_type.startswith("clip"))
-
-
-def _feature_layers(config: PreTrainedConfig) -> int | list[int]:
-    several = getattr(config, "vision_feature_layers", None)
-    return several if several is not None else config.vision_feature_layer
-
-
-def _drops_cls(config: PreTrainedConfig) -> bool:
-    return getattr(config, "vision_feature_select_strategy", "default") == "default"

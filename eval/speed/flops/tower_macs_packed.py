@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedConfig
 
-from vlmprune.methods.batch import TowerFacts
+from vlmprune.patches.families.facts import tower_width
 
 from .vision_work import VisionWork
 
@@ -31,7 +31,7 @@ class PackedTower:
         """Read the sizes of Qwen2-VL, Qwen2.5-VL and Qwen3-VL (deepstack mergers included)."""
         vision = config.vision_config
         second = hasattr(vision, "embed_dim") and hasattr(vision, "mlp_ratio")
-        hidden = vision.embed_dim if second else vision.hidden_size
+        hidden = tower_width(config)
         ffn = int(hidden * vision.mlp_ratio) if second else vision.intermediate_size
         windowed = getattr(vision, "fullatt_block_indexes", None) is not None
         channels = getattr(vision, "in_channels", None) or vision.in_chans
@@ -91,9 +91,3 @@ def packed_projector_macs(config: PreTrainedConfig) -> int:
 def packed_segments(config: PreTrainedConfig, work: VisionWork, layer: int) -> list[int]:
     """Runs of patches that attend to each other."""
     return list(PackedTower.from_config(config).segments(work, layer))
-
-
-def packed_tower_facts(config: PreTrainedConfig) -> TowerFacts:
-    """The last layer gives the features; there is no CLS token."""
-    depth = config.vision_config.depth
-    return TowerFacts(layers=depth, feature_layer=depth - 1, has_cls=False)
