@@ -8,17 +8,16 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from vlmprune.kernels.shared.attention_columns import AttentionColumns, attention_bounds
 from vlmprune.kernels.shared.compile_cases import CompileCase, Like
-from vlmprune.kernels.shared.implementation import choose_implementation, dot_needs_fp32, tl, triton
-from vlmprune.kernels.shared.segments import check_offsets, on_device
+from vlmprune.kernels.shared.implementation import choose_implementation
+from vlmprune.kernels.shared.segments import check_offsets
 
 HEAD_REDUCTIONS = ("mean", "none", "sum")
 QUERY_REDUCTIONS = ("mean", "sum")
 
 # Upper size of the block of the attention matrix that the reference holds at a time.
 BLOCK_BYTES = 64 * 2**20
-
-LOG2_E = 1.4426950408889634
 
 
 def received_attention(
@@ -99,164 +98,17 @@ def _received_attention_triton(
     mean_queries: bool,
     max_seqlen: int | None,
 ) -> Tensor:
-    device = query.device
-    tokens, heads, head_dim = query.shape
-    if isinstance(cu_seqlens, Tensor) and max_seqlen is not None:
-        bounds, longest = cu_seqlens.to(device), max_seqlen
-    else:
-        host = check_offsets(cu_seqlens, tokens, "cu_seqlens")
-        bounds, longest = on_device(host, device), max((end - begin for begin, end in pairwise(host)), default=0)
+    tokens, heads, _ = query.shape
+    bounds, longest = attention_bounds(cu_seqlens, max_seqlen, query)
     # Heads are added up afterwards, in order: with atomics the sum would depend on which program came first.
     shape = (tokens, heads) if reduce_heads == "none" else (heads, tokens)
-    received = torch.empty(shape, dtype=torch.float32, device=device)
-    stride_t, stride_h = (heads, 1) if reduce_heads == "none" else (1, tokens)
+    received = torch.empty(shape, dtype=torch.float32, device=query.device)
     if tokens and heads and longest:
-        log_sums = torch.empty(heads, tokens, dtype=torch.float32, device=device)
-        # Products without tensor cores hold their operands in registers: smaller tiles, more warps, or they spill.
-        scalar = dot_needs_fp32(query, key) or query.dtype == torch.float32
-        wide, narrow = 64 if longest <= 64 or scalar else 128, 32 if scalar else 64
-        blocks = triton.cdiv(longest, wide)
-        grid = (blocks * (bounds.numel() - 1), heads)
-        shared = (query, *query.stride(), key, *key.stride(), bounds, log_sums)
-        options = {
-            "BLOCK_D": max(16, triton.next_power_of_2(head_dim)),
-            "CAUSAL": causal,
-            "UPCAST": dot_needs_fp32(query, key),
-            "num_warps": 4 if wide == 64 and not scalar else 8,
-            "num_stages": 2 if scalar else 3,
-        }
-        log2_scale = scale * LOG2_E
-        sizes = (log2_scale, tokens, heads // key.shape[1], head_dim, blocks)
-        _log_sum_kernel[grid](*shared, *sizes, BLOCK_Q=wide, BLOCK_K=narrow, **options)
-        _column_kernel[grid](
-            *(*shared, received, stride_t, stride_h, *sizes), BLOCK_K=wide, BLOCK_Q=narrow, MEAN=mean_queries, **options
-        )
+        columns = AttentionColumns(query, key, bounds, longest, scale, causal)
+        columns.sums(received, (heads, 1) if reduce_heads == "none" else (1, tokens), mean=mean_queries)
     if reduce_heads == "none":
         return received
     return received.mean(0) if reduce_heads == "mean" else received.sum(0)
-
-
-@triton.jit
-def _log_sum_kernel(
-    query,
-    stride_qt,
-    stride_qh,
-    stride_qd,
-    key,
-    stride_kt,
-    stride_kh,
-    stride_kd,
-    bounds,
-    log_sums,
-    log2_scale,
-    TOTAL,
-    G,
-    D,
-    N,
-    BLOCK_Q: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    UPCAST: tl.constexpr,
-):
-    """Base-2 logarithm of each query's softmax denominator, as in the forward pass of flash attention."""
-    i_s = tl.program_id(0) // N
-    i_q = tl.program_id(0) % N * BLOCK_Q
-    i_h = tl.program_id(1).to(tl.int64)
-    i_begin = tl.load(bounds + i_s).to(tl.int64)
-    T = (tl.load(bounds + i_s + 1) - i_begin).to(tl.int32)
-    if i_q < T:
-        o_q = i_q + tl.arange(0, BLOCK_Q)
-        o_d = tl.arange(0, BLOCK_D)
-        m_d = o_d < D
-        p_q = query + i_begin * stride_qt + i_h * stride_qh + o_q.to(tl.int64)[:, None] * stride_qt
-        p_k = key + i_begin * stride_kt + (i_h // G) * stride_kh
-        b_q = tl.load(p_q + o_d[None, :] * stride_qd, mask=(o_q < T)[:, None] & m_d[None, :], other=0.0)
-        if UPCAST:
-            b_q = b_q.to(tl.float32)
-        b_peak = tl.full([BLOCK_Q], -float("inf"), dtype=tl.float32)
-        b_sum = tl.zeros([BLOCK_Q], dtype=tl.float32)
-        end = tl.minimum(T, i_q + BLOCK_Q) if CAUSAL else T
-        for i_k in range(0, end, BLOCK_K):
-            o_k = i_k + tl.arange(0, BLOCK_K)
-            p_block = p_k + o_k.to(tl.int64)[:, None] * stride_kt + o_d[None, :] * stride_kd
-            b_k = tl.load(p_block, mask=(o_k < T)[:, None] & m_d[None, :], other=0.0)
-            if UPCAST:
-                b_k = b_k.to(tl.float32)
-            b_score = tl.dot(b_q, tl.trans(b_k), input_precision="ieee") * log2_scale  # [BLOCK_Q, BLOCK_K]
-            m_seen = (o_k < T)[None, :]
-            if CAUSAL:
-                m_seen = m_seen & (o_k[None, :] <= o_q[:, None])
-            b_score = tl.where(m_seen, b_score, -float("inf"))
-            b_new = tl.maximum(b_peak, tl.max(b_score, 1))
-            # No key yet: any finite number does, and it keeps -inf minus -inf out.
-            b_zero = tl.where(b_new == -float("inf"), 0.0, b_new)
-            b_sum = b_sum * tl.exp2(b_peak - b_zero) + tl.sum(tl.exp2(b_score - b_zero[:, None]), 1)
-            b_peak = b_new
-        tl.store(log_sums + i_h * TOTAL + i_begin + o_q, b_peak + tl.log2(b_sum), mask=o_q < T)
-
-
-@triton.jit
-def _column_kernel(
-    query,
-    stride_qt,
-    stride_qh,
-    stride_qd,
-    key,
-    stride_kt,
-    stride_kh,
-    stride_kd,
-    bounds,
-    log_sums,
-    received,
-    stride_t,
-    stride_h,
-    log2_scale,
-    TOTAL,
-    G,
-    D,
-    N,
-    BLOCK_Q: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    UPCAST: tl.constexpr,
-    MEAN: tl.constexpr,
-):
-    """Column sums of one block of keys over all queries; keys lie along the rows of the tile, so a sum stays in a warp."""
-    i_s = tl.program_id(0) // N
-    i_k = tl.program_id(0) % N * BLOCK_K
-    i_h = tl.program_id(1).to(tl.int64)
-    i_begin = tl.load(bounds + i_s).to(tl.int64)
-    T = (tl.load(bounds + i_s + 1) - i_begin).to(tl.int32)
-    if i_k < T:
-        o_k = i_k + tl.arange(0, BLOCK_K)
-        o_d = tl.arange(0, BLOCK_D)
-        m_d = o_d < D
-        p_k = key + i_begin * stride_kt + (i_h // G) * stride_kh + o_k.to(tl.int64)[:, None] * stride_kt
-        p_q = query + i_begin * stride_qt + i_h * stride_qh
-        p_log = log_sums + i_h * TOTAL + i_begin
-        b_k = tl.load(p_k + o_d[None, :] * stride_kd, mask=(o_k < T)[:, None] & m_d[None, :], other=0.0)
-        if UPCAST:
-            b_k = b_k.to(tl.float32)
-        b_sum = tl.zeros([BLOCK_K], dtype=tl.float32)
-        first = i_k // BLOCK_Q * BLOCK_Q if CAUSAL else 0
-        for i_q in range(first, T, BLOCK_Q):
-            o_q = i_q + tl.arange(0, BLOCK_Q)
-            p_block = p_q + o_q.to(tl.int64)[:, None] * stride_qt + o_d[None, :] * stride_qd
-            b_q = tl.load(p_block, mask=(o_q < T)[:, None] & m_d[None, :], other=0.0)
-            if UPCAST:
-                b_q = b_q.to(tl.float32)
-            # Queries past the end have an infinite denominator and so add nothing.
-            b_log = tl.load(p_log + o_q, mask=o_q < T, other=float("inf"))
-            b_score = tl.dot(b_k, tl.trans(b_q), input_precision="ieee") * log2_scale  # [BLOCK_K, BLOCK_Q]
-            b_share = tl.exp2(b_score - b_log[None, :])
-            if CAUSAL:
-                b_share = tl.where(o_k[:, None] <= o_q[None, :], b_share, 0.0)
-            b_sum += tl.sum(b_share, 1)
-        if MEAN:
-            b_sum = b_sum / T
-        tl.store(received + (i_begin + o_k) * stride_t + i_h * stride_h, b_sum, mask=o_k < T)
 
 
 def _equal_runs(bounds: Sequence[int], most_scores: int) -> list[tuple[int, int, int]]:

@@ -6,6 +6,7 @@ import sys
 import pytest
 import torch
 
+from vlmprune.kernels.attention_pagerank import attention_pagerank
 from vlmprune.kernels.bipartite_match import bipartite_match
 from vlmprune.kernels.compact import compact
 from vlmprune.kernels.coverage import coverage
@@ -35,6 +36,7 @@ CALLS = {
     "compact": lambda name: compact([ROWS[None]], torch.zeros(1, 2, dtype=torch.int64), implementation=name),
     "dpp_map": lambda name: dpp_map(ROWS, [0, 4], [2], implementation=name),
     "windowed_topk": lambda name: windowed_topk(torch.ones(1), ONE - 1, [1], implementation=name),
+    "attention_pagerank": lambda name: attention_pagerank(ROWS[:, None], ROWS[:, None], [0, 4], 2, implementation=name),
     "coverage": lambda name: coverage(ROWS, [0, 4], [2], implementation=name),
     "coverage_from_values": lambda name: coverage_from_values(ROWS, 2, implementation=name),
     "bipartite_match": lambda name: bipartite_match(ROWS, ROWS, [0, 4], [0, 4], implementation=name),
