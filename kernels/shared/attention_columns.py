@@ -50,7 +50,7 @@ class AttentionColumns:
         self._log_sums = torch.empty(heads, tokens, dtype=torch.float32, device=query.device)
         # Products without tensor cores hold their operands in registers: smaller tiles, more warps, or they spill.
         scalar = dot_needs_fp32(query, key) or query.dtype == torch.float32
-        self._wide, self._narrow = 64 if longest <= 64 or scalar else 128, 32 if scalar else 64
+        self._wide, self._narrow = (32, 32) if scalar else (64 if longest <= 64 else 128, 64)
         blocks = triton.cdiv(longest, self._wide)
         self._grid = (blocks * (bounds.numel() - 1), heads)
         hidden = bounds if seen is None else seen.contiguous().view(torch.uint8)
