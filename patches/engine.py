@@ -29,6 +29,7 @@ from .prefill.compaction import restore_columns
 from .prefill.given_mask import given_visuals
 from .prefill.site import InputSite
 from .prefill.visuals import PrefillVisuals, read_visuals
+from .router_logits import restored_router_logits, watch_balancing_loss
 from .run_records import entry_record, text_record
 
 # Not on the engine, which is copied along with its model.
@@ -74,6 +75,7 @@ class PruningEngine:
             patch_generation(family.model, hooks)
             forget_compiled()
             refuse_continuous_batching(family.model, hooks)
+            watch_balancing_loss(family.model, hooks)
         except BaseException:
             hooks.remove()
             raise
@@ -249,15 +251,16 @@ class PruningEngine:
         if output.past_key_values is not None:
             set_cache_state(output.past_key_values, state)
 
-        def spread(hidden: Tensor | None, layer: int) -> Tensor | None:
-            if hidden is None:
-                return None
+        def spread(hidden: Tensor, layer: int) -> Tensor:
             if run is not None:
                 return run.restored(hidden, layer)
             return hidden if entry is None else restore_columns(hidden, entry)
 
-        output.last_hidden_state = spread(output.last_hidden_state, self.family.decoder_layers)
+        if output.last_hidden_state is not None:
+            output.last_hidden_state = spread(output.last_hidden_state, self.family.decoder_layers)
         if output.hidden_states is not None:
             earlier = [spread(hidden, layer - 1) for layer, hidden in enumerate(output.hidden_states[:-1])]
             output.hidden_states = (*earlier, output.last_hidden_state)
+        if isinstance(getattr(output, "router_logits", None), tuple):
+            output.router_logits = restored_router_logits(output.router_logits, spread, call.valid)
         return output

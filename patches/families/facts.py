@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -57,11 +57,17 @@ def tower_width(config: Any) -> int:
     return int(getattr(vision, "embed_dim", None) or vision.hidden_size)
 
 
-def state_layers(config: Any) -> tuple[int, ...]:
-    """0-based layers of a dense tower whose outputs make the features; -1 stands for the embeddings before the first layer."""
-    # ViP-LLaVA has both names in newer versions; the older one is what all of them know.
-    chosen = getattr(config, "vision_feature_layers", None)
-    chosen = config.vision_feature_layer if chosen is None else chosen
+def state_layers(config: Any, chosen: int | Sequence[int] | None = None) -> tuple[int, ...]:
+    """0-based layers of a dense tower whose outputs make the features; -1 stands for the embeddings before the first layer.
+
+    Args:
+        config: the model's configuration.
+        chosen: indices of hidden states other than the configured ones.
+    """
+    if chosen is None:
+        # ViP-LLaVA has both names in newer versions; the older one is what all of them know.
+        chosen = getattr(config, "vision_feature_layers", None)
+        chosen = config.vision_feature_layer if chosen is None else chosen
     depth = int(config.vision_config.num_hidden_layers)
     states = [chosen] if isinstance(chosen, int) else list(chosen)
     return tuple((state if state >= 0 else depth + 1 + state) - 1 for state in states)

@@ -113,6 +113,10 @@ class Family:
     def check_encoding(self, modality: str, inputs: Mapping[str, Any]) -> None:
         """Raise LayoutError for arguments of `get_{modality}_features`, by name, that the host would not refuse clearly."""
 
+    def changed_features(self, inputs: Mapping[str, Any]) -> str | None:
+        """Return which argument of `get_{modality}_features`, by name, takes other layers than configured, or None."""
+        return None
+
     def token_counts(self, modality: str, features: Sequence[Tensor]) -> tuple[int, ...]:
         """Return the visual tokens of each image or video, given its features as `get_{modality}_features` returns them."""
         return tuple(len(feature) for feature in features)

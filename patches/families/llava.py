@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any, ClassVar
 
@@ -67,6 +67,14 @@ class Llava(Family):
         """The layers behind the hidden states that make the features; -1 stands for the embeddings before the first layer."""
         return state_layers(self.config)
 
+    def changed_features(self, inputs: Mapping[str, Any]) -> str | None:
+        """Return `vision_feature_layer` (or the plural, its older name) with its value if it is not the configured one."""
+        for name in ("vision_feature_layer", "vision_feature_layers"):
+            chosen = inputs.get(name)
+            if chosen is not None and state_layers(self.config, chosen) != self.state_layers:
+                return f"{name}={chosen}"
+        return None
+
     def check(self) -> None:
         """Check the parts, and that the tower has a CLS token where its configuration says so.
 
@@ -89,7 +97,18 @@ class Llava(Family):
         return drops_cls(self.config) or not self.tower_facts.has_cls
 
     def layouts(self, visuals: EncodedVisuals) -> tuple[VisualLayout, ...]:
-        """Return a raster per image; of unknown geometry where the CLS token stays among the features."""
+        """Return a raster per image; of unknown geometry where the CLS token stays among the features.
+
+        Towers that take images of any size (Pixtral) are told the sizes; without them the geometry is unknown.
+        """
+        sizes = visuals.inputs.get("image_sizes")
+        if sizes is not None:
+            patch = int(self.config.vision_config.patch_size)
+            layouts = tuple(raster_layout(rows // patch, columns // patch) for rows, columns in _integers(sizes))
+            if tuple(layout.total for layout in layouts) == visuals.counts:
+                return layouts
+        if not self.has_tower_attention:
+            return tuple(unknown_layout(count) for count in visuals.counts)
         return tuple(self._layout(count) for count in visuals.counts)
 
     def _layout(self, count: int) -> VisualLayout:
@@ -104,3 +123,7 @@ class Llava(Family):
                 f"The vision tower scored {tokens} tokens a tile, the images have {list(counts)} visual tokens."
             )
         return signal[:, tokens - counts[0] :].flatten(0, 1)
+
+
+def _integers(sizes: Any) -> Any:
+    return sizes.tolist() if isinstance(sizes, Tensor) else sizes

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from vlmprune.errors import UnsupportedCallError
 from vlmprune.methods.batch import TILE_KINDS, VisionSignal, VisualBatch
 from vlmprune.methods.input_method import InputMethod
 from vlmprune.methods.needs import WHOLE_TILES
@@ -66,7 +67,7 @@ class InputSite:
         Raises:
             BudgetError: budgets for another number of rows than the call has.
             UnsupportedCallError: something is to be dropped, and the call's mask is not two-dimensional, or the method needs
-                more than tokens that were merged by hand.
+                more than tokens that were merged by hand, or reads other tower layers than the call takes features from.
             UnsupportedMethodError: something is to be dropped, and the method cannot serve a video that the call holds.
         """
         spans = visuals.spans
@@ -82,9 +83,19 @@ class InputSite:
         if not visuals.encoded:
             check_needs_no_tower(method, self.family.tower_facts)
         check_call(method, set(visuals.modalities))
+        self._check_layers(method, visuals)
         with torch.no_grad():
             selection = method.select(self._batch(call, visuals, budgets))
         return plan_entry(call, spans, selection)
+
+    def _check_layers(self, method: InputMethod, visuals: PrefillVisuals) -> None:
+        for shown in visuals.encoded if self.signals else ():
+            changed = self.family.changed_features(shown.visuals.inputs)
+            if changed is not None:
+                raise UnsupportedCallError(
+                    f"{changed} was given for this call, and {method.name!r} reads the vision tower by the configured one. Set "
+                    "it in model.config before vlmprune.apply, or apply a method that does not read the tower."
+                )
 
     def compacted(self, call: LanguageModelCall, visuals: PrefillVisuals, cut: EntryCut) -> dict[str, Any]:
         """Return the language model's arguments after `cut`, which drops something."""

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d
 
+from vlmprune.errors import UnsupportedCallError
 from vlmprune.methods.batch import Selection, VisualBatch
 from vlmprune.methods.input_method import InputMethod
 from vlmprune.methods.needs import GRID, STILL_IMAGES, Need
@@ -32,7 +33,10 @@ class Pool(InputMethod):
         """Pool each image's grid."""
         grids = [layout.grid for layout in batch.layouts if layout.grid is not None]
         if len(grids) != len(batch.layouts):
-            raise ValueError("Pool needs a plain grid of visual tokens.")
+            counts = [total for total, layout in zip(batch.counts, batch.layouts, strict=True) if layout.grid is None]
+            raise UnsupportedCallError(
+                f"'pool' needs {GRID.sentence}; this call has images of {counts} visual tokens whose geometry is unknown."
+            )
         targets = [pooled_grid(*grid, budget) for grid, budget in zip(grids, batch.budgets, strict=True)]
 
         def merge(values: Tensor) -> Tensor:
