@@ -33,9 +33,9 @@ class Pool(InputMethod):
         """Pool each image's grid."""
         grids = [layout.grid for layout in batch.layouts if layout.grid is not None]
         if len(grids) != len(batch.layouts):
-            counts = [total for total, layout in zip(batch.counts, batch.layouts, strict=True) if layout.grid is None]
+            unknown = [total for total, layout in zip(batch.counts, batch.layouts, strict=True) if layout.grid is None]
             raise UnsupportedCallError(
-                f"'pool' needs {GRID.sentence}; this call has images of {counts} visual tokens whose geometry is unknown."
+                f"'pool' needs {GRID.sentence}; this call has images of {unknown} visual tokens whose geometry is unknown."
             )
         targets = [pooled_grid(*grid, budget) for grid, budget in zip(grids, batch.budgets, strict=True)]
 
