@@ -73,13 +73,13 @@ def test_what_the_model_cannot_give_is_left_out_with_the_reason(toy):
     assert {"full", "divprune keep=0.2", "fastv keep=0.9", "pyramiddrop keep=0.5"} <= set(labels)
     notes = {(item.title, item.keep): item for item in left_out}
     assert set(notes) == {
-        *(("hired", None), ("globalcom2", None), ("fastv", 0.5), ("fastv", 0.2), ("pyramiddrop", 0.2)),
+        *(("globalcom2", None), ("fastv", 0.5), ("fastv", 0.2), ("pyramiddrop", 0.2)),
     }
     assert notes["fastv", 0.5].kind == "not reachable"
     assert "fastv keep=0.5: not reachable. " in notes["fastv", 0.5].note
     assert "nearest: keep=0.67" in notes["fastv", 0.5].reason
     assert "nearest: keep=0.34" in notes["pyramiddrop", 0.2].reason
-    assert notes["hired", None].note.startswith("hired: not served. 'hired' needs images cut in a thumbnail and crops")
+    assert notes["globalcom2", None].note.startswith("globalcom2: not served. 'globalcom2' needs images cut in a thumbnail and crops")
 
 
 def test_methods_whose_default_layer_the_model_does_not_have_are_left_out(toy):
@@ -94,7 +94,7 @@ def test_methods_whose_default_layer_the_model_does_not_have_are_left_out(toy):
 def test_what_was_asked_for_by_name_and_cannot_be_had_is_an_error(toy):
     model = toy.model()
     for text, keeps, error, message in (
-        ("hired,pool", [0.5], UnsupportedMethodError, "thumbnail"),
+        ("globalcom2,pool", [0.5], UnsupportedMethodError, "thumbnail"),
         ("fastv", [0.5, 0.2], BudgetError, r"keep=0.5.*nearest: keep=0.67"),
     ):
         methods = parse_methods(text)

@@ -133,7 +133,7 @@ def test_command(monkeypatch, tmp_path, toy):
     result = CliRunner().invoke(app, [*given, "--device", "cpu", "--out", str(file)])
     assert result.exit_code == 0, result.output
     assert "fastv keep=0.5: not reachable" in result.output
-    assert "hired: not served" in result.output
+    assert "globalcom2: not served" in result.output
     assert "divprune" in file.read_text()
     bad = CliRunner().invoke(app, ["selection-cost", "--image-size", "wide"])
     assert bad.exit_code == 2

@@ -25,6 +25,8 @@ def test_symbols_lead_to_parameters(cls):
         assert symbol not in parameters
         spelt = PARAMETER.match(here)
         assert spelt is None or spelt.group(1) in parameters, f"{symbol}: {here}"
+        is_argument = len(symbol) > 3 and symbol != "lambda"
+        assert is_argument or re.search(rf"\b{symbol}\b", cls.__doc__), f"{symbol} of the paper is not in the docstring"
 
 
 @pytest.mark.parametrize(

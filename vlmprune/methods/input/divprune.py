@@ -23,6 +23,8 @@ class DivPrune(InputMethod):
     First pick: the token whose nearest neighbour is farthest; every next pick: the token farthest from all picked
     ones. Ties go to the lowest index; kept tokens stay in position order.
 
+    The paper's K tokens are `keep` as an int, its share of tokens `keep` as a float.
+
     Source: "DivPrune: Diversity-based Visual Token Pruning for Large Multimodal Models", CVPR 2025, arXiv 2503.02175.
     The official code computes distances in the model's dtype and may pick a duplicate twice; here distances are fp32
     and picked tokens are masked.

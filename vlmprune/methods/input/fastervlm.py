@@ -24,6 +24,8 @@ class FasterVLM(InputMethod):
     far as it has that many; newlines are dropped first. Kept tokens stay in raster order. A tower without CLS token
     is scored by the attention that a token receives from all tokens.
 
+    Of the paper's symbols, the reduction ratio R is `1 - keep`; T tokens a tile are `keep=T * tiles`.
+
     Source: "[CLS] Attention is All You Need for Training-Free Visual Token Pruning", arXiv 2412.01818v1. The official
     code scores in the model's half precision; here scores are fp32, ties go to the lowest index. On LLaVA-NeXT it
     also selects among padding tokens, which transformers' models do not have.

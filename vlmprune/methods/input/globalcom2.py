@@ -52,7 +52,8 @@ class GlobalCom2(InputMethod):
     (`order="official"`). It serves one image a call.
 
     Attributes:
-        temperature: of the softmax over the crops.
+        keep: the paper's retention ratio R, or a number per image.
+        temperature: of the softmax over the crops (tau).
         faithful: official counts instead of the exact budget.
         order: "position", or "official" (with `faithful`), which puts other tokens' values in the kept positions.
     """

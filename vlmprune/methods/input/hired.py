@@ -48,6 +48,7 @@ class HiRED(InputMethod):
     where they belong.) Its paper is `HiRED(faithful=True, content="mass")`.
 
     Attributes:
+        keep: the paper's token budget rate r, or a number per image.
         alpha: share of the thumbnail, 0 to 1.
         content: "count" as the official code, "mass" as the paper.
         content_topk: tokens of the thumbnail that "count" counts; `int(N * (1 - alpha))` of N if not given.

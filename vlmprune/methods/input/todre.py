@@ -45,7 +45,8 @@ class ToDRE(InputMethod):
         variant: "max_sum" as version 2 of the paper, "kcenter" for the farthest token from all kept ones (the words
             of version 1).
         relevance: whether the second stage runs.
-        layer: 0-based layer of the second stage; `floor(7L / 8)` if not given.
+        keep: the paper's K tokens as an int, or their share.
+        layer: 0-based layer (l) of the second stage; `floor(7L / 8)` if not given.
         tau: threshold of the second stage.
     """
 

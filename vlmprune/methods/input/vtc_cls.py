@@ -35,7 +35,7 @@ class VTCCLS(InputMethod):
     Attributes:
         start_layer: first layer of the sum; negative values count from the end as Python's do. The sum ends with the
             layer whose output becomes the visual tokens. -8 is layer 16 of the 24 of CLIP-L, the official default;
-            the first layer stands in where a tower has fewer than 8.
+            the first layer stands in where a tower has fewer than 8. The paper's K layers are `-(K + 1)`.
     """
 
     start_layer: int = -8

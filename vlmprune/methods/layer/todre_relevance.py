@@ -35,7 +35,7 @@ class ToDRERelevance(LayerMethod):
     Positions: original; the paper does not say. Text behind a dropped image stays where it was, as in the earlier layers' caches.
 
     Attributes:
-        layer: 0-based layer at whose input the tokens are dropped; by default `floor(7L / 8)`.
+        layer: the paper's l, 0-based layer at whose input the tokens are dropped; by default `floor(7L / 8)`.
         tau: threshold of both shares, in [0, 1].
 
     Source: stage 2 of "ToDRE: Effective Visual Token Pruning via Token Diversity and Task Relevance", arXiv 2505.18757v2 (no
