@@ -7,7 +7,7 @@ from transformers import DynamicCache
 import vlmprune
 from support.caches import rounded_cache
 from support.layerwise import default_positions, language_model_inputs, placeholders, row_by_layers
-from support.matrix import METHOD_PARAMETERS, over_matrix
+from support.matrix import FOLLOW_THE_QUESTION, METHOD_PARAMETERS, over_matrix
 from support.tiny_models import LLAVA_CLIP_GQA
 from vlmprune.errors import UnsupportedCallError
 from vlmprune.methods.registry import get_method
@@ -129,14 +129,14 @@ def test_last_question_is_edited(method, family):
         mask = torch.ones_like(ids)
         continued = model.generate(input_ids=ids, attention_mask=mask, past_key_values=cache, **greedy)
         whole = model.generate(**family.longer(model, [inputs], ids, mask), **greedy)
-        if method not in ("fastv", "pyramiddrop"):
+        if method not in FOLLOW_THE_QUESTION:
             assert torch.equal(continued, whole)
         cache.crop(-(cache.get_seq_length() - total + 4))
         ids = torch.cat([inputs["input_ids"][:, :-4], QUESTION], 1)
         mask = torch.ones_like(ids)
         continued = model.generate(input_ids=ids, attention_mask=mask, past_key_values=cache, **greedy)
         whole = model.generate(**family.longer(model, [inputs], ids, mask), **greedy)
-        if method not in ("fastv", "pyramiddrop"):
+        if method not in FOLLOW_THE_QUESTION:
             assert torch.equal(continued, whole)
 
 
