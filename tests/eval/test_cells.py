@@ -79,7 +79,8 @@ def test_what_the_model_cannot_give_is_left_out_with_the_reason(toy):
     assert "fastv keep=0.5: not reachable. " in notes["fastv", 0.5].note
     assert "nearest: keep=0.67" in notes["fastv", 0.5].reason
     assert "nearest: keep=0.34" in notes["pyramiddrop", 0.2].reason
-    assert notes["globalcom2", None].note.startswith("globalcom2: not served. 'globalcom2' needs images cut in a thumbnail and crops")
+    note = notes["globalcom2", None].note
+    assert note.startswith("globalcom2: not served. 'globalcom2' needs images cut in a thumbnail and crops")
 
 
 def test_methods_whose_default_layer_the_model_does_not_have_are_left_out(toy):
