@@ -38,6 +38,7 @@ def test_every_method_says_what_it_computes():
         ("holov", {"keep": 0.25}),
         ("vispruner", {"keep": 0.25}),
         ("visionzip", {"keep": 0.25}),
+        ("scope", {"keep": 0.25}),
         ("todre", {"keep": 16, "relevance": False}),
         ("todre", {"keep": 2, "relevance": False}),
         ("fastv", {"layer": 1, "ratio": 0.75}),

@@ -6,6 +6,7 @@ import torch
 import vlmprune
 from support.plain_methods.hiprune import hiprune
 from support.plain_methods.holov import holov
+from support.plain_methods.scope import scope
 from support.plain_methods.textmonkey import textmonkey
 from support.plain_methods.visionzip import visionzip
 from support.plain_methods.vispruner import vispruner
@@ -18,6 +19,8 @@ PLAIN = {
     "hiprune": (hiprune, {"alpha": 0.5}),
     "holov": (holov, {"beta": 1.0}),
     "holov-paper": (holov, {"mode": "paper"}),
+    "scope": (scope, {}),
+    "scope-add": (scope, {"combined": "add", "alpha": 2.0}),
     "textmonkey": (textmonkey, {}),
     "vispruner": (vispruner, {"rho": 0.3}),
     "visionzip": (visionzip, {}),

@@ -12,3 +12,4 @@ from .holov import HoloV as HoloV
 from .textmonkey import TextMonkey as TextMonkey
 from .vispruner import VisPruner as VisPruner
 from .visionzip import VisionZip as VisionZip
+from .scope import SCOPE as SCOPE
