@@ -12,11 +12,13 @@ from torch import Tensor, nn
 from vlmprune.errors import UnsupportedFamilyError, UnsupportedMethodError
 from vlmprune.layout import VisualLayout
 from vlmprune.methods.batch import TowerFacts
+from vlmprune.methods.projector import ProjectorLayers
 
 from ..calls import PIXELS
 from ..parts import Part, missing_parts
 from ..tower.dense import DenseTowerReader
 from ..tower.encoded_visuals import EncodedVisuals
+from ..tower.projector_layers import projector_layers
 from ..tower.reader import TowerReader
 from .facts import TOWER_FACTS, PictureKind, Preparation, TowerKind
 from .wrappers import without_wrappers
@@ -148,6 +150,22 @@ class Family:
     def has_projector(self) -> bool:
         """Whether the family names its projector."""
         return type(self).projector is not Family.projector
+
+    @property
+    def has_projector_layers(self) -> bool:
+        """Whether the projector is two linear layers whose weights are at hand."""
+        try:
+            return self.has_projector and bool(self.projector_layers())
+        except UnsupportedMethodError:
+            return False
+
+    def projector_layers(self) -> ProjectorLayers:
+        """Return the weights of the projector.
+
+        Raises:
+            UnsupportedMethodError: it is built otherwise, or its weights are not at hand.
+        """
+        return projector_layers(self.projector, self.tower_facts.patches_per_token)
 
     @property
     def projector(self) -> nn.Module:

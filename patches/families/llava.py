@@ -62,6 +62,11 @@ class Llava(Family):
         tower = getattr(self.vision_tower, "vision_model", self.vision_tower)
         return isinstance(getattr(getattr(tower, "encoder", None), "layers", None), nn.ModuleList)
 
+    @property
+    def has_projector(self) -> bool:
+        """True for these towers too: the projector of others may get the patches of several images in one row."""
+        return self.has_tower_attention
+
     @cached_property
     def state_layers(self) -> tuple[int, ...]:
         """The layers behind the hidden states that make the features; -1 stands for the embeddings before the first layer."""

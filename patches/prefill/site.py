@@ -133,4 +133,5 @@ class InputSite:
             vision=vision,
             tile_vision=tile_vision,
             project=family.project,
+            projector_layers=family.projector_layers,
         )

@@ -10,6 +10,7 @@ from support.plain_methods.scope import scope
 from support.plain_methods.textmonkey import textmonkey
 from support.plain_methods.visionzip import visionzip
 from support.plain_methods.vispruner import vispruner
+from support.plain_methods.zooprune import zooprune
 from support.plain_tower import plain_image
 from support.tiny_models import IMAGE_TOKEN, LLAVA_CLIP_GQA, LLAVA_SIGLIP_TIED
 
@@ -26,6 +27,8 @@ PLAIN = {
     "visionzip": (visionzip, {}),
     "visionzip-projected": (visionzip, {"merge_at": "projected", "contextual": 0.4}),
     "visionzip-tower": (visionzip, {"merge_at": "tower", "cls_token": False}),
+    "zooprune": (zooprune, {"sketch": None}),
+    "zooprune-differences": (zooprune, {"sketch": None, "h": 0.1, "m": 5}),
 }
 FAMILIES = [LLAVA_CLIP_GQA, LLAVA_SIGLIP_TIED]
 ROWS = {"single": [[3, "A", 4]], "three rows": [[3, "A", 4], [2, "B", 1, "C", 6], [9, "D"]]}

@@ -10,7 +10,7 @@ from support.family_cases import FAMILY_CASES
 from support.tiny_models import LLAVA_CLIP_GQA
 from vlmprune.errors import UnsupportedMethodError
 from vlmprune.methods import InputMethod
-from vlmprune.methods.needs import NEEDS, STILL_IMAGES, TOWER_ATTENTION, LayerNeed, Need, ordered
+from vlmprune.methods.needs import NEEDS, STILL_IMAGES, TOWER_ATTENTION, TOWER_FEATURES, LayerNeed, Need, ordered
 from vlmprune.methods.pass_through import PassThrough
 from vlmprune.methods.pipeline import make_pipeline
 from vlmprune.methods.registry import METHODS, make_method
@@ -30,8 +30,10 @@ def test_what_a_method_reads_is_among_its_needs(part):
     readings = [need for need in part.needs if isinstance(need, LayerNeed)]
     assert len(readings) == (part.site == "layer")
     if part.site == "input":
-        asked = any(part.vision_signals(tower) for tower in (build.WITH_CLS, build.WITHOUT_CLS))
-        assert not asked or TOWER_ATTENTION in part.needs
+        signals = [signal for tower in (build.WITH_CLS, build.WITHOUT_CLS) for signal in part.vision_signals(tower)]
+        features = {signal.kind.endswith("features") for signal in signals}
+        assert TOWER_ATTENTION in part.needs or False not in features
+        assert TOWER_FEATURES in part.needs or True not in features
 
 
 @pytest.mark.parametrize("family", FAMILY_CASES, ids=str)

@@ -14,6 +14,7 @@ from official_cases.batches import make_batch as make_batch
 from vlmprune.layout import VisualLayout, raster_layout
 from vlmprune.methods.base import Method
 from vlmprune.methods.batch import TILE_KINDS, Selection, TowerFacts, VisualBatch
+from vlmprune.methods.projector import ProjectorLayers
 
 WITH_CLS = TowerFacts(layers=10, feature_layer=8, has_cls=True)
 WITHOUT_CLS = TowerFacts(layers=10, feature_layer=9, has_cls=False)
@@ -60,7 +61,7 @@ def random_batch(
         ]
         vision[signal] = torch.cat(picked).masked_fill(newline[:, None], 0)
         tile_vision[signal] = tuple(maps)
-    return make_batch(method, images, values(total, 8), vision, tower, tile_vision=tile_vision, project=widened)
+    return make_batch(method, images, values(total, 8), vision, tower, tile_vision=tile_vision, **PROJECTOR)
 
 
 def widened(features: Tensor) -> Tensor:
@@ -68,12 +69,18 @@ def widened(features: Tensor) -> Tensor:
     return features.repeat(1, 4)
 
 
+PROJECTOR = {
+    "project": widened,
+    "projector_layers": lambda: ProjectorLayers(torch.eye(6, 2), None, torch.nn.GELU(), torch.eye(8, 6)),
+}
+
+
 def image_of(whole: VisualBatch, method: Method, index: int) -> VisualBatch:
     """Return one image of a batch as a batch of its own."""
     span = slice(whole.offsets[index], whole.offsets[index + 1])
     vision = {signal: values[span] for signal, values in whole.vision.items()}
     tile_vision = {signal: (maps[index],) for signal, maps in whole.tile_vision.items()}
-    more = {"tile_vision": tile_vision, "project": whole.project}
+    more = {"tile_vision": tile_vision, **PROJECTOR}
     return make_batch(method, [whole.layouts[index]], whole.features[span], vision, whole.tower, **more)
 
 

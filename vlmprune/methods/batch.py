@@ -12,6 +12,8 @@ from torch import Tensor
 
 from vlmprune.layout import VisualLayout
 
+from .projector import ProjectorLayers
+
 AttentionKind = Literal["cls_attention", "cls_attention_one_head", "cls_logits", "received_attention"]
 VisionSignalKind = AttentionKind | Literal["keys", "features", "cls_features"]
 
@@ -79,6 +81,7 @@ class VisualBatch:
         tile_vision: per requested signal and image the whole maps of its tiles, padding included, fp32
             `[tiles, tile rows * tile columns, channels]`; for signals with a row a tile, these: `[tiles, channels]`.
         project: the model's projector: turns "features" `[rows, channels]` into values like `features`, `[rows, dim]`.
+        projector_layers: gives the projector's weights.
     """
 
     features: Tensor
@@ -89,6 +92,7 @@ class VisualBatch:
     vision: Mapping[VisionSignal, Tensor] = field(default_factory=dict)
     tile_vision: Mapping[VisionSignal, tuple[Tensor, ...]] = field(default_factory=dict)
     project: Callable[[Tensor], Tensor] | None = None
+    projector_layers: Callable[[], ProjectorLayers] | None = None
 
     @cached_property
     def offsets(self) -> tuple[int, ...]:

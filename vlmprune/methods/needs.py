@@ -29,6 +29,10 @@ class FamilyFacts(Protocol):
         """Whether what the projector gets can be read, and the projector be run on other rows."""
 
     @property
+    def has_projector_layers(self) -> bool:
+        """Whether the projector is two linear layers whose weights are at hand."""
+
+    @property
     def has_grid(self) -> bool:
         """Whether every image is one plain grid of tokens."""
 
@@ -98,6 +102,12 @@ TOWER_FEATURES = Need(
     "the hook on the projector, as `VisualBatch.vision` and `VisualBatch.project`",
     met_by=lambda family: family.has_projector,
 )
+PROJECTOR_LAYERS = Need(
+    "projector_layers",
+    "a projector of two linear layers whose weights can be read",
+    "`VisualBatch.projector_layers`",
+    met_by=lambda family: family.has_projector_layers,
+)
 CLS_TOKEN = Need(
     "cls_token",
     "a CLS token in the vision tower",
@@ -145,6 +155,7 @@ NEEDS: tuple[Need, ...] = (
     STILL_IMAGES,
     TOWER_ATTENTION,
     TOWER_FEATURES,
+    PROJECTOR_LAYERS,
     CLS_TOKEN,
     GRID,
     WHOLE_TILES,

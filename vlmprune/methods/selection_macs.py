@@ -22,6 +22,7 @@ class Scored:
         tiles: tiles an image.
         head_dim: width of an attention head of the vision tower.
         projector: multiply-accumulates of the projector for one visual token.
+        projector_hidden: width between the projector's two layers.
     """
 
     images: Sequence[tuple[int, int]]
@@ -31,6 +32,7 @@ class Scored:
     tiles: int = 1
     head_dim: int = 1
     projector: int = 0
+    projector_hidden: int = 0
 
 
 def all_pairs_macs(scored: Scored) -> int:

@@ -12,8 +12,8 @@ from vlmprune.methods.batch import TowerFacts
 from vlmprune.patches.families.facts import PictureKind, TowerKind
 from vlmprune.patches.families.registry import family_of_config
 
-from .tower_macs_dense import dense_projector_macs, dense_segments, dense_tower_macs
-from .tower_macs_packed import packed_projector_macs, packed_segments, packed_tower_macs
+from .tower_macs_dense import dense_projector_hidden, dense_projector_macs, dense_segments, dense_tower_macs
+from .tower_macs_packed import packed_projector_hidden, packed_projector_macs, packed_segments, packed_tower_macs
 from .vision_work import VisionWork, grids, one_crop_each, tiles, tiles_of_single_images
 
 Work = Callable[[PreTrainedConfig, Mapping[str, Any], Sequence[int]], list[VisionWork]]
@@ -27,9 +27,9 @@ WORK: dict[PictureKind, Work] = {
     "tiles of single pictures": tiles_of_single_images,
     "grids": grids,
 }
-TOWERS: dict[TowerKind, tuple[Macs, Segments, Projector]] = {
-    "dense": (dense_tower_macs, dense_segments, dense_projector_macs),
-    "packed": (packed_tower_macs, packed_segments, packed_projector_macs),
+TOWERS: dict[TowerKind, tuple[Macs, Segments, Projector, Projector]] = {
+    "dense": (dense_tower_macs, dense_segments, dense_projector_macs, dense_projector_hidden),
+    "packed": (packed_tower_macs, packed_segments, packed_projector_macs, packed_projector_hidden),
 }
 
 
@@ -43,6 +43,7 @@ class VisionCost:
         macs: `macs(config, work)` gives MACs of tower and projector.
         segments: `segments(config, work, layer)` gives the numbers of tower tokens that attend to each other.
         projector: `projector(config)` gives the projector's MACs for one visual token.
+        projector_hidden: `projector_hidden(config)` gives the width between the projector's layers.
         facts: `facts(config)` gives what methods ask of the tower.
     """
 
@@ -50,6 +51,7 @@ class VisionCost:
     macs: Macs
     segments: Segments
     projector: Projector
+    projector_hidden: Projector
     facts: Callable[[PreTrainedConfig], TowerFacts]
 
 

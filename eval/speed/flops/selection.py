@@ -71,6 +71,7 @@ def _input_macs(
         tiles=tiles,
         head_dim=hidden // facts.heads,
         projector=family.projector(config),
+        projector_hidden=family.projector_hidden(config),
     )
     own = method.feature_macs(scored)
     return None if own is None else total + own

@@ -33,6 +33,11 @@ def dense_projector_macs(config: PreTrainedConfig) -> int:
     return int(width * text + text * text)
 
 
+def dense_projector_hidden(config: PreTrainedConfig) -> int:
+    """Width between the layers of the projector."""
+    return int(config.get_text_config().hidden_size)
+
+
 def dense_segments(config: PreTrainedConfig, work: VisionWork, layer: int) -> list[int]:
     """Tokens of every picture: each attends to itself."""
     vision = config.vision_config

@@ -88,6 +88,12 @@ def packed_projector_macs(config: PreTrainedConfig) -> int:
     return PackedTower.from_config(config).merger_macs
 
 
+def packed_projector_hidden(config: PreTrainedConfig) -> int:
+    """Width between the layers of the merger."""
+    tower = PackedTower.from_config(config)
+    return tower.hidden * tower.merge**2
+
+
 def packed_segments(config: PreTrainedConfig, work: VisionWork, layer: int) -> list[int]:
     """Runs of patches that attend to each other."""
     return list(PackedTower.from_config(config).segments(work, layer))

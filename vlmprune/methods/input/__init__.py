@@ -13,3 +13,4 @@ from .textmonkey import TextMonkey as TextMonkey
 from .vispruner import VisPruner as VisPruner
 from .visionzip import VisionZip as VisionZip
 from .scope import SCOPE as SCOPE
+from .zooprune import ZOOPrune as ZOOPrune

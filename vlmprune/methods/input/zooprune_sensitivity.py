@@ -1,0 +1,86 @@
+"""How much the projector's output changes with its input, along random directions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from vlmprune.methods.projector import ProjectorLayers
+
+# Elements of the largest intermediate, tokens times directions times hidden width, that are held at once.
+CHUNK_ELEMENTS = 2**22
+
+
+def sensitivity(
+    features: Tensor, projector: ProjectorLayers, directions: Tensor, h: float, sketch: Tensor | None = None
+) -> Tensor:
+    """Return the mean over the directions of the length of `(M(x + h u) - M(x - h u)) / 2h`, fp32 `[tokens]`.
+
+    The first linear layer sees features and directions once each, not every pair; norms before it are followed exactly.
+
+    Args:
+        features: `[tokens, patches * dim]`, the projector's input.
+        projector: M.
+        directions: u, `[directions, dim]`; every patch of a token is moved along the same one.
+        h: step; 0 for the limit of small steps.
+        sketch: `[rows, out]` random rows that the second layer's output is multiplied with before its length is taken.
+    """
+    second = projector.second.float()
+    if sketch is not None:
+        second = sketch @ second
+    lengths = []
+    for change in _hidden_changes(features.float(), projector, directions, h):
+        lengths.append((change @ second.T).norm(dim=-1).mean(-1))
+    return torch.cat(lengths) if lengths else features.new_zeros(0, dtype=torch.float32)
+
+
+def _hidden_changes(features: Tensor, projector: ProjectorLayers, directions: Tensor, h: float) -> Iterator[Tensor]:
+    """Yield, for some tokens at a time, the change behind the activation per step: `[tokens, directions, hidden]`."""
+    first, patches = projector.first.float(), projector.patches
+    hidden = first.shape[0]
+    bias = first.new_zeros(hidden) if projector.first_bias is None else projector.first_bias.float()
+    # Each patch of a token has its own columns of the first layer.
+    columns = first.view(hidden, patches, -1)
+    rows, moves = features.unflatten(1, (patches, -1)), directions.float()
+    if projector.norm == "layer":
+        rows, moves = rows - rows.mean(-1, keepdim=True), moves - moves.mean(-1, keepdim=True)
+    if projector.norm_bias is not None:
+        bias = bias + columns.sum(1) @ projector.norm_bias.float()
+    if projector.norm_weight is not None:
+        columns = columns * projector.norm_weight.float()
+    of_moves = torch.einsum("jd,hpd->jph", moves, columns)
+    step = max(1, CHUNK_ELEMENTS // max(1, len(moves) * hidden * (patches if projector.norm else 1)))
+    for some in rows.split(step):
+        of_rows = torch.einsum("npd,hpd->nph", some, columns)
+        if projector.norm is None:
+            base, slope = of_rows.sum(1) + bias, of_moves.sum(1)
+            if h == 0:
+                yield _derivative(projector, base)[:, None] * slope
+            else:
+                up, down = (projector.activation(base[:, None] + t * slope) for t in (h, -h))
+                yield (up - down) / (2 * h)
+            continue
+        dim = some.shape[-1]
+        square, product = some.square().mean(-1), some @ moves.T / dim
+        if h == 0:
+            scale = (square + projector.epsilon).rsqrt()
+            base = (of_rows * scale[..., None]).sum(1) + bias
+            slope = torch.einsum("np,jph->njh", scale, of_moves)
+            slope = slope - torch.einsum("npj,nph->njh", product * scale[..., None] ** 3, of_rows)
+            yield _derivative(projector, base)[:, None] * slope
+            continue
+        ends = []
+        for t in (h, -h):
+            # [tokens, patches, directions]: the norm's divisor at x + t u.
+            scale = (square[..., None] + 2 * t * product + t * t * moves.square().mean(-1) + projector.epsilon).rsqrt()
+            moved = torch.einsum("npj,nph->njh", scale, of_rows) + t * torch.einsum("npj,jph->njh", scale, of_moves)
+            ends.append(projector.activation(moved + bias))
+        yield (ends[0] - ends[1]) / (2 * h)
+
+
+def _derivative(projector: ProjectorLayers, values: Tensor) -> Tensor:
+    """Return the activation's derivative at `values`: a difference in double, which is exact to fp32."""
+    at, step = values.double(), 1e-4
+    return ((projector.activation(at + step) - projector.activation(at - step)) / (2 * step)).float()
