@@ -12,14 +12,14 @@ import vlmprune
 from support.family_cases import FAMILY_CASES
 from support.plain_tower import plain_image
 from support.tiny_models import LLAVA_CLIP_GQA
-from vlmprune.methods.base import Method
 from vlmprune.methods.batch import Selection, VisionSignal
+from vlmprune.methods.input_method import InputMethod
 
 SEEN = []
 
 
 @dataclass(frozen=True, kw_only=True)
-class Probe(Method):
+class Probe(InputMethod):
     """Keeps the batch that it is given."""
 
     kinds: tuple[str, ...] = ("features",)
