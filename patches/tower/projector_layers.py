@@ -38,10 +38,17 @@ def projector_layers(projector: nn.Module, patches: int) -> ProjectorLayers:
     if not norms:
         return ProjectorLayers(first.weight, first.bias, others[0], second.weight, patches)
     (norm,) = norms
-    epsilon = getattr(norm, "eps", None) or getattr(norm, "variance_epsilon", 0.0)
+    epsilon: float = getattr(norm, "eps", None) or getattr(norm, "variance_epsilon", 0.0)
     weight, bias = getattr(norm, "weight", None), getattr(norm, "bias", None)
     groups = first.in_features // weight.numel() if weight is not None else patches
-    kind = "layer" if isinstance(norm, nn.LayerNorm) else "rms"
     return ProjectorLayers(
-        first.weight, first.bias, others[0], second.weight, groups, kind, weight, bias, float(epsilon)
+        first.weight,
+        first.bias,
+        others[0],
+        second.weight,
+        groups,
+        "layer" if isinstance(norm, nn.LayerNorm) else "rms",
+        weight,
+        bias,
+        epsilon,
     )
