@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 
 from vlmprune.errors import UnsupportedMethodError
@@ -38,7 +40,7 @@ def projector_layers(projector: nn.Module, patches: int) -> ProjectorLayers:
     if not norms:
         return ProjectorLayers(first.weight, first.bias, others[0], second.weight, patches)
     (norm,) = norms
-    epsilon: float = getattr(norm, "eps", None) or getattr(norm, "variance_epsilon", 0.0)
+    epsilon: Any = getattr(norm, "eps", None) or getattr(norm, "variance_epsilon", 0.0)
     weight, bias = getattr(norm, "weight", None), getattr(norm, "bias", None)
     groups = first.in_features // weight.numel() if weight is not None else patches
     return ProjectorLayers(
@@ -50,5 +52,5 @@ def projector_layers(projector: nn.Module, patches: int) -> ProjectorLayers:
         "layer" if isinstance(norm, nn.LayerNorm) else "rms",
         weight,
         bias,
-        epsilon,
+        float(epsilon),
     )
