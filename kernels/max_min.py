@@ -224,7 +224,6 @@ def max_min_kernel(
         b_weight = tl.load(weights + i_begin + o_t, mask=m_t, other=0.0).to(tl.float32)
         # Also true for NaN.
         m_last = m_last | (m_t & ~(tl.abs(b_weight) < float("inf")))
-        b_weight = tl.where(m_last, 1.0, b_weight)
 
     if SEEDED:
         i_pick = tl.load(seeds + i_s).to(tl.int32)

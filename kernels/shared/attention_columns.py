@@ -146,11 +146,8 @@ def _log_sum_kernel(
             b_zero = tl.where(b_new == -float("inf"), 0.0, b_new)
             b_sum = b_sum * tl.exp2(b_peak - b_zero) + tl.sum(tl.exp2(b_score - b_zero[:, None]), 1)
             b_peak = b_new
-        b_log = b_peak + tl.log2(b_sum)
-        if MASKED:
-            # A query that sees nothing gives nothing.
-            b_log = tl.where(b_peak == -float("inf"), float("inf"), b_log)
-        tl.store(log_sums + i_h * TOTAL + i_begin + o_q, b_log, mask=o_q < T)
+        # A query that sees nothing has no number here; the columns that it could reach are masked.
+        tl.store(log_sums + i_h * TOTAL + i_begin + o_q, b_peak + tl.log2(b_sum), mask=o_q < T)
 
 
 @triton.jit

@@ -46,7 +46,7 @@ def greedy_coverage(
         k: number of picks.
         weight: fp32 `[tokens]`.
         combine: how weight and gain are combined.
-        last: bool `[tokens]`, tokens to choose after all others. They cover nothing.
+        last: bool `[tokens]`, tokens to choose after all others.
     """
     # A token without a finite score is like one to choose last.
     scores = _scored(gains, weight, combine)
@@ -117,11 +117,10 @@ def launch_coverage(
     cover = torch.empty(segments * programs * most_rows, dtype=torch.float32, device=device)
     best = torch.full((segments * most_picks,), torch.iinfo(torch.int64).min, dtype=torch.int64, device=device)
     arrivals = torch.zeros(segments, dtype=torch.int32, device=device)
-    last = last.to(torch.int32)
     # 0 for a token to choose from, 1 for one to choose last, 2 for a chosen one.
-    taken = last.clone()
+    taken = last.to(torch.int32)
     _coverage_kernel[(programs, segments)](
-        *(values, last if weights is None else weights, last, taken, table, cover, best, arrivals, picks),
+        *(values, taken if weights is None else weights, taken, table, cover, best, arrivals, picks),
         *(rows, stride, most_rows, most_picks),
         BLOCK_T=STEP_TOKENS, BLOCK_R=STEP_ROWS, ALIGNMENT=ROW_ALIGNMENT, WEIGHTED=weights is not None,
         ADD=combine == "add", num_warps=8, **options,
@@ -132,7 +131,6 @@ def launch_coverage(
 def _coverage_kernel(
     values,
     weights,
-    last,
     taken,
     table,
     cover,
@@ -203,13 +201,12 @@ def _coverage_kernel(
         i_pick = 0x7FFFFFFF - (tl.load(p_best + i_k, volatile=True) & 0x7FFFFFFF)
         if i_p == 0:
             tl.store(p_picks + i_k, i_pick)
-        is_last = tl.load(last + i_begin + i_pick) == 1
         for i_r in range(0, rows, BLOCK_R):
             o_r = i_r + tl.arange(0, BLOCK_R)
             m_r = o_r < rows
             b_cover = tl.load(p_cover + o_r, mask=m_r & (i_k > 0), other=0.0)
             b_value = tl.load(p_values + i_pick * stride + o_r, mask=m_r, other=0.0)
-            tl.store(p_cover + o_r, tl.where(is_last, b_cover, tl.maximum(b_cover, b_value)), mask=m_r)
+            tl.store(p_cover + o_r, tl.maximum(b_cover, b_value), mask=m_r)
         tl.debug_barrier()
         # Only the program that has the token to itself reads this again.
         if (i_pick // BLOCK_T) % P == i_p:
