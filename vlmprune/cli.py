@@ -206,7 +206,7 @@ def selection_cost(
     """Measure what selecting costs, as a share of the prefill time that dropping saves."""
     with _clear_errors():
         from vlmprune.eval.run.cells import make_cells, parse_keeps, parse_methods, usable_cells
-        from vlmprune.eval.speed.selection_cost import open_request, run_selection_cost
+        from vlmprune.eval.speed.selection_command import open_request, run_selection_cost
 
         wanted, budgets = parse_methods(methods), parse_keeps(keep)
         model, requests = open_request(random_weights, dtype, device, image_size, text_tokens)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import json
 from collections.abc import Callable, Sequence
@@ -20,13 +19,16 @@ from vlmprune.errors import BudgetError, VlmpruneError
 from vlmprune.eval.models.loading import LoadedModel
 from vlmprune.eval.reports.tables import cost_style
 from vlmprune.eval.run.cells import Cell, LeftOut, not_reachable
+from vlmprune.eval.run.csv_lines import write_csv
 from vlmprune.eval.run.machine import describe_machine
 from vlmprune.eval.run.progress import progress_bar
 from vlmprune.eval.run.ranks import Ranks
 from vlmprune.eval.run.result_folder import ResultFolder, write_json
 from vlmprune.eval.speed.flops import equivalent_tokens
 
-from .live_model import LiveModel, RequestRecord, user_turn
+from .live_model import LiveModel
+from .questions import user_turn
+from .request_records import RequestRecord
 
 PICTURES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
 DEFAULT_PROMPT = "Describe this image."
@@ -208,10 +210,7 @@ def _write(folder: ResultFolder, rows: Sequence[Fidelity], left_out: Sequence[Le
             "left_out": [item.described() for item in left_out],
         },
     )
-    with (folder.path / "fidelity.csv").open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, [field.name for field in fields(Fidelity)], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(asdict(row) for row in rows)
+    write_csv(folder.path / "fidelity.csv", [asdict(row) for row in rows])
     output = Console(width=100)
     output.print(fidelity_table(rows))
     for item in left_out:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ import transformers
 from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
-from transformers import PreTrainedConfig, PreTrainedTokenizerFast
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.utils import is_torchvision_available
 
 from vlmprune.errors import ParameterError
@@ -78,6 +79,14 @@ def synthetic_request(
     word = tokenizer.convert_tokens_to_ids(WORD)
     inputs["input_ids"] = torch.where(ids == word, usable[picks], ids)
     return dict(inputs)
+
+
+def for_model(request: Mapping[str, Tensor], model: PreTrainedModel) -> dict[str, Tensor]:
+    """The inputs where the model is, pixels in its dtype."""
+    return {
+        key: value.to(model.device, model.dtype if value.is_floating_point() else value.dtype)
+        for key, value in request.items()
+    }
 
 
 def default_image_processor(config: PreTrainedConfig, **settings: Any) -> Any:

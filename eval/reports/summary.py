@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from statistics import fmean
@@ -11,10 +9,11 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-from vlmprune.eval.accuracy.live_model import RequestRecord
 from vlmprune.eval.accuracy.paired import compare_paired
+from vlmprune.eval.accuracy.request_records import RequestRecord
 from vlmprune.eval.accuracy.task_scores import TaskScore
 from vlmprune.eval.run.cells import FULL, Cell
+from vlmprune.eval.run.csv_lines import csv_text
 from vlmprune.eval.speed.flops import (
     STAGES,
     LanguageShape,
@@ -164,34 +163,33 @@ def interval(row: Row) -> tuple[float, float] | tuple[None, None]:
 
 def results_csv(rows: Sequence[Row]) -> str:
     """One line a cell: budget, tokens, GFLOPs by stage, cache, times, scores."""
-    tasks = list(rows[0].scores) if rows else []
-    out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(
-        [
-            "method", "keep", "visual_tokens_before", "visual_tokens_after", "text_tokens", "new_tokens",
-            *(f"gflops_{stage}" for stage in STAGES), "gflops_prefill_total", "kv_cache_bytes",
-            "fastv_formula_gmacs", "pyramiddrop_formula_gmacs",
-            "prefill_ms", "prefill_ms_q25", "prefill_ms_q75",
-            "decode_ms_per_token", "decode_ms_per_token_q25", "decode_ms_per_token_q75",
-            *tasks, "average", "relative", "relative_low", "relative_high",
-        ]
-    )  # fmt: skip
-    for row in rows:
-        cost, times = row.result["cost"], row.result.get("timing") or {}
-        measured = [
-            times.get(kind, {}).get(part)
-            for kind in ("prefill_ms", "decode_ms_per_token")
-            for part in ("median", "q25", "q75")
-        ]
-        values = [
-            row.before, row.after, cost["text_tokens"], cost["new_tokens"],
-            *(_giga(row.flops.get(stage, 0.0)) for stage in STAGES), row.prefill_flops / 1e9, row.kv_cache_bytes,
-            cost["fastv_formula"] / 1e9, cost["pyramiddrop_formula"] / 1e9,
-            *measured, *row.scores.values(), row.average, row.relative, *interval(row),
-        ]  # fmt: skip
-        writer.writerow([row.title, "" if row.keep is None else row.keep, *(_csv_text(value) for value in values)])
-    return out.getvalue()
+    return csv_text([{key: _csv_text(value) for key, value in _line(row).items()} for row in rows])
+
+
+def _line(row: Row) -> dict[str, Any]:
+    cost, times = row.result["cost"], row.result.get("timing") or {}
+    line: dict[str, Any] = {
+        "method": row.title,
+        "keep": None if row.keep is None else str(row.keep),
+        "visual_tokens_before": row.before,
+        "visual_tokens_after": row.after,
+        "text_tokens": cost["text_tokens"],
+        "new_tokens": cost["new_tokens"],
+        **{f"gflops_{stage}": _giga(row.flops.get(stage, 0.0)) for stage in STAGES},
+        "gflops_prefill_total": row.prefill_flops / 1e9,
+        "kv_cache_bytes": row.kv_cache_bytes,
+        "fastv_formula_gmacs": cost["fastv_formula"] / 1e9,
+        "pyramiddrop_formula_gmacs": cost["pyramiddrop_formula"] / 1e9,
+    }
+    for kind in ("prefill_ms", "decode_ms_per_token"):
+        for part, ending in (("median", ""), ("q25", "_q25"), ("q75", "_q75")):
+            line[f"{kind}{ending}"] = times.get(kind, {}).get(part)
+    low, high = interval(row)
+    return (
+        line
+        | row.scores
+        | {"average": row.average, "relative": row.relative, "relative_low": low, "relative_high": high}
+    )
 
 
 def _giga(flops: float | None) -> float | str:

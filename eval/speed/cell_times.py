@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import random
-import statistics
 import time
 from collections.abc import Callable, Sequence
 from itertools import pairwise
@@ -15,8 +13,10 @@ from transformers.generation.streamers import BaseStreamer
 
 from vlmprune.eval.run.cells import Cell
 
+from .rounds import run_rounds, spread
+
 NEW_TOKENS = 9
-LEAST_ROUNDS, MOST_ROUNDS = 3, 15
+MOST_ROUNDS = 15
 
 
 class _Clock(BaseStreamer):
@@ -64,23 +64,17 @@ def time_cells(
     """
     prefills: dict[str, list[float]] = {cell.label: [] for cell in cells}
     decodes: dict[str, list[float]] = {cell.label: [] for cell in cells}
-    turns, order = list(cells), random.Random(0)
-    start = time.perf_counter()
-    rounds, done = 1 + LEAST_ROUNDS, 0
-    while done < rounds:
-        order.shuffle(turns)
-        for cell in turns:
-            with cell.applied_to(model):
-                time_generation(model, inputs, 1)
-                prefill, decode = time_generation(model, inputs)
-            if done:
-                prefills[cell.label].append(prefill)
-                decodes[cell.label].extend(decode)
-        if not done:
-            rounds = 1 + max(LEAST_ROUNDS, min(MOST_ROUNDS, int(seconds / (time.perf_counter() - start)) - 1))
-        done += 1
-        if on_progress is not None:
-            on_progress(done, rounds)
+
+    def visit(cell: Cell, counts: bool) -> bool:
+        with cell.applied_to(model):
+            time_generation(model, inputs, 1)
+            prefill, decode = time_generation(model, inputs)
+        if counts:
+            prefills[cell.label].append(prefill)
+            decodes[cell.label].extend(decode)
+        return True
+
+    run_rounds(cells, visit, seconds, MOST_ROUNDS, on_progress)
     return {
         cell.label: {
             "prefill_ms": spread(prefills[cell.label]),
@@ -89,9 +83,3 @@ def time_cells(
         }
         for cell in cells
     }
-
-
-def spread(seconds: Sequence[float]) -> dict[str, float]:
-    """Median and quartiles in milliseconds."""
-    low, middle, high = statistics.quantiles(seconds, n=4, method="inclusive")
-    return {"median": 1e3 * middle, "q25": 1e3 * low, "q75": 1e3 * high}

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import csv
 import random
 import statistics
 import time
@@ -25,9 +24,11 @@ from transformers import DynamicCache, PreTrainedModel
 import vlmprune
 from vlmprune.eval.models.loading import load_model
 from vlmprune.eval.models.random_weights import open_preset
-from vlmprune.eval.models.synthetic_request import parse_sizes, synthetic_request
+from vlmprune.eval.models.synthetic_request import for_model, parse_sizes, synthetic_request
 from vlmprune.eval.run.cells import Cell, make_cells, parse_keeps, parse_methods, usable_cells
-from vlmprune.eval.run.machine import describe_machine
+from vlmprune.eval.run.csv_lines import add_to_csv, this_run
+
+from .rounds import spread, wait_for
 
 WARM_UP = 5
 
@@ -84,27 +85,25 @@ def _measure(model: PreTrainedModel, inputs: dict[str, Tensor], cell: Cell, step
             for side in order.sample(sides, 2):
                 side.step(keep_times=step >= WARM_UP)
     (one, other), ratios = sides, [a / b for a, b in zip(sides[0].seconds, sides[1].seconds, strict=True)]
-    low, middle, high = (1e3 * value for value in _quartiles(one.seconds))
-    plain_low, plain, plain_high = (1e3 * value for value in _quartiles(other.seconds))
-    paired = _quartiles(ratios)
+    pruned_ms, unpatched_ms, paired = spread(one.seconds), spread(other.seconds), spread(ratios, 1)
     return DecodeOverhead(
         title=cell.title,
         keep=cell.keep,
         cache_length=held,
         caller_length=inputs["input_ids"].shape[1],
         steps=steps,
-        pruned_ms=middle,
-        pruned_ms_q25=low,
-        pruned_ms_q75=high,
-        unpatched_ms=plain,
-        unpatched_ms_q25=plain_low,
-        unpatched_ms_q75=plain_high,
-        pruned_tokens_per_second=1e3 / middle,
-        unpatched_tokens_per_second=1e3 / plain,
-        overhead=middle / plain,
-        paired=paired[1],
-        paired_q25=paired[0],
-        paired_q75=paired[2],
+        pruned_ms=pruned_ms["median"],
+        pruned_ms_q25=pruned_ms["q25"],
+        pruned_ms_q75=pruned_ms["q75"],
+        unpatched_ms=unpatched_ms["median"],
+        unpatched_ms_q25=unpatched_ms["q25"],
+        unpatched_ms_q75=unpatched_ms["q75"],
+        pruned_tokens_per_second=1e3 / pruned_ms["median"],
+        unpatched_tokens_per_second=1e3 / unpatched_ms["median"],
+        overhead=pruned_ms["median"] / unpatched_ms["median"],
+        paired=paired["median"],
+        paired_q25=paired["q25"],
+        paired_q75=paired["q75"],
         cpu=statistics.median(one.cpu) / statistics.median(other.cpu),
     )
 
@@ -125,17 +124,13 @@ class _Side:
             "position_ids": torch.full((self.rows, 1), past, device=device),
             "past_key_values": self.cache,
         }
-        self._wait()
+        wait_for(self.model.device)
         start, cpu = time.perf_counter(), time.process_time()
         self.model(**arguments, use_cache=True, logits_to_keep=1)
-        self._wait()
+        wait_for(self.model.device)
         if keep_times:
             self.seconds.append(time.perf_counter() - start)
             self.cpu.append(time.process_time() - cpu)
-
-    def _wait(self) -> None:
-        if self.model.device.type == "cuda":
-            torch.cuda.synchronize(self.model.device)
 
 
 def with_shared_weights(model: PreTrainedModel) -> PreTrainedModel:
@@ -152,15 +147,10 @@ def same_entries(pruned: Any) -> DynamicCache:
     return plain
 
 
-def _quartiles(values: Sequence[float]) -> tuple[float, float, float]:
-    low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
-    return low, middle, high
-
-
 def write_decode_csv(path: Path, rows: Sequence[DecodeOverhead], about: dict[str, Any]) -> None:
     """Add one line a method, `about` in columns of its own."""
-    machine = describe_machine()
-    described = {**about, "cpu_name": machine["cpu"], "threads": machine["torch_threads"], "date": machine["date"]}
+    run = this_run()
+    described = {**about, "cpu_name": run.pop("cpu"), **run}
     lines = [
         {
             **{key: f"{value:.5g}" if isinstance(value, float) else value for key, value in asdict(row).items()},
@@ -168,13 +158,7 @@ def write_decode_csv(path: Path, rows: Sequence[DecodeOverhead], about: dict[str
         }
         for row in rows
     ]
-    exists = path.exists()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, list(lines[0]), lineterminator="\n")
-        if not exists:
-            writer.writeheader()
-        writer.writerows(lines)
+    add_to_csv(path, lines)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -202,10 +186,7 @@ def main(arguments: list[str] | None = None) -> int:
             options.random_weights, options.dtype, options.device, options.batch_size, size, options.text_tokens
         )
     request = synthetic_request(model.config, size, options.text_tokens, options.batch_size, processor)
-    inputs = {
-        key: value.to(model.device, model.dtype if value.is_floating_point() else value.dtype)
-        for key, value in request.items()
-    }
+    inputs = for_model(request, model)
     methods = parse_methods(options.methods)
     cells, left_out = usable_cells(model, make_cells(methods, parse_keeps(options.keep), 0), methods)
     console = Console(width=100)

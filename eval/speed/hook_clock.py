@@ -13,6 +13,8 @@ from transformers import PreTrainedModel
 
 from vlmprune.patches.tower.encoder_calls import EncoderCall
 
+from .rounds import wait_for
+
 _TABLES = ("_forward_pre_hooks", "_forward_hooks")
 
 
@@ -71,8 +73,7 @@ class HookClock:
 
     def _switch(self) -> None:
         """Book the time since the last switch on what ran until now."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+        wait_for(self.device)
         now = time.perf_counter()
         if self._running:
             # A hook inside the tower is the method's, a hook inside a hook is counted once.

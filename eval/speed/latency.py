@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import random
 import statistics
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,10 +16,11 @@ from vlmprune.errors import BudgetError
 from vlmprune.eval.models.memory import PeakMemory
 from vlmprune.eval.run.cells import Cell, LeftOut, not_reachable
 
-from .cell_times import spread, time_generation
+from .cell_times import time_generation
 from .ideal_prefill import IdealPrefill, encode_images
+from .rounds import clocked, run_rounds, spread
 
-LEAST_ROUNDS, MOST_ROUNDS = 3, 30
+MOST_ROUNDS = 30
 
 
 @dataclass(frozen=True)
@@ -72,26 +71,21 @@ def measure(
     not allow is left out, and `on_left_out` told.
     """
     probes = [_Probe(model, inputs, image_size, cell, new_tokens) for cell in cells]
-    turns, order = list(probes), random.Random(0)
-    rounds, done = 1 + LEAST_ROUNDS, 0
-    start = time.perf_counter()
+    unreachable = []
+
+    def visit(probe: _Probe, counts: bool) -> bool:
+        try:
+            probe.run(keep_times=counts)
+        except BudgetError as error:
+            unreachable.append(probe)
+            if on_left_out is not None:
+                on_left_out(not_reachable(probe.cell, error))
+            return False
+        return True
+
     with torch.inference_mode():
-        while done < rounds:
-            order.shuffle(turns)
-            for probe in list(turns):
-                try:
-                    probe.run(keep_times=done > 0)
-                except BudgetError as error:
-                    turns.remove(probe)
-                    probes.remove(probe)
-                    if on_left_out is not None:
-                        on_left_out(not_reachable(probe.cell, error))
-            if not done:
-                rounds = 1 + max(LEAST_ROUNDS, min(MOST_ROUNDS, int(seconds / (time.perf_counter() - start)) - 1))
-            done += 1
-            if on_progress is not None:
-                on_progress(done, rounds)
-    return [probe.measurement() for probe in probes]
+        run_rounds(probes, visit, seconds, MOST_ROUNDS, on_progress)
+    return [probe.measurement() for probe in probes if probe not in unreachable]
 
 
 class _Probe:
@@ -151,15 +145,7 @@ class _Probe:
         return [max(counts) for counts in zip(*rows, strict=True)]
 
     def _clock(self, call: Callable[[], Any]) -> float:
-        self._wait()
-        start = time.perf_counter()
-        call()
-        self._wait()
-        return time.perf_counter() - start
-
-    def _wait(self) -> None:
-        if self.model.device.type == "cuda":
-            torch.cuda.synchronize(self.model.device)
+        return clocked(call, self.model.device)
 
     def measurement(self) -> Measurement:
         return Measurement(
@@ -170,7 +156,7 @@ class _Probe:
             visual_tokens_before=self.visual,
             visual_tokens_after=statistics.fmean(self.layers),
             text_tokens=self.text,
-            overhead={key: value / 1e3 for key, value in spread(self.ratios).items()},
+            overhead=spread(self.ratios, 1),
             kv_cache_bytes=self.cache_bytes,
             peak_bytes=self.peak,
             rounds=len(self.ratios),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -14,9 +13,10 @@ from rich.progress import Progress
 from rich.table import Table
 from transformers import PreTrainedModel
 
-from vlmprune.eval.models.synthetic_request import synthetic_request
+from vlmprune.eval.models.synthetic_request import for_model, synthetic_request
 from vlmprune.eval.reports.tables import cost_style, three_figures
 from vlmprune.eval.run.cells import FULL, Cell
+from vlmprune.eval.run.csv_lines import flattened, write_csv
 from vlmprune.eval.run.machine import describe_machine
 from vlmprune.eval.run.progress import progress_bar
 from vlmprune.eval.run.ranks import Ranks
@@ -84,7 +84,7 @@ def run_latency(
             folder.path / "latency.json",
             {"machine": describe_machine(), **configuration, "rows": [asdict(row) for row in found]},
         )
-        write_csv(folder.path / "latency.csv", found)
+        write_csv(folder.path / "latency.csv", [_line(row) for row in found])
         output.print(f"Written to {folder.path}", soft_wrap=True)
     ranks.close()
     return found
@@ -99,10 +99,7 @@ def _measure_part(
     console: Console,
 ) -> list[Measurement]:
     request = synthetic_request(model.config, image_size, options.text_tokens, batch_size, image_processor)
-    inputs = {
-        key: value.to(model.device, model.dtype) if value.is_floating_point() else value.to(model.device)
-        for key, value in request.items()
-    }
+    inputs = for_model(request, model)
     with progress_bar(console) as progress:
         title = f"{image_size[0]} x {image_size[1]}, batch size {batch_size}, rounds over {len(options.cells)} cells"
         bar = progress.add_task(title, total=None)
@@ -132,22 +129,8 @@ def _counts(row: Measurement) -> tuple[Any, ...]:
     return row.title, row.keep, row.visual_tokens_before, row.visual_tokens_after, row.kv_cache_bytes
 
 
-def write_csv(path: Path, rows: Sequence[Measurement]) -> None:
-    """One line a measurement, medians and quartiles."""
-    lines = []
-    for row in rows:
-        line: dict[str, Any] = {}
-        for key, value in asdict(row).items():
-            if isinstance(value, dict):
-                line.update({f"{key}_{part}": f"{number:.6g}" for part, number in value.items()})
-            else:
-                line[key] = f"{value[0]}x{value[1]}" if key == "image_size" else value
-        lines.append(line)
-    names = list(dict.fromkeys(name for line in lines for name in line))
-    with path.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, names, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(lines)
+def _line(row: Measurement) -> dict[str, Any]:
+    return flattened({**asdict(row), "image_size": "x".join(map(str, row.image_size))}, digits=6)
 
 
 def latency_table(rows: Sequence[Measurement]) -> Table:

@@ -2,39 +2,26 @@
 
 from __future__ import annotations
 
-import csv
 import random
 import statistics
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
-from math import prod
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 import vlmprune
 from vlmprune.errors import BudgetError
-from vlmprune.eval.models.loading import pick_device
-from vlmprune.eval.models.memory import require_memory
-from vlmprune.eval.models.random_weights import build_random, preset_config, preset_image_processor, random_dtype
-from vlmprune.eval.models.synthetic_request import parse_sizes, synthetic_request
-from vlmprune.eval.reports.tables import cost_style, three_figures
 from vlmprune.eval.run.cells import Cell, LeftOut, not_reachable
-from vlmprune.eval.run.machine import describe_machine
 from vlmprune.methods.registry import make_method
 
-from .cell_times import spread
 from .hook_clock import HookClock
 from .ideal_prefill import IdealPrefill, encode_images
+from .rounds import clocked, spread
 
-TOWER_LAYERS = 2
 REPEATS = 2
 
 
@@ -141,15 +128,7 @@ class _SelectionBench:
         return self._timed(lambda: ideal.after_tower(self.encoded))
 
     def _timed(self, call: Callable[[], Any]) -> float:
-        self._wait()
-        start = time.perf_counter()
-        call()
-        self._wait()
-        return time.perf_counter() - start
-
-    def _wait(self) -> None:
-        if self.model.device.type == "cuda":
-            torch.cuda.synchronize(self.model.device)
+        return clocked(call, self.model.device)
 
     def results(self) -> list[SelectionCost]:
         found = []
@@ -169,13 +148,8 @@ class _SelectionBench:
                     pruned=spread(pruned),
                     ideal=spread(ideal),
                     saved=spread(saved),
-                    share={key: value / 1e3 for key, value in spread(shares).items()},
-                    overhead={
-                        key: value / 1e3
-                        for key, value in spread(
-                            [after / least for after, least in zip(pruned, ideal, strict=True)]
-                        ).items()
-                    },
+                    share=spread(shares, 1),
+                    overhead=spread([after / least for after, least in zip(pruned, ideal, strict=True)], 1),
                     rounds=len(self.full),
                 )
             )
@@ -197,107 +171,3 @@ def without_layers(model: PreTrainedModel) -> Iterator[None]:
         yield
     finally:
         language.layers = layers
-
-
-def with_short_tower(config: PreTrainedConfig, layers: int = TOWER_LAYERS) -> PreTrainedConfig:
-    """`config` with that many layers in a CLIP or SigLIP tower: they run alike with and without pruning, and cost time here."""
-    vision = config.vision_config
-    if hasattr(vision, "num_hidden_layers"):
-        vision.num_hidden_layers = min(vision.num_hidden_layers, layers)
-    return config
-
-
-def write_selection_csv(path: Path, rows: Sequence[SelectionCost], about: dict[str, Any]) -> None:
-    """One line a method and request, medians and quartiles, `about` in columns of its own."""
-    machine = describe_machine()
-    described = {**about, "cpu": machine["cpu"], "threads": machine["torch_threads"], "date": machine["date"]}
-    lines = []
-    for row in rows:
-        line: dict[str, Any] = {}
-        for key, value in asdict(row).items():
-            unit = "" if key in ("share", "overhead") else "_ms"
-            if isinstance(value, dict):
-                line.update({f"{key}{unit}_{part}": f"{number:.4g}" for part, number in value.items()})
-            else:
-                line[key] = value
-        lines.append({**line, **described})
-    names = list(dict.fromkeys(name for line in lines for name in line))
-    exists = path.exists()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, names, lineterminator="\n")
-        if not exists:
-            writer.writeheader()
-        writer.writerows(lines)
-
-
-def selection_table(rows: Sequence[SelectionCost]) -> Table:
-    """Milliseconds, and the share in percent with its quartiles."""
-    first = rows[0]
-    table = cost_style(
-        f"{first.visual_tokens_before} visual and {first.text_tokens} text tokens, full prefill "
-        f"{three_figures(first.full['median'])} ms; ms, medians of {first.rounds} rounds"
-    )
-    table.add_column("method", no_wrap=True, max_width=20)
-    for name in ("keep", "tokens", "select", "prefill", "saved", "share %", "quartiles", "over"):
-        table.add_column(name, justify="right", no_wrap=True)
-    for row in rows:
-        table.add_row(
-            row.title,
-            "-" if row.keep is None else f"{row.keep:g}",
-            f"{row.visual_tokens_after:.0f}",
-            *(three_figures(part["median"]) for part in (row.selection, row.pruned, row.saved)),
-            f"{100 * row.share['median']:.2f}",
-            f"{100 * row.share['q25']:.2f} to {100 * row.share['q75']:.2f}",
-            f"{row.overhead['median']:.3f}x",
-        )
-    return table
-
-
-def open_request(
-    name: str, dtype: str, device: str, image_sizes: str, text_tokens: int
-) -> tuple[PreTrainedModel, list[dict[str, Tensor]]]:
-    """A preset with random weights and a short tower, and a request for each picture size of `"336,640x480"`.
-
-    Raises `UnknownNameError` for a name that is none, `ParameterError` for bad sizes, `DeviceError` where it does not fit.
-    """
-    sizes = parse_sizes(image_sizes)
-    config, target = with_short_tower(preset_config(name)), pick_device(device)
-    require_memory(name, config, random_dtype(dtype), target, 1, max(sizes, key=prod), text_tokens)
-    model = build_random(config, dtype, device)
-    processor = preset_image_processor(name)
-    requests = [synthetic_request(config, size, text_tokens, 1, processor) for size in sizes]
-    return model, [
-        {
-            key: value.to(target, model.dtype if value.is_floating_point() else value.dtype)
-            for key, value in request.items()
-        }
-        for request in requests
-    ]
-
-
-def run_selection_cost(
-    model: PreTrainedModel,
-    requests: Sequence[dict[str, Tensor]],
-    cells: Sequence[Cell],
-    rounds: int,
-    out: Path | None,
-    name: str,
-    console: Console | None = None,
-) -> list[SelectionCost]:
-    """Measure all cells on every request, print a table for each, and add their lines to the CSV file `out`."""
-    output = console or Console(width=100)
-    found: list[SelectionCost] = []
-    about = {"model": name, "dtype": str(model.dtype).removeprefix("torch."), "device": model.device.type}
-    for inputs in requests:
-        part = measure_selection(
-            model, inputs, cells, rounds, lambda item: output.print(item.note, soft_wrap=True, markup=False)
-        )
-        found.extend(part)
-        if not part:
-            continue
-        output.print(selection_table(part))
-        output.print()
-        if out is not None:
-            write_selection_csv(out, part, about)
-    return found

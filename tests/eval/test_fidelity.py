@@ -25,7 +25,7 @@ from vlmprune.eval.accuracy.fidelity import (
     run_fidelity,
     summarise_agreement,
 )
-from vlmprune.eval.accuracy.live_model import RequestRecord
+from vlmprune.eval.accuracy.request_records import RequestRecord
 from vlmprune.eval.models.loading import LoadedModel
 from vlmprune.eval.reports.html_page import write_report
 from vlmprune.eval.run.cells import Cell

@@ -9,7 +9,7 @@ from transformers import AutoModelForImageTextToText, LlavaForConditionalGenerat
 
 import vlmprune
 from support.tiny_configs import MAKERS, tiny_config
-from vlmprune.eval.accuracy.live_model import entering_images
+from vlmprune.eval.accuracy.request_records import entering_images
 from vlmprune.eval.models.random_weights import preset_config
 from vlmprune.eval.models.synthetic_request import synthetic_request
 from vlmprune.eval.speed.flops import VisionWork, request_cost, selection_macs, vision_cost

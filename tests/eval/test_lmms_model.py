@@ -11,7 +11,9 @@ pytest.importorskip("lmms_eval")
 
 from vlmprune.errors import UnknownNameError, UnsupportedCallError
 from vlmprune.eval.accuracy import task_index
-from vlmprune.eval.accuracy.live_model import LiveModel, cut_at, from_lmms_messages, generation_settings
+from vlmprune.eval.accuracy.generation import cut_at, generation_settings
+from vlmprune.eval.accuracy.live_model import LiveModel
+from vlmprune.eval.accuracy.questions import from_lmms_messages
 from vlmprune.eval.accuracy.task_index import EMBEDDED, EMBEDDED_TASKS, TaskLoadError, find_tasks
 from vlmprune.eval.accuracy.task_scores import evaluate_tasks, quiet_lmms_eval
 

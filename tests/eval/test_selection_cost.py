@@ -15,9 +15,10 @@ from support.tiny_configs import tiny_config
 from vlmprune.eval.models.random_weights import build_random
 from vlmprune.eval.models.synthetic_request import synthetic_request
 from vlmprune.eval.run.cells import Cell, make_cells, parse_methods, usable_cells
-from vlmprune.eval.speed import selection_cost
+from vlmprune.eval.speed import selection_command
 from vlmprune.eval.speed.hook_clock import HookClock
-from vlmprune.eval.speed.selection_cost import measure_selection, run_selection_cost, with_short_tower, without_layers
+from vlmprune.eval.speed.selection_command import run_selection_cost, with_short_tower
+from vlmprune.eval.speed.selection_cost import measure_selection, without_layers
 from vlmprune.methods import DivPrune, PyramidDrop
 
 STAGED = Cell("pyramiddrop", None, (("layers", (1, 2)), ("ratios", (0.5, 0.25))))
@@ -126,8 +127,8 @@ def test_command(monkeypatch, tmp_path, toy):
 
     from vlmprune.cli import app
 
-    monkeypatch.setattr(selection_cost, "preset_config", lambda name: toy.config())
-    monkeypatch.setattr(selection_cost, "preset_image_processor", lambda name: None)
+    monkeypatch.setattr(selection_command, "preset_config", lambda name: toy.config())
+    monkeypatch.setattr(selection_command, "preset_image_processor", lambda name: None)
     file = tmp_path / "cost.csv"
     given = ["selection-cost", "--methods", "all", "--keep", "0.5", "--image-size", "32", "--rounds", "2"]
     result = CliRunner().invoke(app, [*given, "--device", "cpu", "--out", str(file)])
