@@ -67,9 +67,12 @@ class BenchOptions:
 def run_bench(options: BenchOptions, console: Console | None = None) -> list[Row]:
     """Run what is not yet in `options.out`, write its results there, print the tables.
 
-    Raises `ResultFolderError` where the folder holds another configuration; a cell is stored as soon as it is
-    finished, so an interrupted run loses at most one. Of several processes only the first writes, prints and returns rows.
-    Cells that the model cannot give have no row, but a note beside the tables and under "left_out" in results.json.
+    A cell is stored as soon as it is finished, so an interrupted run loses at most one. Of several processes only the first
+    writes, prints and returns rows. Cells that the model cannot give have no row, but a note beside the tables and under
+    "left_out" in results.json.
+
+    Raises:
+        ResultFolderError: the folder holds another configuration.
     """
     started = time.perf_counter()
     ranks = Ranks()
@@ -135,7 +138,7 @@ def run_on_data(options: BenchOptions, data: Path, new_tokens: int = 32) -> list
 
 
 def load_with_cells(options: BenchOptions) -> tuple[LoadedModel, list[Cell], list[LeftOut]]:
-    """The model, the cells asked for, and those of them that it cannot give; raises as `usable_cells`."""
+    """The model, the cells asked for, and those of them that it cannot give (see `usable_cells`)."""
     logging.disable_progress_bar()
     datasets.disable_progress_bars()
     loaded = load_model(options.model, options.dtype, options.device, options.batch_size)

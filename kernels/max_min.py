@@ -182,6 +182,7 @@ def max_min_triton(
 
 
 def loop_warps(block: int) -> int:
+    """Warps for a block of so many tokens."""
     return min(16, max(4, block // 512))
 
 

@@ -84,7 +84,9 @@ def read_prompts(path: Path, limit: int | None = None) -> list[Prompt]:
     """Prompts of a folder of pictures (all asked `DEFAULT_PROMPT`, or the lines of its `prompts.txt`) or of a JSONL file.
 
     A line of the file is `{"image": path or list of paths, "prompt": text}`; relative paths start at the file's folder.
-    Raises `PromptDataError` naming the file and line.
+
+    Raises:
+        PromptDataError: a file or line cannot be used; names it.
     """
     if path.is_dir():
         return _folder_prompts(path)[:limit]
@@ -147,7 +149,10 @@ def run_fidelity(loaded: LoadedModel, options: FidelityOptions, console: Console
 
     Finished cells of an interrupted run are kept; the unpruned replies are made again where some cell is missing. Several
     processes share the batches, which are those of one process, and only the first writes, prints and returns rows.
-    Budgets that some picture does not allow are left out with a note; raises `BudgetError` where nothing else was asked for.
+    Budgets that some picture does not allow are left out with a note.
+
+    Raises:
+        BudgetError: nothing else was asked for.
     """
     ranks = Ranks()
     console = console or Console(stderr=True, quiet=not ranks.is_main)

@@ -1,8 +1,7 @@
 """An lmms-eval model around a live Hugging Face model, pruned or not.
 
-Differences from lmms-eval's own wrappers: `clean` leaves the
-model alone (one model serves many runs), errors in generation are raised and never scored as empty answers, batches
-of any size, and the token counts of every request are recorded.
+Differences from lmms-eval's own wrappers: `clean` leaves the model alone (one model serves many runs), errors in generation
+are raised and never scored as empty answers, batches of any size, and the token counts of every request are recorded.
 """
 
 from __future__ import annotations
@@ -25,11 +24,13 @@ from .request_records import RequestRecord, request_records
 
 
 class LiveModel(lmms):
-    """`model` and `processor` as lmms-eval wants them; `pruned` says whether `vlmprune.apply` was called on
-    the model.
+    """A model and its processor as lmms-eval wants them.
 
-    `on_progress` is called with the number of requests answered after every batch. `records` holds what was
-    counted since the last `reset`; `model_seconds` the time spent inside the model.
+    Attributes:
+        pruned: whether `vlmprune.apply` was called on the model.
+        on_progress: called with the number of requests answered after every batch.
+        records: what was counted since the last `reset`.
+        model_seconds: time spent inside the model since then.
     """
 
     is_simple = False

@@ -30,9 +30,16 @@ class TaskLoadError(VlmpruneError, RuntimeError):
 def find_tasks(names: Sequence[str], model_type: str, folders: Sequence[str] = ()) -> dict[str, Any]:
     """Loaded lmms-eval task objects by name, in the order asked for.
 
-    `names` may hold tasks, tags and groups; "all" stands for the embedded tasks. lmms-eval's own index, which takes
-    seconds to build, is only read when a name is found nowhere else. Raises `UnknownNameError` for a name that is
-    nowhere, `TaskLoadError` where its data cannot be had.
+    lmms-eval's own index, which takes seconds to build, is only read when a name is found nowhere else.
+
+    Args:
+        names: tasks, tags and groups; "all" stands for the embedded tasks.
+        model_type: by which lmms-eval's tasks choose their prompts.
+        folders: further folders of tasks.
+
+    Raises:
+        UnknownNameError: a name is nowhere.
+        TaskLoadError: its data cannot be had.
     """
     prompts = PROMPT_NAMES.get(model_type, model_type)
     paths = [str(EMBEDDED), *map(str, folders)]

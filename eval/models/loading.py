@@ -58,9 +58,16 @@ def load_model(
 ) -> LoadedModel:
     """Load the model that `name` means (see `resolve_model`) with its processor.
 
-    `dtype` "auto" takes what the checkpoint stores; `device` "auto" takes a GPU where there is one; `batch_size` and
-    `image_size` (width, height) say what it will be asked. Raises `ModelLoadError` where anything about the folder or hub
-    name is wrong and, before the weights are read, `DeviceError` where model and requests cannot fit.
+    Args:
+        name: a shipped name, a folder or a hub name.
+        dtype: "auto" takes what the checkpoint stores.
+        device: "auto" takes a GPU where there is one.
+        batch_size: prompts that it will be asked at once.
+        image_size: width and height of the pictures that it will be asked about.
+
+    Raises:
+        ModelLoadError: something about the folder or hub name is wrong.
+        DeviceError: model and requests cannot fit; before the weights are read.
     """
     target = pick_device(device)
     wanted = pick_dtype(dtype)
@@ -101,7 +108,11 @@ def _load_message(source: str, error: Exception) -> str:
 
 
 def pick_device(name: str) -> torch.device:
-    """The device of that name, of several processes each its own GPU; raises `DeviceError` if it is not there."""
+    """The device of that name, of several processes each its own GPU.
+
+    Raises:
+        DeviceError: it is not there.
+    """
     if name in ("auto", "cuda") and torch.cuda.is_available():
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
     if name == "auto":

@@ -51,9 +51,20 @@ def require_memory(
     text_tokens: int = TYPICAL_TEXT,
     weights: int | None = None,
 ) -> None:
-    """Raise `DeviceError` with what is needed and what is free, before anything large is loaded.
+    """Check that a model and the prompts to expect fit on a device, before anything large is loaded.
 
-    `image_size` (width, height) and `text_tokens` are those of the prompts to expect; `weights` are bytes where known.
+    Args:
+        name: the model's name for the error.
+        config: its configuration.
+        dtype: of weights and cache.
+        device: where it is to be.
+        batch_size: prompts at once.
+        image_size: width and height of their pictures.
+        text_tokens: their text tokens.
+        weights: bytes of the weights where known.
+
+    Raises:
+        DeviceError: it does not; names what is needed and what is free.
     """
     free = free_memory(device)
     if free is None:

@@ -23,8 +23,9 @@ def shipped_models() -> list[str]:
 def resolve_model(name: str) -> str:
     """Folder of a shipped model or local folder (absolute), or the hub name as it is.
 
-    Raises `UnknownNameError` for a name that is none of them and `ModelLoadError` for a folder without a readable
-    `config.json`.
+    Raises:
+        UnknownNameError: the name is none of them.
+        ModelLoadError: the folder has no readable `config.json`.
     """
     if name in shipped_models():
         return str(CHECKPOINTS / name)

@@ -26,12 +26,20 @@ def preset_names() -> list[str]:
 
 
 def preset_config(name: str) -> PreTrainedConfig:
-    """The configuration of a preset; raises `UnknownNameError` if there is none of that name."""
+    """The configuration of a preset.
+
+    Raises:
+        UnknownNameError: there is none of that name.
+    """
     return AutoConfig.for_model(**_read(name)["config"])
 
 
 def preset_image_processor(name: str) -> Any:
-    """The image processor of a preset with the published settings; raises `UnknownNameError` as `preset_config`."""
+    """The image processor of a preset with the published settings.
+
+    Raises:
+        UnknownNameError: there is no preset of that name.
+    """
     return default_image_processor(preset_config(name), **_read(name)["image_processor"])
 
 
@@ -52,8 +60,17 @@ def open_preset(
 ) -> tuple[PreTrainedModel, Any]:
     """A preset with random weights and its image processor.
 
-    Raises `UnknownNameError` for a name that is none and `DeviceError`, before anything large is made, where the model and
-    `batch_size` requests of `image_size` (width, height) and `text_tokens` do not fit.
+    Args:
+        name: the preset.
+        dtype: "auto" is bfloat16.
+        device: "auto" takes a GPU where there is one.
+        batch_size: requests that it will be asked at once.
+        image_size: width and height of their pictures.
+        text_tokens: their text tokens.
+
+    Raises:
+        UnknownNameError: there is no preset of that name.
+        DeviceError: model and requests do not fit; before anything large is made.
     """
     config = preset_config(name)
     require_memory(name, config, random_dtype(dtype), pick_device(device), batch_size, image_size, text_tokens)

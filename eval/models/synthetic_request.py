@@ -30,7 +30,8 @@ WORD = "word"
 def parse_sizes(text: str) -> list[tuple[int, int]]:
     """Picture sizes (width, height) from `"336,640x480"`; one number is a square.
 
-    Raises `ParameterError` for anything else.
+    Raises:
+        ParameterError: it is anything else.
     """
     sizes = []
     for item in filter(None, (part.strip() for part in text.split(","))):
@@ -51,10 +52,19 @@ def synthetic_request(
     image_processor: Any = None,
     seed: int = 0,
 ) -> dict[str, Tensor]:
-    """Inputs of `batch_size` rows of one random picture of `image_size` (width, height) and `text_tokens` other tokens.
+    """Inputs of rows of one random picture and random text each.
 
-    `image_processor` is that of the checkpoint; by default one of the model type's class with the sizes of `config`. Raises
-    `UnknownNameError` for a model type that is not supported and `ParameterError` for a prompt too short for its markers.
+    Args:
+        config: the model's configuration.
+        image_size: width and height of the picture.
+        text_tokens: tokens of a row that are not the picture's.
+        batch_size: number of rows.
+        image_processor: that of the checkpoint; by default one of the family's class with the sizes of `config`.
+        seed: of pictures and text.
+
+    Raises:
+        UnknownNameError: the model type is not supported.
+        ParameterError: the prompt is too short for its markers.
     """
     preparation = family_of_config(config).preparation
     mark, special = preparation.picture, special_ids(config)

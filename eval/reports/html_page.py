@@ -32,7 +32,11 @@ class ReportError(VlmpruneError, ValueError):
 
 
 def write_report(folders: Sequence[str | Path], file: str | Path) -> Path:
-    """Write the page of all runs to `file`; raises `ReportError` for a folder without results."""
+    """Write the page of all runs to `file`.
+
+    Raises:
+        ReportError: a folder has no results, or the file cannot be written.
+    """
     sections = [_section(Path(folder)) for folder in folders]
     title = "vlmprune: " + ", ".join(Path(folder).resolve().name for folder in folders)
     page = (

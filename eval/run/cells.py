@@ -99,8 +99,9 @@ def _text(value: Any) -> str:
 def parse_methods(text: str) -> list[tuple[str, dict[str, Any]]]:
     """Names with parameters from `"pool,fastervlm:layer=-2"`: methods by comma, parameters by colon; "all" is every method.
 
-    Raises `UnknownNameError` for a method or parameter that does not exist, `ParameterError` for a value that
-    does not fit.
+    Raises:
+        UnknownNameError: a method or parameter does not exist.
+        ParameterError: a value does not fit.
     """
     methods: list[tuple[str, dict[str, Any]]] = []
     for item in filter(None, (part.strip() for part in text.split(","))):
@@ -186,8 +187,11 @@ def usable_cells(
     """Put every cell's method on and off once; returns the cells that the model can give, and those that it cannot.
 
     Budgets out of reach are left out, and so are methods that cannot serve the model where all methods were asked for.
-    Raises `UnsupportedMethodError` or `ParameterError` for a method asked for by name that cannot serve the model, and the
-    first error where nothing of `methods` is left.
+
+    Raises:
+        UnsupportedMethodError: a method asked for by name cannot serve the model.
+        ParameterError: its parameters do not fit the model.
+        VlmpruneError: nothing of `methods` is left; the first error.
     """
     usable: list[Cell] = []
     left_out: dict[tuple[str, str], LeftOut] = {}

@@ -31,7 +31,11 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """Read a result file; raises `ResultFolderError` naming the file where it is damaged."""
+    """Read a result file.
+
+    Raises:
+        ResultFolderError: it is damaged; names the file.
+    """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -43,7 +47,8 @@ def read_json(path: Path) -> Any:
 class ResultFolder:
     """`configuration.json`, one file a finished cell under `cells/`, and `timing.json`.
 
-    Raises `ResultFolderError` where `path` holds results of another configuration, or other files.
+    Raises:
+        ResultFolderError: `path` holds results of another configuration, or other files.
     """
 
     def __init__(self, path: str | Path, configuration: Mapping[str, Any], write: bool = True) -> None:
@@ -79,7 +84,11 @@ class ResultFolder:
         return self.path / "cells" / f"{cell.slug}.json"
 
     def has(self, cell: Cell) -> bool:
-        """Whether the cell is finished; raises `ResultFolderError` for a damaged file, before anything else is run."""
+        """Whether the cell is finished.
+
+        Raises:
+            ResultFolderError: its file is damaged, which is found before anything else is run.
+        """
         return self.cell_file(cell).exists() and bool(self.read(cell))
 
     def read(self, cell: Cell) -> dict[str, Any]:

@@ -69,7 +69,10 @@ def open_request(
 ) -> tuple[PreTrainedModel, list[dict[str, Tensor]]]:
     """A preset with random weights and a short tower, and a request for each picture size of `"336,640x480"`.
 
-    Raises `UnknownNameError` for a name that is none, `ParameterError` for bad sizes, `DeviceError` where it does not fit.
+    Raises:
+        UnknownNameError: there is no preset of that name.
+        ParameterError: the sizes are none.
+        DeviceError: the model does not fit.
     """
     sizes = parse_sizes(image_sizes)
     config, target = with_short_tower(preset_config(name)), pick_device(device)

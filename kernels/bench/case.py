@@ -28,9 +28,11 @@ class Case:
 
     @property
     def offsets(self) -> list[int]:
+        """Where the rows of the batch begin when they are packed, and their end."""
         return [self.tokens * i for i in range(self.batch + 1)]
 
     def random(self, *shape: int) -> Tensor:
+        """Random values of the case's dtype on its device."""
         return torch.randn(*shape, device=self.device, dtype=self.dtype)
 
 

@@ -71,7 +71,7 @@ class PrefillVisuals:
 
     @property
     def modalities(self) -> list[str]:
-        """ "image" or "video" for each shown image."""
+        """The modality, "image" or "video", of each shown image."""
         return [shown.visuals.modality for shown in self.encoded for _ in shown.images] or ["image"] * len(self.layouts)
 
 

@@ -39,6 +39,7 @@ class Method:
     is_stage: ClassVar[bool] = False
 
     def __new__(cls, *args: Any, **parameters: Any) -> Any:
+        """Check the names of the parameters before the dataclass takes them."""
         # Here and not in `__init__`, which is the dataclass's own and would raise a TypeError that helps nobody.
         cls.check_parameters(parameters)
         return super().__new__(cls)

@@ -58,10 +58,17 @@ def request_cost(
 ) -> Cost:
     """Cost of one request.
 
-    `visual_tokens` [layers of the language model] are the visual tokens each layer saw, `text_tokens` all other prompt
-    tokens, `new_tokens` the generated ones (the first comes from the prefill). `method` and its `images` (visual tokens
-    before and after the input of the language model, of each) give the cost of selecting. Raises `UnknownNameError` for
-    a model type whose vision tower is not known here.
+    Args:
+        config: the model's configuration.
+        work: what its vision tower is given.
+        visual_tokens: `[layers]` visual tokens that each layer of the language model saw.
+        text_tokens: all other prompt tokens.
+        new_tokens: generated tokens, of which the first comes from the prefill.
+        method: whose selection is counted too, if any.
+        images: visual tokens of each picture before and after the input of the language model.
+
+    Raises:
+        UnknownNameError: the model type is not supported.
     """
     vision, projector = vision_cost(config).macs(config, work)
     shape = LanguageShape.from_config(config)

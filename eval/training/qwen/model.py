@@ -34,8 +34,10 @@ tiny-llava's language model knows them.
 
 
 def qwen_config(tokenizer: PreTrainedTokenizerFast) -> Qwen2_5_VLConfig:
-    """Six layers of width 128 in the tower (full attention in the third and the last, windows of 64 px in the others) and
-    six of width 128 in the language model, which has the geometry of tiny-llava's."""
+    """Six layers of width 128 in the tower and six in the language model, which has the geometry of tiny-llava's.
+
+    The third and the last layer of the tower have full attention, the others windows of 64 px.
+    """
     llama = language_config(build_base())
     ids = {name: tokenizer.convert_tokens_to_ids(token) for name, token in _TOKENS.items()}
     return Qwen2_5_VLConfig(
