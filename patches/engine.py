@@ -31,6 +31,7 @@ from .prefill.site import InputSite
 from .prefill.visuals import PrefillVisuals, read_visuals
 from .router_logits import restored_router_logits, watch_balancing_loss
 from .run_records import entry_record, text_record
+from .tracing import break_graph, check_not_exported
 
 # Not on the engine, which is copied along with its model.
 _PREPARING = threading.Lock()
@@ -123,6 +124,7 @@ class PruningEngine:
                 "DataParallel copies the model to several devices, and the copies share one set of hooks. "
                 "Use one device, or DistributedDataParallel."
             )
+        check_not_exported()
         inputs = {**dict(zip(self._model_parameters, args, strict=False)), **kwargs} if args else kwargs
         call = ModelCall(inputs)
         self.calls.model.append(call)
@@ -132,6 +134,7 @@ class PruningEngine:
         present = [name for name in modalities if name in call.encoded or inputs.get(PIXELS[name]) is not None]
         if not present:
             return
+        break_graph()
         call.modality_masks = {name: self._placeholders(inputs, name).cpu() for name in present}
         call.visual_mask = torch.stack([*call.modality_masks.values()]).any(0)
         call.read_mask(inputs.get("attention_mask"))
@@ -153,6 +156,7 @@ class PruningEngine:
     def _enter_language_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if not self.calls.model:
             args, kwargs = (), {**dict(zip(self._language_parameters, args, strict=False)), **kwargs}
+            check_not_exported()
             self.calls.model.append(ModelCall(kwargs, direct=True))
         model_call = self.calls.model[-1]
         cache = kwargs.get("past_key_values")

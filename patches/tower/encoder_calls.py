@@ -12,6 +12,7 @@ from vlmprune.methods.batch import VisionSignal
 
 from ..calls import PIXELS, CallStack, TowerCall
 from ..hooks import HookSet
+from ..tracing import break_graph, check_not_exported
 from .encoded_visuals import EncodedVisuals, LiveEncodings, encoded_visuals, set_encoded_visuals
 
 if TYPE_CHECKING:
@@ -46,6 +47,8 @@ class EncoderCall:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Encode as the host does, and attach `EncodedVisuals` to the output."""
+        check_not_exported()
+        break_graph()
         inputs = self.__signature__.bind_partial(*args, **kwargs).arguments
         self.family.check_encoding(self.modality, inputs)
         self.hooks.check_in_place()

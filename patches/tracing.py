@@ -1,0 +1,30 @@
+"""Calls that are traced into one graph: what a prefill keeps depends on values, which no such graph can follow."""
+
+from __future__ import annotations
+
+import torch
+
+from vlmprune.errors import UnsupportedCallError
+
+
+def check_not_exported() -> None:
+    """Raise UnsupportedCallError where torch.export, ONNX export or torch.jit.trace runs the model."""
+    # Older versions of torch cannot tell; their own errors come up later.
+    exporting = getattr(torch.compiler, "is_exporting", bool)() and not torch.compiler.is_dynamo_compiling()
+    if exporting or torch._C._get_tracing_state() is not None:
+        raise UnsupportedCallError(
+            "A model with a pruning method of vlmprune cannot be exported or traced: which visual tokens stay depends on the "
+            "image. Export it unpruned: call vlmprune.remove(model) first, and vlmprune.apply again afterwards."
+        )
+
+
+def break_graph() -> None:
+    """Leave the graph that torch.compile is making; with `fullgraph=True`, and in a strict export, that is torch's error.
+
+    torch gives its error the message from here.
+    """
+    if torch.compiler.is_dynamo_compiling():
+        torch._dynamo.graph_break(
+            msg="vlmprune prunes visual tokens here, and which ones stay depends on the image. Compile without fullgraph=True "
+            "(generate compiles the decoding alone), or call vlmprune.remove(model) before compiling or exporting."
+        )
