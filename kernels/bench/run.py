@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from collections.abc import Sequence
+from itertools import product
 from types import ModuleType
 
 import torch
@@ -25,7 +26,7 @@ FIELDS = (
     "copy_share", "ours_is_faster_by", "checked", "device", "driver", "torch", "triton", "python", "threads", "date",
 )  # fmt: skip
 
-# A file of the folder is the benchmark of the op of its name: `plan(case)` and `check(device)`.
+# A file of the folder is the benchmark of the op of its name: `plan(case)`, or several in `PLANS`, and `check(device)`.
 OPS: dict[str, ModuleType] = {
     module.name: importlib.import_module(f"{ops_folder.__name__}.{module.name}")
     for module in pkgutil.iter_modules(ops_folder.__path__)
@@ -68,9 +69,10 @@ def bench(ops: Sequence[str], device: str, quick: bool, seconds: float) -> tuple
         all_passed &= passed
         if not passed:
             print(f"{op}: FAILED its check on this machine; no speed-up is given")
-        for case in cases(op, device, quick):
+        plans = getattr(OPS[op], "PLANS", None) or (OPS[op].plan,)
+        for case, plan in product(cases(op, device, quick), plans):
             torch.manual_seed(0)
-            moved, contenders = OPS[op].plan(case)
+            moved, contenders = plan(case)
             tried = [
                 contender
                 for contender in contenders
@@ -91,7 +93,8 @@ def bench(ops: Sequence[str], device: str, quick: bool, seconds: float) -> tuple
                 faster = f"  ours {row['ours_is_faster_by']}x" if row["ours_is_faster_by"] else ""
                 print(
                     f"{op:23}{contender.name:9}B{case.batch} N{case.tokens} K{case.kept} D{case.dim} {row['dtype']:9}"
-                    f"{median:10.3f} ms{row['gb_per_s']:>9} GB/s {float(str(row['copy_share'])):6.1%} of copy{faster}",
+                    f"{median:10.3f} ms{row['gb_per_s']:>9} GB/s {float(str(row['copy_share'])):6.1%} of copy{faster}"
+                    f"{'  ' + contender.how if contender.how else ''}",
                     flush=True,
                 )
     return rows, all_passed

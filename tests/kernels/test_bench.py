@@ -45,7 +45,7 @@ def test_every_op_is_checked_and_timed(tmp_path: Path) -> None:
 
 def test_no_speed_up_for_an_op_that_is_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     right = max_min_bench.max_min
-    monkeypatch.setattr(max_min_bench, "max_min", lambda *arguments: right(*arguments).flip(0))
+    monkeypatch.setattr(max_min_bench, "max_min", lambda *arguments, **options: right(*arguments, **options).flip(0))
     status, rows = run(tmp_path, "max_min", "compact")
     assert status == 1
     assert {row["checked"] for row in rows if row["op"] == "max_min"} == {"failed"}
@@ -58,6 +58,9 @@ def test_the_official_loop_picks_the_same_tokens() -> None:
     expected = max_min_bench.max_min(features, [0, 60], [12])
     assert torch.equal(max_min_bench.all_rows(features, 12), expected)
     assert torch.equal(max_min_bench.running_minimum(max_min_bench.distances_of(features), 12), expected)
+    weights = torch.rand(60) + 0.1
+    expected = max_min_bench.max_min(features, [0, 60], [12], weights=weights)
+    assert torch.equal(max_min_bench.weighted_minimum(max_min_bench.distances_of(features), weights, 12), expected)
 
 
 def test_shapes_of_the_gpu_run() -> None:

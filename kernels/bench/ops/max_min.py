@@ -28,6 +28,31 @@ def plan(case: Case) -> Plan:
     ]  # fmt: skip
 
 
+def plan_weighted(case: Case) -> Plan:
+    """The choice of ZOO-Prune, which has no published code."""
+    features, weights = (
+        case.random(case.batch * case.tokens, case.dim),
+        torch.rand(case.batch * case.tokens).to(case.device),
+    )
+    images = list(zip(features.split(case.tokens), weights.split(case.tokens), strict=True))
+    offsets, k = case.offsets, [case.kept] * case.batch
+    matrix = case.batch * case.tokens**2
+
+    def straightforward() -> list[Tensor]:
+        return [weighted_minimum(distances_of(x.float()), weight, case.kept) for x, weight in images]
+
+    return features.nbytes + 8 * matrix + 4 * case.batch * case.kept * case.tokens, [
+        Contender("ours", "with weights", lambda: max_min(features, offsets, k, weights=weights)),
+        Contender(
+            "torch", "with weights: matrix and running minimum", straightforward,
+            matrix + 4 * case.batch * case.kept * case.tokens, 12 * case.tokens**2,
+        ),
+    ]  # fmt: skip
+
+
+PLANS = (plan, plan_weighted)
+
+
 def distances_of(features: Tensor) -> Tensor:
     unit = features / features.norm(dim=-1, keepdim=True)
     return 1.0 - unit @ unit.T
@@ -40,6 +65,18 @@ def running_minimum(distances: Tensor, k: int) -> Tensor:
     nearest = distances[picks[0]]
     for i in range(1, k):
         picks[i] = nearest.argmax()
+        nearest = torch.minimum(nearest, distances[picks[i]])
+    return picks
+
+
+def weighted_minimum(distances: Tensor, weights: Tensor, k: int) -> Tensor:
+    """ZOO-Prune's picks from a distance matrix: the highest weight times distance to the nearest chosen token."""
+    picks = torch.empty(k, dtype=torch.int64, device=distances.device)
+    picks[0] = weights.argmax()
+    nearest = distances[picks[0]].clone()
+    for i in range(1, k):
+        nearest[picks[i - 1]] = -torch.inf
+        picks[i] = (nearest * weights).argmax()
         nearest = torch.minimum(nearest, distances[picks[i]])
     return picks
 
