@@ -150,7 +150,7 @@ def dpp_map_triton(
         programs, options = 1, {}
         if device.type == "cuda":
             programs = max(1, torch.cuda.get_device_properties(device).multi_processor_count // len(group))
-            options = {"launch_cooperative_grid": True}
+            options = {"launch_cooperative_grid": programs > 1}
         begins = on_device(running_starts([length * most for length in lengths]), device)
         factor = torch.empty(sum(lengths) * most, dtype=torch.float32, device=device)
         best = torch.full((len(group) * most,), torch.iinfo(torch.int64).min, dtype=torch.int64, device=device)

@@ -113,7 +113,7 @@ def launch_coverage(
     programs, options = 1, {}
     if device.type == "cuda":
         programs = max(1, torch.cuda.get_device_properties(device).multi_processor_count // segments)
-        options = {"launch_cooperative_grid": True}
+        options = {"launch_cooperative_grid": programs > 1}
     cover = torch.empty(segments * programs * most_rows, dtype=torch.float32, device=device)
     best = torch.full((segments * most_picks,), torch.iinfo(torch.int64).min, dtype=torch.int64, device=device)
     arrivals = torch.zeros(segments, dtype=torch.int32, device=device)
