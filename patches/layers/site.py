@@ -25,6 +25,7 @@ from ..families.family import Family
 from ..hooks import HookSet
 from ..prefill.entry_cut import EntryCut
 from ..prefill.packing import packed_prompts
+from ..prefill.sequence_bounds import SEQUENCE_BOUNDS
 from ..prefill.visuals import PrefillVisuals
 from .run import LayerRun
 from .scores import cached_keys, check_decoder, rotary_row, rotate
@@ -260,6 +261,8 @@ class LayerSite:
             # Flash attention reads gaps as packed sequences, so only gapless positions go to the attention function.
             "position_ids": positions if positions.ndim == 2 and self._gapless(run) else None,
             "position_embeddings": model.rotary_emb(hidden, self._rotary_positions(positions)),
+            # Those of the entry are too long now.
+            **{name: None for name in SEQUENCE_BOUNDS if name in kwargs},
         }
         return hidden, {**kwargs, **run.inputs}
 

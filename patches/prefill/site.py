@@ -23,6 +23,7 @@ from .given_mask import check_needs_no_tower
 from .image_spans import columns_of
 from .inputs import compacted_inputs
 from .packing import packed_prompts
+from .sequence_bounds import one_sequence
 from .visuals import PrefillVisuals
 
 
@@ -104,6 +105,10 @@ class InputSite:
         arguments, call.left_behind = compacted_inputs(
             call, cut, visuals.spans, prompts, self.method.name, close_gaps=self.compact, mrope=self.family.mrope
         )
+        if prompts is None and not self.compact and not self.family.mrope and call.batch == 1:
+            assert cut.compaction is not None
+            width = cut.compaction.width
+            arguments |= one_sequence(self.family.language_model, width, call.past + width, call.device)
         return arguments
 
     def _batch(self, call: LanguageModelCall, visuals: PrefillVisuals, budgets: tuple[int, ...]) -> VisualBatch:
