@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from vlmprune.record import RunRecord
@@ -36,21 +37,26 @@ def entry_record(
         image_modalities=[modalities[image] for image in spans.unique],
         kept_per_image=cut.index,
         groups_per_image=cut.groups,
+        text=call.text,
+        image_columns=spans.flat.split(list(spans.counts)),
     )
 
 
 def text_record(method: str, decoder_layers: int, call: LanguageModelCall) -> RunRecord:
     """Return the record of a prefill without images."""
     mask = call.mask
-    is_plain = isinstance(mask, Tensor) and mask.ndim == 2
+    text = torch.ones(call.batch, call.columns, dtype=torch.bool)
+    if isinstance(mask, Tensor) and mask.ndim == 2:
+        text = mask[:, -call.columns :].bool().cpu()
     return RunRecord(
         method=method,
         signal=None,
-        text_tokens=mask[:, -call.columns :].sum(1).tolist() if is_plain else [call.columns] * call.batch,
+        text_tokens=text.sum(1).tolist(),
         visual_tokens_per_layer=[[0] * decoder_layers for _ in range(call.batch)],
         image_rows=(),
         image_totals=(),
         image_layouts=(),
         image_modalities=(),
         kept_per_image=(),
+        text=text,
     )

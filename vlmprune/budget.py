@@ -18,7 +18,8 @@ def check_keep(keep: object) -> Keep:
     """
     allowed = "a float in (0, 1] (share of visual tokens kept) or an int >= 1 (visual tokens kept per image)"
     if isinstance(keep, bool) or not isinstance(keep, Real):
-        raise BudgetError(f"keep={keep!r} is of type {type(keep).__name__}; allowed: {allowed}.")
+        by_row = " A budget for each row: `with vlmprune.options(model, keep=[...])`." if isinstance(keep, list) else ""
+        raise BudgetError(f"keep={keep!r} is of type {type(keep).__name__}; allowed: {allowed}.{by_row}")
     if isinstance(keep, Integral):
         count = int(keep)
         if count < 1:

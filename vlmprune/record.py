@@ -61,6 +61,8 @@ class RunRecord:
         visual_tokens_per_layer: visual tokens per row `[rows]` and language-model layer `[layers]`.
         groups_per_image: with methods that merge, per image where each visual token went; see `ImageRecord.groups`.
         kept_by_stage: with methods that drop inside the language model, per stage its first layer and the kept indices per image.
+        text: bool `[rows, columns]` on the CPU, the valid tokens of the call that are not visual.
+        image_columns: per image int64 `[total]` on the CPU, `row * columns + column` of its visual tokens in the call.
     """
 
     method: str
@@ -74,6 +76,40 @@ class RunRecord:
     kept_per_image: Sequence[Tensor | int]
     groups_per_image: Sequence[Tensor] = ()
     kept_by_stage: Sequence[tuple[int, Sequence[Tensor | int]]] = ()
+    text: Tensor | None = None
+    image_columns: Sequence[Tensor] = ()
+
+    def kept_columns(self, row: int, layer: int = 0) -> Tensor:
+        """Return the columns of the call that a layer saw in a row, int64, ascending: text and the visual tokens alive there.
+
+        What `output_attentions=True` returns keeps the pruned lengths. Of its `[batch, heads, queries, keys]` for that layer
+        the last `len(kept_columns)` queries and keys of the row are these columns, in this order; what precedes them is
+        padding, or keys of earlier calls. Layers before which nothing was dropped have all columns of the call. Visual tokens are the `image.kept` among them (`image.stages` by layer).
+
+        Args:
+            row: row of the batch, after the expansion for beams and return sequences.
+            layer: 0-based layer of the language model.
+
+        Raises:
+            IndexError: there is no such row or layer.
+        """
+        import torch
+
+        if (
+            self.text is None
+            or not 0 <= row < len(self.text)
+            or not 0 <= layer < len(self.visual_tokens_per_layer[row])
+        ):
+            raise IndexError(
+                f"row {row}, layer {layer}; the record has {len(self.visual_tokens_per_layer)} rows and "
+                f"{len(self.visual_tokens_per_layer[0])} layers."
+            )
+        columns = [self.text[row].nonzero().flatten()]
+        for image, places in zip(self.images, self.image_columns, strict=True):
+            if image.batch_index == row:
+                alive = [kept for first, kept in image.stages if first <= layer][-1]
+                columns.append(places[alive] - row * self.text.shape[1])
+        return torch.cat(columns).sort().values
 
     @property
     def videos(self) -> list[ImageRecord]:
