@@ -84,7 +84,8 @@ class RunRecord:
 
         What `output_attentions=True` returns keeps the pruned lengths. Of its `[batch, heads, queries, keys]` for that layer
         the last `len(kept_columns)` queries and keys of the row are these columns, in this order; what precedes them is
-        padding, or keys of earlier calls. Layers before which nothing was dropped have all columns of the call. Visual tokens are the `image.kept` among them (`image.stages` by layer).
+        padding, or keys of earlier calls. Layers before which nothing was dropped have all
+        columns of the call. Visual tokens are the `image.kept` among them (`image.stages` by layer).
 
         Args:
             row: row of the batch, after the expansion for beams and return sequences.
