@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from vlmprune.errors import UnsupportedCallError
-from vlmprune.methods.batch import TILE_KINDS, VisionSignal, VisualBatch
+from vlmprune.methods.batch import TILE_KINDS, Instruction, VisionSignal, VisualBatch
 from vlmprune.methods.input_method import InputMethod
-from vlmprune.methods.needs import WHOLE_TILES
+from vlmprune.methods.needs import INSTRUCTION, WHOLE_TILES
 from vlmprune.methods.pipeline import check_call
 
 from ..call_options import RowPipelines
@@ -22,6 +23,7 @@ from .entry_cut import EntryCut, plan_entry, whole_entry
 from .given_mask import check_needs_no_tower
 from .image_spans import columns_of
 from .inputs import compacted_inputs
+from .instructions import read_instructions, special_token_ids
 from .packing import packed_prompts
 from .sequence_bounds import one_sequence
 from .visuals import PrefillVisuals
@@ -139,4 +141,19 @@ class InputSite:
             tile_vision=tile_vision,
             project=family.project,
             projector_layers=family.projector_layers,
+            instructions=self._instructions(call, visuals) if INSTRUCTION in self.method.needs else (),
+            embed=self._embed,
         )
+
+    def _instructions(self, call: LanguageModelCall, visuals: PrefillVisuals) -> tuple[Instruction, ...]:
+        model = self.family.model
+        config, table = self.family.config, self.family.multimodal_model.get_input_embeddings()  # type: ignore[operator]
+        named = special_token_ids(config, config.get_text_config(), getattr(model, "generation_config", None))
+        special = frozenset(token for token in named if 0 <= token < table.num_embeddings)
+        prompts = packed_prompts(call, text_axis=self.family.text_positions)
+        return read_instructions(call, visuals.spans, special, self._embed, prompts)
+
+    def _embed(self, ids: Tensor) -> Tensor:
+        table: Any = self.family.multimodal_model.get_input_embeddings()  # type: ignore[operator]
+        embedded: Tensor = table(ids.to(table.weight.device))
+        return embedded.detach()

@@ -5,7 +5,7 @@ import threading
 import torch
 
 import vlmprune
-from support.matrix import FOLLOW_THE_QUESTION, METHOD_PARAMETERS, over_matrix
+from support.matrix import BY_THE_LAST_TOKEN, METHOD_PARAMETERS, over_matrix
 from support.oracle import suppressed
 from vlmprune.methods.registry import get_method
 
@@ -14,14 +14,14 @@ from vlmprune.methods.registry import get_method
 def test_one_selection_a_prefill_and_none_at_decode(method, family, monkeypatch):
     model = family.build(torch.float32)
     cls, calls = get_method(method), []
-    entry = "select_at_layer" if method in FOLLOW_THE_QUESTION else "select"
+    entry = "select_at_layer" if method in BY_THE_LAST_TOKEN else "select"
     original = getattr(cls, entry)
     monkeypatch.setattr(cls, entry, lambda self, batch: calls.append(len(batch.counts)) or original(self, batch))
     inputs = family.inputs([[3, "A", 4], [2, "B", 1, "C", 6], [9]])
     with torch.no_grad(), vlmprune.pruned(model, method, keep=0.3, **METHOD_PARAMETERS[method]):
         model.generate(**inputs, max_new_tokens=6, do_sample=False, num_beams=2)
         cuts = len(vlmprune.last_run(model).images[0].stages) - 1
-    if method in FOLLOW_THE_QUESTION:
+    if method in BY_THE_LAST_TOKEN:
         assert calls == [6] * cuts, "one call a stage for the images of all rows"
     else:
         # Older hosts encode the images that they have repeated for the beams.

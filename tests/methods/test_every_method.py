@@ -8,11 +8,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from support import method_batches as build
+from support.matrix import REQUIRED
 from vlmprune.methods.needs import GRID
 from vlmprune.methods.registry import METHODS
 
 INPUT_METHODS = [name for name, cls in METHODS.items() if cls.site == "input"]
 ANY_LAYOUT = [name for name in INPUT_METHODS if GRID not in METHODS[name].needs]
+
+
+def made(name, keep):
+    """A method with its defaults, or with what it cannot do without."""
+    return METHODS[name](keep=keep, **REQUIRED.get(name, {}))
+
+
 QUICK = settings(max_examples=25, deadline=None)
 
 
@@ -26,7 +34,7 @@ QUICK = settings(max_examples=25, deadline=None)
     seed=st.integers(0, 99),
 )
 def test_budgets_are_spent_exactly(name, images, keep, tower, equal, seed):
-    method = METHODS[name](keep=keep)
+    method = made(name, keep)
     batch = build.random_batch(method, images, seed, tower, equal)
     build.check_selection(method.select(batch), batch)
 
@@ -35,7 +43,7 @@ def test_budgets_are_spent_exactly(name, images, keep, tower, equal, seed):
 @QUICK
 @given(images=st.lists(build.layouts(), min_size=2, max_size=3), keep=build.keeps, tower=build.towers)
 def test_an_image_gives_the_same_alone_and_in_a_batch(name, images, keep, tower):
-    method = METHODS[name](keep=keep)
+    method = made(name, keep)
     whole = build.random_batch(method, images, 7, tower)
     together = method.select(whole)
     for index in range(len(images)):
@@ -50,21 +58,21 @@ def test_an_image_gives_the_same_alone_and_in_a_batch(name, images, keep, tower)
 def test_one_token_and_all_tokens(name, tiled):
     layout = build.anyres_layout((2, 2), 4, 100, 150) if tiled else build.raster_layout(5, 6)
     for keep in (1, layout.total - 1, layout.total):
-        method = METHODS[name](keep=keep)
+        method = made(name, keep)
         batch = build.random_batch(method, [layout], 3)
         build.check_selection(method.select(batch), batch)
 
 
 @pytest.mark.parametrize("name", ["fastervlm", "vtc_cls", "hired"])
 def test_ties_go_to_the_lowest_index(name):
-    method = METHODS[name](keep=6)
+    method = made(name, 6)
     batch = build.random_batch(method, [build.raster_layout(4, 4)], 0, equal=True)
     assert method.select(batch).kept.tolist() == list(range(6))
 
 
 @pytest.mark.parametrize("name", INPUT_METHODS)
 def test_half_precision_features_are_served(name):
-    method = METHODS[name](keep=0.3)
+    method = made(name, 0.3)
     batch = build.random_batch(method, [build.raster_layout(4, 4)], 5)
     half = replace(batch, features=batch.features.bfloat16())
     selection = method.select(half)
@@ -76,7 +84,7 @@ def test_half_precision_features_are_served(name):
 @QUICK
 @given(images=st.lists(build.layouts(), min_size=1, max_size=3), keep=build.keeps, tower=build.towers)
 def test_groups_say_where_every_token_went(name, images, keep, tower):
-    method = METHODS[name](keep=keep)
+    method = made(name, keep)
     batch = build.random_batch(method, images, 3, tower)
     selection = method.select(batch)
     kept = selection.kept.split(list(selection.counts))

@@ -7,6 +7,7 @@ from transformers import LlavaConfig, LlavaForConditionalGeneration
 import vlmprune
 from support import method_batches as build
 from support.family_cases import FAMILY_CASES
+from support.matrix import REQUIRED
 from support.tiny_models import LLAVA_CLIP_GQA
 from vlmprune.errors import UnsupportedMethodError
 from vlmprune.methods import InputMethod
@@ -16,7 +17,7 @@ from vlmprune.methods.pipeline import make_pipeline
 from vlmprune.methods.registry import METHODS, make_method
 from vlmprune.patches.families.registry import find_family
 
-PARTS = [part for name in METHODS for part in make_method(name).parts()]
+PARTS = [part for name in METHODS for part in make_method(name, **REQUIRED.get(name, {})).parts()]
 
 
 def test_rows_are_told_apart_by_their_names():

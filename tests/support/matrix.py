@@ -9,8 +9,11 @@ import vlmprune
 from support.deeper import deeper
 from support.family_cases import FAMILY_CASES
 from support.tiny_models import FamilyCase
-from vlmprune.methods.needs import LayerNeed
+from vlmprune.methods.needs import INSTRUCTION, LayerNeed
 from vlmprune.methods.registry import METHODS, make_method
+
+# Parameters without which a method is refused.
+REQUIRED: dict[str, dict[str, object]] = {"cdpruner": {"relevance": "instruction"}}
 
 # Parameters that make a method work harder on the tiny models than its defaults do.
 HARDER: dict[str, dict[str, object]] = {
@@ -21,25 +24,32 @@ HARDER: dict[str, dict[str, object]] = {
     "visionzip": {"merge_at": "projected", "cls_token": False},
     "fastv": {"layer": 1},
 }
-METHOD_PARAMETERS: dict[str, dict[str, object]] = {name: HARDER.get(name, {}) for name in METHODS}
+METHOD_PARAMETERS: dict[str, dict[str, object]] = {
+    name: {**REQUIRED.get(name, {}), **HARDER.get(name, {})} for name in METHODS
+}
 
 _PARTS = {name: make_method(name, **parameters).parts() for name, parameters in METHOD_PARAMETERS.items()}
 
 # They drop tokens between layers, so they get the deeper variant of every family.
 LAYER_METHODS = frozenset(name for name, parts in _PARTS.items() if any(part.site == "layer" for part in parts))
 
-# They score by the last prompt token: the same image is cut otherwise once more text follows it.
-FOLLOW_THE_QUESTION = frozenset(
+# They score by the last prompt token, inside the language model.
+BY_THE_LAST_TOKEN = frozenset(
     name
     for name, parts in _PARTS.items()
     for part in parts
     if any(isinstance(need, LayerNeed) and need.rows == "last token" for need in part.needs)
 )
 
+# They score by the prompt's words: the same image is cut otherwise once more text follows it.
+FOLLOW_THE_QUESTION = BY_THE_LAST_TOKEN | {
+    name for name, parts in _PARTS.items() for part in parts if INSTRUCTION in part.needs
+}
+
 
 def few_tokens(method: str, family: FamilyCase) -> int:
     """Return a small number of tokens per image that the method can reach on average over the layers of the tiny model."""
-    return 5 if method not in FOLLOW_THE_QUESTION else max(map(family.tokens, ("A", "large"))) // 3
+    return 5 if method not in BY_THE_LAST_TOKEN else max(map(family.tokens, ("A", "large"))) // 3
 
 
 def _cases() -> list[object]:

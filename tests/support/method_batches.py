@@ -13,7 +13,7 @@ from official_cases.batches import kept_per_image as kept_per_image
 from official_cases.batches import make_batch as make_batch
 from vlmprune.layout import VisualLayout, raster_layout
 from vlmprune.methods.base import Method
-from vlmprune.methods.batch import TILE_KINDS, Selection, TowerFacts, VisualBatch
+from vlmprune.methods.batch import TILE_KINDS, Instruction, Selection, TowerFacts, VisualBatch
 from vlmprune.methods.projector import ProjectorLayers
 
 WITH_CLS = TowerFacts(layers=10, feature_layer=8, has_cls=True)
@@ -61,7 +61,11 @@ def random_batch(
         ]
         vision[signal] = torch.cat(picked).masked_fill(newline[:, None], 0)
         tile_vision[signal] = tuple(maps)
-    return make_batch(method, images, values(total, 8), vision, tower, tile_vision=tile_vision, **PROJECTOR)
+    instructions = tuple(
+        Instruction(torch.arange(2 + layout.total % 3), values(2 + layout.total % 3, 8)) for layout in images
+    )
+    more = {"tile_vision": tile_vision, "instructions": instructions, **PROJECTOR}
+    return make_batch(method, images, values(total, 8), vision, tower, **more)
 
 
 def widened(features: Tensor) -> Tensor:
@@ -80,7 +84,7 @@ def image_of(whole: VisualBatch, method: Method, index: int) -> VisualBatch:
     span = slice(whole.offsets[index], whole.offsets[index + 1])
     vision = {signal: values[span] for signal, values in whole.vision.items()}
     tile_vision = {signal: (maps[index],) for signal, maps in whole.tile_vision.items()}
-    more = {"tile_vision": tile_vision, **PROJECTOR}
+    more = {"tile_vision": tile_vision, "instructions": whole.instructions[index : index + 1], **PROJECTOR}
     return make_batch(method, [whole.layouts[index]], whole.features[span], vision, whole.tower, **more)
 
 

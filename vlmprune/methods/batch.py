@@ -66,6 +66,18 @@ class TowerFacts:
         return VisionSignal("cls_attention" if self.has_cls else "received_attention", layer)
 
 
+class Instruction(NamedTuple):
+    """The text that goes with an image: system prompt, other images and special tokens are left out.
+
+    Attributes:
+        ids: int64 `[words]`; None where the call has embeddings in their place.
+        embeddings: `[words, dim]`, as they enter the language model.
+    """
+
+    ids: Tensor | None
+    embeddings: Tensor
+
+
 @dataclass(frozen=True, eq=False)
 class VisualBatch:
     """All images of one prefill, packed one after the other.
@@ -82,6 +94,8 @@ class VisualBatch:
             `[tiles, tile rows * tile columns, channels]`; for signals with a row a tile, these: `[tiles, channels]`.
         project: the model's projector: turns "features" `[rows, channels]` into values like `features`, `[rows, dim]`.
         projector_layers: gives the projector's weights.
+        instructions: the text that goes with each image, for methods that need it.
+        embed: embeds token ids `[words]` as the language model does, `[words, dim]`.
     """
 
     features: Tensor
@@ -93,6 +107,8 @@ class VisualBatch:
     tile_vision: Mapping[VisionSignal, tuple[Tensor, ...]] = field(default_factory=dict)
     project: Callable[[Tensor], Tensor] | None = None
     projector_layers: Callable[[], ProjectorLayers] | None = None
+    instructions: tuple[Instruction, ...] = ()
+    embed: Callable[[Tensor], Tensor] | None = None
 
     @cached_property
     def offsets(self) -> tuple[int, ...]:

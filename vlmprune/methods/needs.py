@@ -132,6 +132,11 @@ TILES = Need(
     "`VisualLayout.tile` and `VisualLayout.crops`",
     met_by=lambda family: family.has_tiles,
 )
+INSTRUCTION = Need(
+    "instruction",
+    "text beside the images",
+    "ids and embeddings of the prompt, as `VisualBatch.instructions`",
+)
 LAST_TOKEN_AT_CUT = LayerNeed(
     "last_token_at_cut",
     "the last prompt token's attention in the layer that is cut",
@@ -160,6 +165,7 @@ NEEDS: tuple[Need, ...] = (
     GRID,
     WHOLE_TILES,
     TILES,
+    INSTRUCTION,
     LAST_TOKEN_AT_CUT,
     LAST_TOKEN_BEFORE_CUT,
     ALL_TOKENS_BEFORE_CUT,

@@ -14,3 +14,5 @@ from .vispruner import VisPruner as VisPruner
 from .visionzip import VisionZip as VisionZip
 from .scope import SCOPE as SCOPE
 from .zooprune import ZOOPrune as ZOOPrune
+from .cdpruner import CDPruner as CDPruner
+from .mmtok import MMTok as MMTok

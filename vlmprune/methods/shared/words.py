@@ -11,55 +11,11 @@ ANSWER_FORMATS = (
 )
 # MMTok's list: articles, forms of "be", "have" and "do", pronouns, question words, and some that join.
 COMMON_WORDS = frozenset(
-    [
-        "a",
-        "an",
-        "the",
-        "is",
-        "are",
-        "was",
-        "were",
-        "be",
-        "been",
-        "being",
-        "have",
-        "has",
-        "had",
-        "do",
-        "does",
-        "did",
-        "it",
-        "they",
-        "he",
-        "she",
-        "we",
-        "you",
-        "i",
-        "what",
-        "where",
-        "when",
-        "why",
-        "how",
-        "who",
-        "which",
-        "and",
-        "or",
-        "but",
-        "so",
-        "if",
-        "then",
-        "question",
-        "answer",
-        "to",
-        "for",
-        "with",
-        "by",
-        "from",
-        "at",
-        "into",
-        "onto",
-        "upon",
-    ]
+    re.findall(
+        r"\w+",
+        "a an the is are was were be been being have has had do does did it they he she we you i what where when why how "
+        "who which and or but so if then question answer to for with by from at into onto upon",
+    )
 )
 _ROLE = re.compile(r"\s*(?:\bASSISTANT\s*:?|\bassistant)\s*$")
 

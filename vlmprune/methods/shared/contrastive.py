@@ -1,0 +1,74 @@
+"""A contrastive model (CLIP) whose text tower says how much each patch has to do with a question."""
+
+from __future__ import annotations
+
+from os import PathLike
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vlmprune.errors import ParameterError
+
+
+class ContrastiveTower:
+    """A CLIP model with its tokenizer, which belong to the vision tower.
+
+    Args:
+        source: folder or name of a CLIP model with a tokenizer, or the two as a pair (model, tokenizer).
+
+    Raises:
+        ParameterError: `source` is neither, or the model has no text tower and projections.
+    """
+
+    def __init__(self, source: Any) -> None:
+        if isinstance(source, (str, PathLike)):
+            from transformers import AutoTokenizer, CLIPModel
+
+            source = (CLIPModel.from_pretrained(source), AutoTokenizer.from_pretrained(source))
+        if not isinstance(source, (tuple, list)) or len(source) != 2:
+            raise ParameterError(
+                f"text_tower={source!r}; allowed: a folder or hub name of a CLIP model, or a pair (CLIPModel, its tokenizer)."
+            )
+        self.model, self.tokenizer = source
+        for part in ("text_model", "text_projection", "visual_projection", "vision_model"):
+            if not hasattr(self.model, part):
+                raise ParameterError(
+                    f"text_tower is a {type(self.model).__name__} without `{part}`; allowed: a CLIPModel, which has text "
+                    "tower and both projections."
+                )
+
+    @torch.no_grad()
+    def text(self, question: str, device: torch.device) -> Tensor:
+        """Return the question's embeddings, fp32 `[segments, dim]`, a segment for every 77 tokens.
+
+        The ids, begin and end marks included, are not cut; the last segment is filled with zeros, as in CDPruner's code.
+        """
+        length = int(self.model.config.text_config.max_position_embeddings)
+        ids = torch.tensor(self.tokenizer(question)["input_ids"], dtype=torch.int64)
+        ids = torch.nn.functional.pad(ids, (0, -len(ids) % length)).view(-1, length)
+        model_device = next(self.model.parameters()).device
+        pooled = self.model.text_model(input_ids=ids.to(model_device)).pooler_output
+        embeddings: Tensor = self.model.text_projection(pooled)
+        return embeddings.float().to(device)
+
+    @torch.no_grad()
+    def patches(self, features: Tensor) -> Tensor:
+        """Return what the patches are in the same space, fp32 `[patches, dim]`.
+
+        Args:
+            features: `[patches, tower_dim]`, the vision tower's hidden state that the visual tokens are made from.
+
+        Raises:
+            ParameterError: the model's vision tower has another width.
+        """
+        norm, projection = self.model.vision_model.post_layernorm, self.model.visual_projection
+        width = int(projection.weight.shape[1])
+        if features.shape[1] != width:
+            raise ParameterError(
+                f"text_tower belongs to a vision tower of width {width}, the features of this model have {features.shape[1]}; "
+                "allowed: the CLIP model that the vision tower was taken from."
+            )
+        parameter = next(projection.parameters())
+        embeddings: Tensor = projection(norm(features.to(parameter.device, parameter.dtype)))
+        return embeddings.float().to(features.device)
