@@ -74,7 +74,7 @@ class Family:
             for modality in self.modalities
             for part in (
                 Part(f"config.{modality}_token_id"),
-                Part(f"multimodal_model.get_{modality}_features", (PIXELS[modality],)),
+                Part(f"multimodal_model.get_{modality}_features"),
                 Part("multimodal_model", (PIXELS[modality],)),
             )
         ]

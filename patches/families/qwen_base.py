@@ -43,8 +43,8 @@ class QwenVL(Family):
     picture_kind: ClassVar[PictureKind] = "grids"
     parts: ClassVar[tuple[Part, ...]] = (
         *Family.parts,
-        Part("multimodal_model.get_image_features", ("image_grid_thw",)),
-        Part("multimodal_model.get_video_features", ("video_grid_thw",)),
+        Part("multimodal_model.get_image_features", (PIXELS["image"], "image_grid_thw")),
+        Part("multimodal_model.get_video_features", (PIXELS["video"], "video_grid_thw")),
     )
     tower_parts: ClassVar[tuple[Part, ...]] = (
         Part("vision_tower", ("grid_thw",)),
