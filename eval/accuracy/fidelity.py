@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import partial
@@ -15,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from vlmprune.errors import BudgetError, VlmpruneError
+from vlmprune.errors import BudgetError
 from vlmprune.eval.models.loading import LoadedModel
 from vlmprune.eval.reports.tables import cost_style
 from vlmprune.eval.run.cells import Cell, LeftOut, not_reachable
@@ -27,23 +25,9 @@ from vlmprune.eval.run.result_folder import ResultFolder, write_json
 from vlmprune.eval.speed.flops import equivalent_tokens
 
 from .live_model import LiveModel
+from .prompts import Prompt, data_checksum, read_prompts
 from .questions import user_turn
 from .request_records import RequestRecord
-
-PICTURES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
-DEFAULT_PROMPT = "Describe this image."
-
-
-class PromptDataError(VlmpruneError, ValueError):
-    """The folder or file of prompts cannot be used."""
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """A question about pictures (paths)."""
-
-    text: str
-    images: tuple[str, ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,57 +62,6 @@ class Fidelity:
     same_first_token: float
     kl: float
     kl_worst: float
-
-
-def read_prompts(path: Path, limit: int | None = None) -> list[Prompt]:
-    """Prompts of a folder of pictures (all asked `DEFAULT_PROMPT`, or the lines of its `prompts.txt`) or of a JSONL file.
-
-    A line of the file is `{"image": path or list of paths, "prompt": text}`; relative paths start at the file's folder.
-
-    Raises:
-        PromptDataError: a file or line cannot be used; names it.
-    """
-    if path.is_dir():
-        return _folder_prompts(path)[:limit]
-    if not path.is_file():
-        raise PromptDataError(f"--data {str(path)!r} does not exist; allowed: a folder of pictures or a .jsonl file.")
-    prompts = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        if line.strip():
-            prompts.append(_line_prompt(line, path, number))
-    if not prompts:
-        raise PromptDataError(f"--data {str(path)!r} holds no prompts.")
-    return prompts[:limit]
-
-
-def _folder_prompts(folder: Path) -> list[Prompt]:
-    pictures = sorted(str(file) for file in folder.iterdir() if file.suffix.lower() in PICTURES)
-    if not pictures:
-        raise PromptDataError(f"--data {str(folder)!r} holds no pictures ({', '.join(sorted(PICTURES))}).")
-    file = folder / "prompts.txt"
-    texts = (
-        [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
-        if file.exists()
-        else []
-    )
-    return [Prompt(text, (picture,)) for picture in pictures for text in texts or [DEFAULT_PROMPT]]
-
-
-def _line_prompt(line: str, file: Path, number: int) -> Prompt:
-    place = f"line {number} of {str(file)!r}"
-    try:
-        content = json.loads(line)
-    except ValueError as error:
-        raise PromptDataError(f"{place} is no JSON: {error}") from None
-    if not isinstance(content, dict) or not isinstance(content.get("prompt"), str):
-        raise PromptDataError(f'{place} must be {{"image": path or list of paths, "prompt": text}}.')
-    images = content.get("image") or []
-    names = [images] if isinstance(images, str) else images
-    paths = [str(file.parent / name) for name in names]
-    missing = next((name for name in paths if not Path(name).is_file()), None)
-    if missing is not None:
-        raise PromptDataError(f"{place} names the picture {missing!r}, which does not exist.")
-    return Prompt(content["prompt"], tuple(paths))
 
 
 @dataclass(frozen=True)
@@ -221,16 +154,6 @@ def _write(folder: ResultFolder, rows: Sequence[Fidelity], left_out: Sequence[Le
     for item in left_out:
         output.print(item.note, soft_wrap=True, markup=False, highlight=False)
     output.print(f"Written to {folder.path}", soft_wrap=True)
-
-
-def data_checksum(prompts: Sequence[Prompt]) -> dict[str, Any]:
-    """Number of prompts and a checksum of their texts and pictures."""
-    digest = hashlib.sha256()
-    for prompt in prompts:
-        digest.update(prompt.text.encode())
-        for path in prompt.images:
-            digest.update(Path(path).read_bytes())
-    return {"prompts": len(prompts), "sha256": digest.hexdigest()[:16]}
 
 
 def replies(

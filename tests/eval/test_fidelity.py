@@ -16,15 +16,13 @@ from rich.console import Console
 from vlmprune.errors import BudgetError
 from vlmprune.eval.accuracy import fidelity
 from vlmprune.eval.accuracy.fidelity import (
-    DEFAULT_PROMPT,
     FidelityOptions,
-    PromptDataError,
     Reply,
     agreement,
-    read_prompts,
     run_fidelity,
     summarise_agreement,
 )
+from vlmprune.eval.accuracy.prompts import DEFAULT_PROMPT, PromptDataError, read_prompts
 from vlmprune.eval.accuracy.request_records import RequestRecord
 from vlmprune.eval.models.loading import LoadedModel
 from vlmprune.eval.reports.html_page import write_report

@@ -1,0 +1,85 @@
+"""What a finished benchmark prints and writes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from vlmprune.eval.run.cells import LeftOut
+from vlmprune.eval.run.machine import describe_machine
+from vlmprune.eval.run.result_folder import ResultFolder, write_json
+
+from .html_page import write_report
+from .plots import plot_pareto
+from .summary import Row, results_csv
+from .tables import accuracy_tables, as_markdown, cost_table
+
+PLOTS: dict[str, tuple[Callable[[Row], float | None], str]] = {
+    "accuracy_vs_flops.png": (
+        lambda row: row.prefill_flops / 1e9,
+        "GFLOPs until the first token (vision tower, projector, language model)",
+    ),
+    "accuracy_vs_prefill_time.png": (lambda row: row.prefill_ms, "milliseconds until the first token (batch size 1)"),
+    "accuracy_vs_kv_cache.png": (lambda row: row.kv_cache_bytes / 2**20, "MiB of keys and values (one sequence)"),
+}
+"""File name, cost and label of every plot; one whose cost was not measured is left out."""
+
+
+def print_tables(rows: Sequence[Row], folder: Path, left_out: Sequence[LeftOut] = ()) -> None:
+    """Accuracy and cost, at most 100 columns wide, and what is left out of them."""
+    output = Console(width=100)
+    for table in (*accuracy_tables(rows), cost_table(rows)):
+        output.print(table)
+        output.print()
+    for item in left_out:
+        output.print(item.note, soft_wrap=True, markup=False, highlight=False)
+    output.print(f"Results, plots, every answer, and a page with all of it (report.html): {folder}", soft_wrap=True)
+
+
+def write_results(
+    command: Sequence[str],
+    folder: ResultFolder,
+    rows: Sequence[Row],
+    left_out: Sequence[LeftOut],
+    seconds: dict[str, float],
+) -> None:
+    """Write results.json, results.csv, tables.md, the plots and report.html."""
+    content = {
+        "command": list(command),
+        "machine": describe_machine(),
+        "configuration": folder.configuration,
+        "seconds": seconds,
+        "conventions": {
+            "flops": "2 per multiply-accumulate; matrix and attention products, also of selecting; attention in full, not causal",
+            "visual_tokens_after": "mean over language-model layers and requests",
+            "relative": "mean over tasks of score / score of the unpruned model",
+            "paired": "against the unpruned model on the same items; 95 % intervals by bootstrap within tasks",
+            "times": "milliseconds at batch size 1, medians with quartiles, all cells in turn within one run",
+            "formulas": "as published, on visual tokens only; they are multiply-accumulates",
+        },
+        "cells": [
+            {
+                **{key: value for key, value in row.result.items() if key != "tasks"},
+                "tasks": {
+                    name: {key: value for key, value in task.items() if key != "samples"}
+                    for name, task in row.result["tasks"].items()
+                },
+                "average": row.average,
+                "relative": row.relative,
+                "paired": row.paired,
+            }
+            for row in rows
+        ],
+        "left_out": [item.described() for item in left_out],
+    }
+    write_json(folder.path / "results.json", content)
+    (folder.path / "results.csv").write_text(results_csv(rows), encoding="utf-8")
+    name = folder.configuration["model"]["source"].rstrip("/").split("/")[-1]
+    for file, (cost, label) in PLOTS.items():
+        plot_pareto(rows, folder.path / file, cost, label, f"{name}: accuracy against {label.split(' (')[0]}")
+    markdown = "\n".join(map(as_markdown, [*accuracy_tables(rows), cost_table(rows)]))
+    notes = "".join(f"\n- {item.note}" for item in left_out)
+    (folder.path / "tables.md").write_text(markdown + (f"\nLeft out:\n{notes}\n" if notes else ""), encoding="utf-8")
+    write_report([folder.path], folder.path / "report.html")
