@@ -30,7 +30,7 @@ from .prefill.given_mask import given_visuals
 from .prefill.site import InputSite
 from .prefill.visuals import PrefillVisuals, read_visuals
 from .router_logits import restored_router_logits, watch_balancing_loss
-from .run_records import entry_record, text_record
+from .run_records import entry_record, finished_record, text_record
 from .tracing import break_graph, check_not_exported
 
 # Not on the engine, which is copied along with its model.
@@ -247,7 +247,7 @@ class PruningEngine:
         if run is not None and run.images is not None:
             state = run.left_behind()
             assert self.layer_site is not None
-            self.record = self.layer_site.finish_record(run)
+            self.record = finished_record(run, self.layer_site.probe.signal(run.scored))
         if state is None:
             return None
         if isinstance(output, tuple) and not hasattr(output, "last_hidden_state"):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
@@ -10,6 +13,9 @@ from vlmprune.record import RunRecord
 from .calls import LanguageModelCall
 from .prefill.entry_cut import EntryCut
 from .prefill.visuals import PrefillVisuals
+
+if TYPE_CHECKING:
+    from .layers.run import LayerRun
 
 
 def entry_record(
@@ -59,4 +65,29 @@ def text_record(method: str, decoder_layers: int, call: LanguageModelCall) -> Ru
         image_modalities=(),
         kept_per_image=(),
         text=text,
+    )
+
+
+def finished_record(run: LayerRun, signal: str) -> RunRecord:
+    """Return the record of a prefill that may have been cut between layers, with what every layer saw.
+
+    Args:
+        run: the call, after its last layer.
+        signal: what the layers were scored by, in words.
+    """
+    record: RunRecord = run.record
+    if run.scored:
+        record = replace(record, signal=", ".join(name for name in (record.signal, signal) if name))
+    if not run.cuts:
+        return record
+    images = run.cut_images
+    per_layer = [list(row) for row in record.visual_tokens_per_layer]
+    for first, compaction in run.cuts:
+        for row, (total, removed) in enumerate(zip(images.visual_lengths, compaction.removed, strict=True)):
+            per_layer[row][first:] = [total - removed] * (len(per_layer[row]) - first)
+    return replace(
+        record,
+        visual_tokens_per_layer=per_layer,
+        kept_per_image=images.index,
+        kept_by_stage=((0, record.kept_per_image), *run.kept_by_cut),
     )

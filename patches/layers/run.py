@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from vlmprune.methods.batch import Selection
 
 from ..cache.state import LayerGroup, PrunedCacheState
 from ..cache.trace import columns_held, highest_positions, positions_lowered
@@ -97,21 +100,43 @@ class LayerRun:
             self.compaction.destination.flatten()[columns] + columns // self.positions.shape[-1] * self.compaction.width
         )
 
-    def compact(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """Drop what is no longer alive from `hidden [batch, width, dim]` and go on with the shorter sequence.
+    @property
+    def cut_images(self) -> VisualTokens:
+        """The images of a prefill; only there may tokens be dropped between layers."""
+        if self.images is None:
+            raise RuntimeError("This call of the language model holds no images.")
+        return self.images
+
+    def cut(
+        self, layer: int, chosen: Sequence[int], selection: Selection, hidden: Tensor, keys: Tensor | None
+    ) -> Tensor:
+        """Drop tokens at the input of `layer` and go on with the shorter sequence.
+
+        Args:
+            layer: the layer that is cut.
+            chosen: the images that `selection` speaks of.
+            selection: which of their tokens stay.
+            hidden: the states that enter the layer, `[batch, width, dim]`.
+            keys: that layer's keys before rotation, if they are at hand, `[batch, width, dim]`.
 
         Returns:
-            The shorter states, and for each of their columns the one it came from.
+            The shorter states.
         """
-        assert self.images is not None
-        planned = self.images.plan()
+        images = self.cut_images
+        images.keep(chosen, selection)
+        planned = images.plan()
         source = planned.index
         if self.compaction is not None:
             now = self.compaction.destination.gather(1, source.clamp(min=0)).clamp(max=self.compaction.width - 1)
             source = now.masked_fill(source < 0, -1)
         (shorter,) = gather_columns([hidden], source)
         self.compaction = planned
-        return shorter, source.clamp(min=0)
+        self.cuts.append((layer, planned))
+        self.kept_by_cut.append((layer, list(images.index)))
+        if keys is not None and not torch.is_grad_enabled():
+            rows = torch.arange(self.batch, device=keys.device)[:, None]
+            self.projected_keys = (layer, keys[rows, source.clamp(min=0)])
+        return shorter
 
     def token_kinds(self, past: int, valid: Tensor | None) -> Tensor:
         """Return the kind of every key, int8 `[batch, past + width]`: 0 padding, 1 system, 2 visual, 3 text."""

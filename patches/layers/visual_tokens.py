@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from vlmprune.methods.batch import Selection
 
 from ..prefill.compaction import Compaction, plan_compaction
 
@@ -54,6 +57,12 @@ class VisualTokens:
             for image, (cuts, count) in enumerate(zip(self.schedule, self.counts, strict=True))
             if layer in cuts and count and (cuts[layer] is None or cuts[layer] < count)  # type: ignore[operator]
         ]
+
+    def keep(self, chosen: Sequence[int], selection: Selection) -> None:
+        """Keep of the images `chosen` what `selection` says."""
+        for image, kept in zip(chosen, selection.kept.split(list(selection.counts)), strict=True):
+            self.columns[image] = self.columns[image][kept]
+            self.index[image] = self.index[image][kept]
 
     def plan(self) -> Compaction:
         """Plan the sequence of text and alive visual tokens."""
