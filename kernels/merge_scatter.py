@@ -8,6 +8,9 @@ from torch import Tensor
 from vlmprune.kernels.shared.compile_cases import CompileCase, Like
 from vlmprune.kernels.shared.implementation import choose_implementation, tl, triton
 
+# Elements of weighted tokens that the reference holds at a time.
+BLOCK_ELEMENTS = 2**18
+
 
 def merge_scatter(
     source: Tensor,
@@ -60,15 +63,20 @@ def merge_scatter_reference(
     source: Tensor, destination_index: Tensor, sizes: Tensor | None, num_outputs: int, *, drops: bool = True
 ) -> tuple[Tensor, Tensor]:
     """`merge_scatter` in plain torch and fp32, for arguments that are already checked; `drops`: an index may be -1."""
-    values = source.to(torch.float32)
-    weights = values.new_ones(values.shape[0]) if sizes is None else sizes.to(torch.float32)
+    tokens, dim = source.shape
+    ones = torch.ones(tokens, dtype=torch.float32, device=source.device)
+    weights = ones if sizes is None else sizes.to(torch.float32)
     # Dropped tokens go to one more row, which is cut off.
     rows = destination_index.masked_fill(destination_index < 0, num_outputs) if drops else destination_index
-    total = values.new_zeros(num_outputs + drops).scatter_add_(0, rows, weights)
+    total = weights.new_zeros(num_outputs + drops).scatter_add_(0, rows, weights)
     # Each token's share of its row, so that no second pass over the rows is needed.
-    share = weights / total.masked_fill(total == 0, 1.0)[rows]
-    merged = values.new_zeros(num_outputs + drops, values.shape[1])
-    merged.scatter_add_(0, rows[:, None].expand_as(values), values * share[:, None])
+    share = (weights / total.masked_fill(total == 0, 1.0)[rows])[:, None]
+    merged = weights.new_zeros(num_outputs + drops, dim)
+    # A block at a time: fresh memory for all products costs more than the products.
+    block = max(1, BLOCK_ELEMENTS // max(1, dim))
+    for begin in range(0, tokens, block):
+        part = slice(begin, begin + block)
+        merged.index_add_(0, rows[part], source[part].to(torch.float32) * share[part])
     return merged[:num_outputs], total[:num_outputs]
 
 
