@@ -39,6 +39,7 @@ def test_every_method_says_what_it_computes():
         ("vispruner", {"keep": 0.25}),
         ("visionzip", {"keep": 0.25}),
         ("scope", {"keep": 0.25}),
+        ("tokencorr", {"keep": 0.25}),
         ("zooprune", {"keep": 0.25, "sketch": None}),
         ("zooprune", {"keep": 0.25, "m": 5}),
         ("todre", {"keep": 16, "relevance": False}),

@@ -8,6 +8,7 @@ from support.plain_methods.hiprune import hiprune
 from support.plain_methods.holov import holov
 from support.plain_methods.scope import scope
 from support.plain_methods.textmonkey import textmonkey
+from support.plain_methods.tokencorr import tokencorr
 from support.plain_methods.visionzip import visionzip
 from support.plain_methods.vispruner import vispruner
 from support.plain_methods.zooprune import zooprune
@@ -23,6 +24,7 @@ PLAIN = {
     "scope": (scope, {}),
     "scope-add": (scope, {"combined": "add", "alpha": 2.0}),
     "textmonkey": (textmonkey, {}),
+    "tokencorr": (tokencorr, {"sim_threshold": 0.3, "min_count": 3}),
     "vispruner": (vispruner, {"rho": 0.3}),
     "visionzip": (visionzip, {}),
     "visionzip-projected": (visionzip, {"merge_at": "projected", "contextual": 0.4}),
@@ -30,6 +32,8 @@ PLAIN = {
     "zooprune": (zooprune, {"sketch": None}),
     "zooprune-differences": (zooprune, {"sketch": None, "h": 0.1, "m": 5}),
 }
+# Methods that find their own count without `keep`.
+ADAPTIVE = {"tokencorr": (None,)}
 FAMILIES = [LLAVA_CLIP_GQA, LLAVA_SIGLIP_TIED]
 ROWS = {"single": [[3, "A", 4]], "three rows": [[3, "A", 4], [2, "B", 1, "C", 6], [9, "D"]]}
 
@@ -42,7 +46,7 @@ def test_kept_tokens_and_values_are_those_of_plain_loops(name, family, rows):
     model = family.build(torch.float32)
     images = [item for row in rows for item in row if isinstance(item, str)]
     plain = [plain_image(model, family.image(image)["pixel_values"]) for image in images]
-    for keep in (1, 3, 11):
+    for keep in (1, 3, 11, *ADAPTIVE.get(name, ())):
         with torch.no_grad(), vlmprune.pruned(model, name.partition("-")[0], keep=keep, **parameters):
             entered = entering_embeddings(model, family.inputs(rows))
             records = vlmprune.last_run(model).images

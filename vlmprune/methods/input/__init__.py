@@ -16,3 +16,4 @@ from .scope import SCOPE as SCOPE
 from .zooprune import ZOOPrune as ZOOPrune
 from .cdpruner import CDPruner as CDPruner
 from .mmtok import MMTok as MMTok
+from .tokencorr import TokenCorr as TokenCorr
