@@ -44,15 +44,16 @@ class DenseTowerReader(TowerReader):
                     whole = kind == "k_proj" or layer in whole_queries
                     hook = partial(self._keep_projection, kind, layer, whole)
                     hooks.after(f"vision layer {layer} {kind}", hooks.child(attention, kind), hook)
+        outputs = {signal.layer for signal in signals if signal.kind == "states"}
         if any(signal.kind == "cls_features" for signal in signals):
             self.state_layers = family.state_layers
             if min(self.state_layers) < 0:
                 raise UnsupportedMethodError(
                     "The visual tokens are made from the tower's embeddings; features of the CLS token are read behind a layer."
                 )
-            for layer in set(self.state_layers):
-                hook = partial(self._keep_state, layer)
-                hooks.after(f"vision layer {layer} output", family.vision_layer(layer), hook)
+            outputs |= set(self.state_layers)
+        for layer in sorted(outputs):
+            hooks.after(f"vision layer {layer} output", family.vision_layer(layer), partial(self._keep_state, layer))
 
     def read(self, signal: VisionSignal, call: TowerCall) -> Tensor:
         """Return `[tiles, tokens, channels]`, with the CLS column where there is one; of "cls_features" `[tiles, channels]`."""
@@ -60,7 +61,9 @@ class DenseTowerReader(TowerReader):
         if signal.kind == "features":
             return captured["projector input", 0].detach().float()
         if signal.kind == "cls_features":
-            return torch.cat([captured["state", layer].detach().float() for layer in self.state_layers], dim=-1)
+            return torch.cat([captured["state", layer].detach()[:, 0].float() for layer in self.state_layers], dim=-1)
+        if signal.kind == "states":
+            return captured["state", signal.layer].detach().float()
         key = captured["k_proj", signal.layer].detach()
         if signal.kind == "keys":
             return key.float()
@@ -78,7 +81,7 @@ class DenseTowerReader(TowerReader):
     def _keep_state(self, layer: int, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         if self.calls.tower:
             state = output[0] if isinstance(output, tuple) else output
-            self.calls.tower[-1].captured["state", layer] = state[:, 0]
+            self.calls.tower[-1].captured["state", layer] = state
 
     def _keep_projection(
         self, kind: str, layer: int, whole: bool, module: nn.Module, args: Any, kwargs: Any, output: Tensor

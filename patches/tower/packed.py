@@ -48,7 +48,7 @@ class PackedTowerReader(TowerReader):
         tower: Any = family.vision_tower
         self.merged_patches = int(tower.spatial_merge_size) ** 2
         for signal in signals:
-            if signal.kind in CLS_KINDS:
+            if signal.kind in CLS_KINDS or signal.kind == "states":
                 raise UnsupportedMethodError(
                     f"{type(tower).__name__} has no CLS token, so there is no {signal.kind!r}; allowed: "
                     "'received_attention', 'keys', 'features'."

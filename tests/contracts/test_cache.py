@@ -6,9 +6,11 @@ import pytest
 import torch
 
 import vlmprune
-from support.layerwise import check_greedy, default_positions
+from support.layerwise import check_greedy, default_positions, language_model_inputs
 from support.matrix import FOLLOW_THE_QUESTION, METHOD_PARAMETERS, over_matrix
+from support.merging import entering, given_as_entered
 from support.oracle import suppressed
+from vlmprune.methods.registry import get_method
 
 
 def lengths(cache):
@@ -37,7 +39,8 @@ def test_second_turn_continues_the_returned_cache(method, family, rows):
     first = family.inputs(rows)
     question = torch.tensor([[21, 22, 23]]).expand(len(rows), -1)
     greedy = {"max_new_tokens": 4, "do_sample": False}
-    with torch.no_grad(), vlmprune.pruned(model, method, keep=0.3, **METHOD_PARAMETERS[method]):
+    pruned = vlmprune.pruned(model, method, keep=0.3, **METHOD_PARAMETERS[method])
+    with torch.no_grad(), pruned, entering(model) as entered:
         turn = model.generate(**first, **greedy, return_dict_in_generate=True)
         run = vlmprune.last_run(model)
         ids = torch.cat([turn.sequences, question], 1)
@@ -57,9 +60,12 @@ def test_second_turn_continues_the_returned_cache(method, family, rows):
     if method not in FOLLOW_THE_QUESTION:
         assert torch.equal(continued, from_scratch)
         return
+    given = language_model_inputs(model, first)
+    if get_method(method).merges:
+        given = given_as_entered(model, given, entered[0], first, run)
     for row in range(len(rows)):
         new = continued[row, first["input_ids"].shape[1] :]
-        check_greedy(model, first, run, row, default_positions(model, method), new, first=7)
+        check_greedy(model, first, run, row, default_positions(model, method), new, given, first=7)
 
 
 @over_matrix

@@ -6,7 +6,7 @@ import torch
 import vlmprune
 from support.layerwise import check_greedy, default_positions, language_model_inputs, row_by_layers
 from support.matrix import LAYER_METHODS, METHOD_PARAMETERS, few_tokens, over_matrix
-from support.merging import given_merged
+from support.merging import COMBINED, entering, given_as_entered, given_merged
 from vlmprune.methods.registry import get_method
 
 ROWS = {
@@ -23,11 +23,12 @@ def test_pruned_forward_equals_the_layers_by_hand(method, family, rows, keep):
     inputs = family.inputs(rows)
     budget = few_tokens(method, family) if keep == "few" else keep
     steps = 6
-    with torch.no_grad(), vlmprune.pruned(model, method, keep=budget, **METHOD_PARAMETERS[method]):
+    pruned = vlmprune.pruned(model, method, keep=budget, **METHOD_PARAMETERS[method])
+    with torch.no_grad(), pruned, entering(model) as entered:
         logits = model(**inputs).logits
         run = vlmprune.last_run(model)
         generated = model.generate(**inputs, max_new_tokens=steps, do_sample=False)[:, -steps:]
-    given, positions = given_to_layers(model, method, inputs, run), default_positions(model, method)
+    given, positions = given_to_layers(model, method, inputs, run, entered), default_positions(model, method)
     for row in range(len(rows)):
         by_hand = row_by_layers(model, inputs, run, row, positions, given=given)
         torch.testing.assert_close(logits[row, by_hand.columns], by_hand.logits, atol=2e-5, rtol=1e-4)
@@ -41,10 +42,11 @@ def test_pruned_forward_equals_the_layers_by_hand(method, family, rows, keep):
 def test_pruned_forward_equals_the_layers_by_hand_in_bf16(method, family):
     model = family.build(torch.bfloat16)
     inputs = family.inputs(ROWS["left-padded"], dtype=torch.bfloat16)
-    with torch.no_grad(), vlmprune.pruned(model, method, keep=0.3, **METHOD_PARAMETERS[method]):
+    pruned = vlmprune.pruned(model, method, keep=0.3, **METHOD_PARAMETERS[method])
+    with torch.no_grad(), pruned, entering(model) as entered:
         logits = model(**inputs).logits
         run = vlmprune.last_run(model)
-    given, positions = given_to_layers(model, method, inputs, run), default_positions(model, method)
+    given, positions = given_to_layers(model, method, inputs, run, entered), default_positions(model, method)
     for row in range(len(logits)):
         by_hand = row_by_layers(model, inputs, run, row, positions, given=given)
         # The padded row and the row alone are rounded differently; where that sends a token to another expert it is far off.
@@ -52,7 +54,11 @@ def test_pruned_forward_equals_the_layers_by_hand_in_bf16(method, family):
         assert (error / by_hand.logits.float().norm(dim=-1)).median() < 0.03
 
 
-def given_to_layers(model, method, inputs, run):
-    """What the host hands to its language model, with the visual tokens of a merging method merged by hand."""
+def given_to_layers(model, method, inputs, run, entered):
+    """What the host hands to its language model, with the visual tokens of a merging method merged."""
     given = language_model_inputs(model, inputs)
-    return given_merged(given, inputs, run, model.config.image_token_id) if get_method(method).merges else given
+    if not get_method(method).merges:
+        return given
+    if method in COMBINED:
+        return given_merged(given, inputs, run, model.config.image_token_id)
+    return given_as_entered(model, given, entered[0], inputs, run)

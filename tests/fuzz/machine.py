@@ -20,8 +20,8 @@ from transformers import DynamicCache
 import vlmprune
 from support.families.qwen_case import QwenCase, token_types
 from support.layerwise import Positions, default_positions, language_model_inputs, placeholders
-from support.matrix import MATRIX, METHOD_PARAMETERS, few_tokens
-from support.merging import given_merged
+from support.matrix import MATRIX, METHOD_PARAMETERS, REQUIRED, few_tokens
+from support.merging import COMBINED, given_merged
 from support.oracle import suppressed
 from support.tiny_models import FamilyCase
 from vlmprune.errors import VlmpruneError
@@ -29,7 +29,11 @@ from vlmprune.methods.needs import STILL_IMAGES
 from vlmprune.methods.registry import get_method
 
 DTYPE = torch.float64
-CASES = {parameter.id: parameter.values for parameter in MATRIX}
+CASES = {
+    parameter.id: parameter.values
+    for parameter in MATRIX
+    if not get_method(parameter.values[0]).merges or parameter.values[0] in COMBINED
+}
 IMAGES = ("A", "B", "small", "large")
 VIDEOS = ("video small", "video large")
 
@@ -92,7 +96,8 @@ class CallSequences(RuleBasedStateMachine):
             given = METHOD_PARAMETERS[self.method]
             vlmprune.apply(self.model, self.method, keep=self.keep, positions=self.asked, **given)
         elif what == "everything":
-            vlmprune.apply(self.model, self.method, keep=1.0, positions=self.asked)
+            given = REQUIRED.get(self.method, {})
+            vlmprune.apply(self.model, self.method, keep=1.0, positions=self.asked, **given)
         elif what == "another":
             vlmprune.apply(
                 self.model, "uniform" if self.method != "uniform" else "random", keep=0.4, positions=self.asked

@@ -13,7 +13,10 @@ from vlmprune.methods.needs import INSTRUCTION, LayerNeed
 from vlmprune.methods.registry import METHODS, make_method
 
 # Parameters without which a method is refused.
-REQUIRED: dict[str, dict[str, object]] = {"cdpruner": {"relevance": "instruction"}}
+REQUIRED: dict[str, dict[str, object]] = {
+    "cdpruner": {"relevance": "instruction"},
+    "recoverable_compression": {"relevance": "instruction"},
+}
 
 # Parameters that make a method work harder on the tiny models than its defaults do.
 HARDER: dict[str, dict[str, object]] = {

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from support.layerwise import alive_columns
 
 
 def given_merged(given: dict[str, Any], inputs: dict[str, Tensor], record: Any, token: int) -> dict[str, Any]:
@@ -59,6 +63,34 @@ def target_plus_mean(values: Tensor, image: Any, number: int) -> Tensor:
     target = int(image.kept[number])
     members = [token for token in (image.groups == number).nonzero().flatten().tolist() if token != target]
     return values[target] + (values[members].mean(0) if members else 0)
+
+
+@contextmanager
+def entering(model: Any) -> Iterator[list[dict[str, Any]]]:
+    """Note what enters the language model behind the hooks of an applied method."""
+    seen: list[dict[str, Any]] = []
+    handle = model.model.language_model.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs), with_kwargs=True
+    )
+    try:
+        yield seen
+    finally:
+        handle.remove()
+
+
+def given_as_entered(
+    model: Any, given: dict[str, Any], entered: dict[str, Any], inputs: dict[str, Tensor], record: Any
+) -> dict[str, Any]:
+    """Return what the host hands to its language model, with the kept visual tokens as they entered the pruned one.
+
+    For methods whose merging is compared with plain loops elsewhere, and cannot be told from groups; without deep features.
+    """
+    assert not given.get("deepstack_visual_embeds")
+    embeddings, width = given["inputs_embeds"].clone(), entered["inputs_embeds"].shape[1]
+    for row in range(len(embeddings)):
+        columns = alive_columns(model, inputs, record, row, 0)
+        embeddings[row, columns] = entered["inputs_embeds"][row, width - len(columns) :]
+    return {**given, "inputs_embeds": embeddings}
 
 
 # How merging methods, with the parameters of the matrix, make one token of several, by name.

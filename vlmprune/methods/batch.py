@@ -15,7 +15,7 @@ from vlmprune.layout import VisualLayout
 from .projector import ProjectorLayers
 
 AttentionKind = Literal["cls_attention", "cls_attention_one_head", "cls_logits", "received_attention"]
-VisionSignalKind = AttentionKind | Literal["keys", "features", "cls_features"]
+VisionSignalKind = AttentionKind | Literal["keys", "states", "features", "cls_features"]
 
 ATTENTION_KINDS: frozenset[str] = frozenset(get_args(AttentionKind))
 # Signals that have a row a tile and not one a token.
@@ -34,6 +34,7 @@ class VisionSignal(NamedTuple):
             "received_attention": mean over all queries of the softmaxed attention, `[heads]`.
             "keys": keys as the attention uses them, rotary positions applied where there are any, `[heads * head_dim]`; of
                 patches that become one visual token the mean.
+            "states": output of the layer, `[dim]`; of towers that encode equally large tiles.
             "features": what the projector gets, `[patches_per_token * dim]`; `layer` is the feature layer.
             "cls_features": the same of the CLS token, `[dim]`, one row a tile.
         layer: 0-based index of the encoder layer.

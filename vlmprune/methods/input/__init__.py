@@ -17,3 +17,4 @@ from .zooprune import ZOOPrune as ZOOPrune
 from .cdpruner import CDPruner as CDPruner
 from .mmtok import MMTok as MMTok
 from .tokencorr import TokenCorr as TokenCorr
+from .recoverable_compression import RecoverableCompression as RecoverableCompression

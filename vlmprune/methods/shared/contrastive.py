@@ -44,20 +44,36 @@ class ContrastiveTower:
 
         The ids, begin and end marks included, are not cut; the last segment is filled with zeros, as in CDPruner's code.
         """
-        length = int(self.model.config.text_config.max_position_embeddings)
-        ids = torch.tensor(self.tokenizer(question)["input_ids"], dtype=torch.int64)
-        ids = torch.nn.functional.pad(ids, (0, -len(ids) % length)).view(-1, length)
-        model_device = next(self.model.parameters()).device
-        pooled = self.model.text_model(input_ids=ids.to(model_device)).pooler_output
+        ids = self._ids(question)
+        ids = torch.nn.functional.pad(ids, (0, -len(ids) % self._length)).view(-1, self._length)
+        pooled = self.model.text_model(input_ids=ids.to(self.model.text_projection.weight.device)).pooler_output
         embeddings: Tensor = self.model.text_projection(pooled)
         return embeddings.float().to(device)
 
     @torch.no_grad()
-    def patches(self, features: Tensor) -> Tensor:
+    def last_place(self, question: str, device: torch.device) -> Tensor:
+        """Return the embedding of the last place of the question filled up to 77 tokens, fp32 `[1, dim]`."""
+        ids = self._ids(question)[: self._length]
+        fill = getattr(self.tokenizer, "pad_token_id", None) or 0
+        ids = torch.nn.functional.pad(ids, (0, self._length - len(ids)), value=fill)[None]
+        states = self.model.text_model(input_ids=ids.to(self.model.text_projection.weight.device)).last_hidden_state
+        embeddings: Tensor = self.model.text_projection(states[:, -1])
+        return embeddings.float().to(device)
+
+    @property
+    def _length(self) -> int:
+        return int(self.model.config.text_config.max_position_embeddings)
+
+    def _ids(self, question: str) -> Tensor:
+        return torch.tensor(self.tokenizer(question)["input_ids"], dtype=torch.int64)
+
+    @torch.no_grad()
+    def patches(self, features: Tensor, *, normed: bool = True) -> Tensor:
         """Return what the patches are in the same space, fp32 `[patches, dim]`.
 
         Args:
-            features: `[patches, tower_dim]`, the vision tower's hidden state that the visual tokens are made from.
+            features: `[patches, tower_dim]`, a hidden state of the vision tower.
+            normed: whether it goes through the tower's last norm first.
 
         Raises:
             ParameterError: the model's vision tower has another width.
@@ -70,5 +86,6 @@ class ContrastiveTower:
                 "allowed: the CLIP model that the vision tower was taken from."
             )
         parameter = next(projection.parameters())
-        embeddings: Tensor = projection(norm(features.to(parameter.device, parameter.dtype)))
+        states = features.to(parameter.device, parameter.dtype)
+        embeddings: Tensor = projection(norm(states) if normed else states)
         return embeddings.float().to(features.device)
