@@ -43,7 +43,7 @@ def entry_record(
         image_modalities=[modalities[image] for image in spans.unique],
         kept_per_image=cut.index,
         groups_per_image=cut.groups,
-        text=call.text,
+        text=call.text.unbind(),
         image_columns=spans.flat.split(list(spans.counts)),
     )
 
@@ -64,7 +64,7 @@ def text_record(method: str, decoder_layers: int, call: LanguageModelCall) -> Ru
         image_layouts=(),
         image_modalities=(),
         kept_per_image=(),
-        text=text,
+        text=text.unbind(),
     )
 
 

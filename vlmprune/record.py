@@ -61,7 +61,7 @@ class RunRecord:
         visual_tokens_per_layer: visual tokens per row `[rows]` and language-model layer `[layers]`.
         groups_per_image: with methods that merge, per image where each visual token went; see `ImageRecord.groups`.
         kept_by_stage: with methods that drop inside the language model, per stage its first layer and the kept indices per image.
-        text: bool `[rows, columns]` on the CPU, the valid tokens of the call that are not visual.
+        text: per row bool `[columns]` on the CPU, the valid tokens of the call that are not visual.
         image_columns: per image int64 `[total]` on the CPU, `row * columns + column` of its visual tokens in the call.
     """
 
@@ -76,7 +76,7 @@ class RunRecord:
     kept_per_image: Sequence[Tensor | int]
     groups_per_image: Sequence[Tensor] = ()
     kept_by_stage: Sequence[tuple[int, Sequence[Tensor | int]]] = ()
-    text: Tensor | None = None
+    text: Sequence[Tensor] = ()
     image_columns: Sequence[Tensor] = ()
 
     def kept_columns(self, row: int, layer: int = 0) -> Tensor:
@@ -97,8 +97,7 @@ class RunRecord:
         import torch
 
         if (
-            self.text is None
-            or not 0 <= row < len(self.text)
+            not 0 <= row < len(self.text)
             or not 0 <= layer < len(self.visual_tokens_per_layer[row])
         ):
             raise IndexError(
@@ -109,7 +108,7 @@ class RunRecord:
         for image, places in zip(self.images, self.image_columns, strict=True):
             if image.batch_index == row:
                 alive = [kept for first, kept in image.stages if first <= layer][-1]
-                columns.append(places[alive] - row * self.text.shape[1])
+                columns.append(places[alive] - row * len(self.text[row]))
         return torch.cat(columns).sort().values
 
     @property

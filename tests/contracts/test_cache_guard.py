@@ -103,13 +103,13 @@ def test_gathered_caches_know_that_they_do_not_know(model):
         model(input_ids=NEXT[:1], past_key_values=cache)
 
 
-def test_language_model_alone_refuses_a_pruned_cache(model):
+def test_language_model_alone_continues_a_pruned_cache(model):
     cache = prefilled(model)
-    with (
-        torch.no_grad(),
-        vlmprune.pruned(model, "divprune", keep=0.3),
-        pytest.raises(UnsupportedCallError, match="whole model"),
-    ):
+    with torch.no_grad(), vlmprune.pruned(model, "divprune", keep=0.3):
+        wanted = model(input_ids=NEXT[:1], past_key_values=copy.deepcopy(cache)).logits
+        output = model.model.language_model(input_ids=NEXT[:1], past_key_values=cache)
+        assert torch.equal(model.lm_head(output.last_hidden_state), wanted)
+    with torch.no_grad(), pytest.raises(UnsupportedCallError, match="'divprune'"):
         model.model.language_model(input_ids=NEXT[:1], past_key_values=cache)
 
 
