@@ -96,10 +96,7 @@ class RunRecord:
         """
         import torch
 
-        if (
-            not 0 <= row < len(self.text)
-            or not 0 <= layer < len(self.visual_tokens_per_layer[row])
-        ):
+        if not 0 <= row < len(self.text) or not 0 <= layer < len(self.visual_tokens_per_layer[row]):
             raise IndexError(
                 f"row {row}, layer {layer}; the record has {len(self.visual_tokens_per_layer)} rows and "
                 f"{len(self.visual_tokens_per_layer[0])} layers."

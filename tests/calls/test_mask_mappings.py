@@ -33,6 +33,6 @@ def test_masks_made_ready_are_refused_and_left_alone_where_all_stays(case, mappi
             assert torch.equal(model(**given).logits, expected)
         with (
             vlmprune.pruned(model, method, keep=0.6, **parameters),
-            pytest.raises(UnsupportedCallError, match="attention_mask is a (dict|4-D tensor).*needs a 2-D mask"),
+            pytest.raises(UnsupportedCallError, match=r"attention_mask is a (dict|4-D tensor).*needs a 2-D mask"),
         ):
             model(**given)

@@ -9,6 +9,7 @@ from support.families.llava_next import CASES as LLAVA_NEXT
 from support.families.qwen2_5_vl import CASES as QWEN25_VL
 from support.families.qwen2_vl import CASES as QWEN2_VL
 from support.families.qwen3_vl import CASES as QWEN3_VL
+from support.flash_on_cpu import flash_on_cpu
 from support.matrix import METHOD_PARAMETERS
 from support.tiny_models import LLAVA_CLIP_GQA, LLAVA_SIGLIP_TIED
 from vlmprune.errors import UnsupportedCallError
@@ -124,6 +125,23 @@ def test_boundaries_for_flash_attention_move_with_the_tokens():
     assert caught[0]["cu_seq_lens_k"].dtype == torch.int32
     assert caught[0]["max_length_q"] == 29
     assert caught[0]["position_ids"].tolist() == [[*range(17), *range(5), *range(29), *range(13)]]
+
+
+@pytest.mark.parametrize("bounds", [False, True])
+@pytest.mark.parametrize("case", [LLAVA_CLIP_GQA, QWEN3_VL[0], QWEN25_VL[0]], ids=str)
+def test_flash_attention_tells_packed_prompts_apart(case, bounds):
+    model = case.build(torch.float32)
+    row, alone = packed(case, model, 4 if case in MROPE else 1)
+    row["use_cache"] = True
+    if bounds:
+        lengths = [prompt["input_ids"].shape[1] for prompt in alone]
+        starts = torch.tensor([0, *lengths]).cumsum(0).int()
+        row |= {"cu_seq_lens_q": starts, "cu_seq_lens_k": starts}
+        row |= {"max_length_q": max(lengths), "max_length_k": max(lengths)}
+    with torch.no_grad(), flash_on_cpu(model.model.language_model):
+        check_prompts(model, row, alone)
+        with vlmprune.pruned(model, "divprune", keep=0.3):
+            check_prompts(model, row, alone)
 
 
 def test_what_cannot_be_packed_is_refused():
