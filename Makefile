@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 TYPED := build/typed/vlmprune
 
-.PHONY: help setup test fuzz test-gpu lint format demo tiny bench-gpu clean
+.PHONY: help setup test fuzz compatibility test-gpu lint format demo tiny bench-gpu clean
 
 help:  ## Show the targets.
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*## /\t/' | expand -t 12
@@ -24,6 +24,9 @@ test: setup  ## Run the whole test suite on the CPU.
 MINUTES ?= 60
 fuzz: setup  ## Random call sequences on one cache for MINUTES (60), against logits made without one.
 	OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz/run.py --minutes $(MINUTES) --seed $(shell date +%s)
+
+compatibility: setup  ## Run the decoding matrix and write docs/compatibility.md from it.
+	OMP_NUM_THREADS=1 $(BIN)/python tests/decoding/write.py
 
 test-gpu: setup  ## Run the kernel tests on a GPU.
 	$(BIN)/python -m pytest tests/kernels
