@@ -2,9 +2,14 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# The lowest versions that pyproject.toml allows, with the newest that still go with them.
+VENV_OLDEST ?= .venv-oldest
+PYTHON_OLDEST ?= python3.10
+OLDEST := torch==2.5.0 torchvision==0.20.0 transformers==5.17.0
+OLDEST_TESTS ?= tests/contracts tests/api tests/layer_site
 TYPED := build/typed/vlmprune
 
-.PHONY: help setup test fuzz compatibility test-gpu lint format demo tiny bench-gpu clean
+.PHONY: help setup test test-oldest fuzz compatibility test-gpu lint format demo tiny bench-gpu clean
 
 help:  ## Show the targets.
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*## /\t/' | expand -t 12
@@ -27,6 +32,16 @@ fuzz: setup  ## Random call sequences on one cache for MINUTES (60), against log
 
 compatibility: setup  ## Run the decoding matrix and write docs/compatibility.md from it.
 	OMP_NUM_THREADS=1 $(BIN)/python tests/decoding/write.py
+
+test-oldest: $(VENV_OLDEST)/.installed  ## Run the contract tests on the oldest supported Python, torch and transformers.
+	OMP_NUM_THREADS=1 $(VENV_OLDEST)/bin/python -m pytest -n 2 $(OLDEST_TESTS)
+
+$(VENV_OLDEST)/.installed: pyproject.toml Makefile
+	$(PYTHON_OLDEST) -m venv $(VENV_OLDEST)
+	$(VENV_OLDEST)/bin/python -m pip install --quiet --upgrade pip
+	rm -rf vlmprune.egg-info
+	$(VENV_OLDEST)/bin/python -m pip install --quiet --editable '.[dev]' $(OLDEST)
+	touch $@
 
 test-gpu: setup  ## Run the kernel tests on a GPU.
 	$(BIN)/python -m pytest tests/kernels
@@ -56,4 +71,4 @@ bench-gpu: setup  ## Time the selection kernels.
 	$(BIN)/python -m vlmprune.kernels.bench --out results/kernels.csv
 
 clean:  ## Remove what the targets made.
-	rm -rf $(VENV) build dist results *.egg-info
+	rm -rf $(VENV) $(VENV_OLDEST) build dist results *.egg-info

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
 
 from vlmprune.errors import NoRunError, UnsupportedCallError, VlmpruneWarning
@@ -130,6 +131,11 @@ class PruningEngine:
         self.calls.model.append(call)
         modalities = self.family.modalities
         given = inputs.get("mm_encoder_outputs") or {}
+        if given and "mm_encoder_outputs" not in self._model_parameters:
+            raise UnsupportedCallError(
+                f"mm_encoder_outputs was given; {type(module).__name__} of transformers {transformers.__version__} takes none "
+                "and would go on without the images. Pass the pixels."
+            )
         call.encoded = {name: given[name] for name in modalities if given.get(name) is not None}
         present = [name for name in modalities if name in call.encoded or inputs.get(PIXELS[name]) is not None]
         if not present:

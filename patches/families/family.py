@@ -74,6 +74,7 @@ class Family:
             for modality in self.modalities
             for part in (
                 Part(f"config.{modality}_token_id"),
+                # What it calls the pixels differs: those of videos are `pixel_values` to LLaVA-OneVision in transformers 5.17.
                 Part(f"multimodal_model.get_{modality}_features"),
                 Part("multimodal_model", (PIXELS[modality],)),
             )

@@ -6,6 +6,7 @@ import inspect
 
 import pytest
 import torch
+from transformers import GenerationMixin
 
 import vlmprune
 from support.families import llava_next, llava_onevision, qwen2_5_vl
@@ -15,8 +16,11 @@ from vlmprune.errors import UnsupportedCallError
 FAMILIES = (LLAVA_CLIP_GQA, llava_next.CASES[0], llava_onevision.CASES[0], qwen2_5_vl.CASES[0])
 over_families = pytest.mark.parametrize("family", FAMILIES, ids=repr)
 
+pytestmark = pytest.mark.skipif(
+    not hasattr(GenerationMixin, "_supports_mm_encoder_outputs"), reason="older hosts encode inside the forward only"
+)
+
 ROWS = [[3, "A", 4], [2, "B", 1, "C", 6], [9]]
-TEXT = ("input_ids", "attention_mask")
 
 
 def encode(model, inputs):

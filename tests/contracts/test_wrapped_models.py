@@ -8,7 +8,7 @@ import torch.distributed as distributed
 from peft import LoraConfig, get_peft_model
 from PIL import Image
 from torch import nn
-from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.nn.parallel import DistributedDataParallel
 from transformers import CLIPVisionConfig, LlamaConfig, LlamaForCausalLM, LlavaModel, pipeline
@@ -21,6 +21,11 @@ from support.families.qwen2_vl import QWEN2_VL
 from support.families.real_processors import llava_processor, photograph
 from support.tiny_models import CLIP, LLAMA_GQA, LLAVA_CLIP_GQA, llava_case
 from vlmprune.errors import AlreadyAppliedError, NotAppliedError, UnsupportedCallError, UnsupportedFamilyError
+
+try:
+    from torch.distributed.fsdp import fully_shard
+except ImportError:  # torch 2.5 has it for GPUs only.
+    fully_shard = None
 
 ROWS = [[3, "A", 4], [2, "B", 1, "C", 6], [9]]
 GREEDY = {"max_new_tokens": 4, "do_sample": False}
@@ -81,7 +86,7 @@ WRAPPERS = {
     "FSDP": fsdp(),
     "FSDP-layers": fsdp(LlamaDecoderLayer, CLIPEncoderLayer),
     "FSDP-model": fsdp(LlavaModel),
-    "FSDP2": fsdp2,
+    **({"FSDP2": fsdp2} if fully_shard is not None else {}),
     "PEFT": lora,
     "PEFT-in-DDP": lambda model: DistributedDataParallel(lora(model)),
     "accelerate": prepared,
