@@ -125,6 +125,7 @@ def test_wrapped_models_are_pruned_as_they_are_alone(wrap, method):
 
 
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.skipif(torch.__version__ < "2.6", reason="torch 2.5 does not get the unpatched model compiled")
 @pytest.mark.parametrize("compile_model", COMPILED.values(), ids=COMPILED)
 def test_a_model_compiled_and_run_before_apply_is_pruned(compile_model):
     text = LlamaConfig(**{**LLAMA_GQA.to_dict(), "num_hidden_layers": 1})
