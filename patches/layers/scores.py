@@ -32,7 +32,7 @@ def check_decoder(language_model: nn.Module, layers: Iterable[int], method: str)
         raise UnsupportedMethodError(f"{method!r} drops tokens inside the language model: {'; '.join(missing)}.")
     config: Any = language_model.config
     for layer in layers:
-        module: Any = without_wrappers(language_model.layers[layer])  # type: ignore[index]
+        module: Any = without_wrappers(language_model.layers[layer])  # type: ignore[index, arg-type]
         attention = getattr(module, "self_attn", None)
         missing = missing_parts(module, LAYER_PARTS)
         if not missing and _rotary_function(module.self_attn) is None:
