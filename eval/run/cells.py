@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 import vlmprune
 from vlmprune.budget import Keep, check_keep
 from vlmprune.errors import BudgetError, ParameterError, UnsupportedMethodError, VlmpruneError, unknown
+from vlmprune.methods.adaptive_method import AdaptiveMethod
 from vlmprune.methods.base import Method
 from vlmprune.methods.registry import get_method, make_method, method_names
 
@@ -170,9 +171,11 @@ def make_cells(
     for name, parameters in wanted:
         takes_seed = any(field.name == "seed" for field in fields(get_method(name)))
         given = {**({"seed": seed} if takes_seed else {}), **parameters}
-        # A method whose own parameters fix the budget (stage ratios, say) has one cell.
-        own = make_method(name, **given).keep is None
-        cells.extend(Cell(name, keep, tuple(sorted(given.items()))) for keep in ([None] if own else budgets))
+        # A method whose own parameters fix the budget (stage ratios, say) has one cell; one that can find its own has one more.
+        method = make_method(name, **given)
+        own: list[Keep | None] = [None] if method.keep is None else []
+        given_keeps = budgets if method.keep is not None or isinstance(method, AdaptiveMethod) else []
+        cells.extend(Cell(name, keep, tuple(sorted(given.items()))) for keep in [*own, *given_keeps])
     return list({cell.label: cell for cell in cells}.values())
 
 

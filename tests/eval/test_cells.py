@@ -4,7 +4,8 @@ import pytest
 
 from vlmprune.errors import BudgetError, ParameterError, UnknownNameError, UnsupportedMethodError
 from vlmprune.eval.run.cells import BASELINES, Cell, make_cells, parse_keeps, parse_methods, parse_value, usable_cells
-from vlmprune.methods.registry import method_names
+from vlmprune.methods.adaptive_method import AdaptiveMethod
+from vlmprune.methods.registry import get_method, method_names
 
 
 def test_methods_and_parameters():
@@ -63,7 +64,11 @@ def test_every_method_can_be_named():
 def test_all_methods():
     assert [name for name, _ in parse_methods("all")] == method_names()
     labels = [cell.label for cell in make_cells(parse_methods("all,fastv:layer=1"), [0.5], 0)]
-    assert labels == ["full", *(f"{name} keep=0.5" for name in method_names()), "fastv:layer=1 keep=0.5"]
+    expected = ["full"]
+    for name in method_names():
+        # Those that can find their own budget are run with that too.
+        expected += [name] * issubclass(get_method(name), AdaptiveMethod) + [f"{name} keep=0.5"]
+    assert labels == [*expected, "fastv:layer=1 keep=0.5"]
 
 
 def test_what_the_model_cannot_give_is_left_out_with_the_reason(toy):
@@ -74,7 +79,9 @@ def test_what_the_model_cannot_give_is_left_out_with_the_reason(toy):
     notes = {(item.title, item.keep): item for item in left_out}
     assert set(notes) == {
         *(("globalcom2", None), ("fastv", 0.5), ("fastv", 0.2), ("pyramiddrop", 0.2)),
+        *(("cdpruner", None), ("recoverable_compression", None)),
     }
+    assert "text_tower=None" in notes["cdpruner", None].reason
     assert notes["fastv", 0.5].kind == "not reachable"
     assert "fastv keep=0.5: not reachable. " in notes["fastv", 0.5].note
     assert "nearest: keep=0.67" in notes["fastv", 0.5].reason

@@ -8,6 +8,7 @@ from support.deeper import deeper
 from support.families import llava_onevision, qwen2_5_vl, qwen2_vl, qwen3_vl
 from support.families.by_hand import check_pruned, language_model_inputs
 from support.families.qwen_case import VIDEO_TOKEN, token_types
+from support.matrix import REQUIRED
 from vlmprune.errors import LayoutError, UnsupportedMethodError
 from vlmprune.methods import DivPrune, FastV, registry
 from vlmprune.methods.needs import STILL_IMAGES
@@ -212,7 +213,7 @@ def test_methods_that_do_not_serve_videos_say_so(case):
     others = [name for name in vlmprune.list_methods(model) if name not in SERVING]
     assert {"fastervlm", "pyramiddrop", "fastv", "todre"} <= set(others)
     layers = {"fastv": {"layer": 1}, "todre": {"layer": 3}}
-    methods = [get_method(name)(keep=0.8, **layers.get(name, {})) for name in others]
+    methods = [get_method(name)(keep=0.8, **layers.get(name, REQUIRED.get(name, {}))) for name in others]
     for method in (*methods, [DivPrune(keep=0.5), FastV(layer=1, keep=0.8)]):
         with torch.no_grad(), vlmprune.pruned(model, method):
             model(**images)
@@ -245,5 +246,5 @@ def test_whole_videos_are_served_by_every_method(case):
     with torch.no_grad():
         expected = model(**inputs).logits
         for name in vlmprune.list_methods(model):
-            with vlmprune.pruned(model, name, keep=1.0):
+            with vlmprune.pruned(model, name, keep=1.0, **REQUIRED.get(name, {})):
                 assert torch.equal(model(**inputs).logits, expected)

@@ -77,8 +77,7 @@ def tokenizer_of(vocabulary):
     return PreTrainedTokenizerFast(tokenizer_object=plain, unk_token="w0")
 
 
-@pytest.fixture
-def clip():
+def tiny_clip():
     """A real CLIP model whose vision tower has the width of the tiny LLaVA's, and its tokenizer."""
     text = {
         "hidden_size": 16,
@@ -90,6 +89,11 @@ def clip():
     text |= {"max_position_embeddings": 5, "eos_token_id": 2, "bos_token_id": 1, "pad_token_id": 0}
     config = CLIPConfig(text_config=text, vision_config=CLIP.to_dict(), projection_dim=12)
     return spread_weights(CLIPModel(config)).eval(), tokenizer_of(130)
+
+
+@pytest.fixture
+def clip():
+    return tiny_clip()
 
 
 def test_contrastive_relevance_is_that_of_the_clip_model(clip):

@@ -60,6 +60,40 @@ def test_what_enters_the_language_model_is_that_of_plain_loops(mode, rows):
             torch.testing.assert_close(values, merged, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("mode", ["code", "fixed"])
+def test_contrastive_similarity_is_that_of_the_clip_model(mode):
+    from methods.test_end_to_end import entering_embeddings
+    from methods.test_question_methods import tiny_clip, words_of
+
+    family, rows = LLAVA_CLIP_GQA, [[3, "A", 4], [2, "B", 1, "C", 6]]
+    model, inputs = family.build(torch.float32), family.inputs(rows)
+    tower, tokenizer = tiny_clip()
+    parameters = {"mode": mode, "text_tower": (tower, tokenizer), "tokenizer": tokenizer}
+    with torch.no_grad():
+        with vlmprune.pruned(model, "recoverable_compression", **parameters):
+            entered = entering_embeddings(model, inputs)
+            records = vlmprune.last_run(model).images
+        for record, name, values, words in zip(
+            records, "ABC", entered(records, rows), words_of(inputs, rows), strict=True
+        ):
+            plain = plain_image(model, family.image(name)["pixel_values"])
+            ids = [int(word) for word in words]
+            last = model.model.vision_tower(family.image(name)["pixel_values"], output_hidden_states=True)
+            states = last.hidden_states[-1][0, 1:]
+            if mode == "code":
+                filled = torch.tensor([(ids + [0] * 5)[:5]])
+                text = tower.text_projection(tower.text_model(input_ids=filled).last_hidden_state[:, -1])
+            else:
+                states = tower.vision_model.post_layernorm(states)
+                segments = [ids[start : start + 5] for start in range(0, len(ids), 5)]
+                padded = torch.tensor([segment + [0] * (5 - len(segment)) for segment in segments])
+                text = tower.get_text_features(input_ids=padded).pooler_output.mean(0)[None]
+            similarity = torch.cosine_similarity(tower.visual_projection(states), text, dim=-1) * 768**-0.5
+            kept, merged = recoverable_compression(plain, words, mode, similarity)
+            assert record.kept.tolist() == kept
+            torch.testing.assert_close(values, merged, atol=1e-5, rtol=1e-4)
+
+
 def spread_batch(method, keep_order="position"):
     """An image with clear outliers of attention and of similarity."""
     layouts = [build.raster_layout(8, 8), build.anyres_layout((1, 2), 6, 100, 200)]

@@ -118,4 +118,4 @@ class MMTok(InputMethod):
         ids: list[int] = tokenizer(keywords(question).split(), is_split_into_words=True)["input_ids"]
         if ids and ids[0] == getattr(tokenizer, "bos_token_id", None):
             ids = ids[1:]
-        return batch.embed(torch.tensor(ids)) if ids else instruction.embeddings
+        return batch.embed(torch.tensor(ids)).to(batch.features.device) if ids else instruction.embeddings

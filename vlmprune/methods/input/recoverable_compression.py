@@ -188,10 +188,11 @@ class RecoverableCompression(AdaptiveMethod):
         chosen = source[order]
 
         def merge(deep: Tensor) -> Tensor:
-            rows = torch.cat(
-                [(part @ deep[tokens].float()) for part, (tokens, _) in zip(factors, choices, strict=True)]
-            )
-            return torch.cat([deep, rows.to(deep.dtype)])[chosen]
+            parts = [
+                rows.to(deep.device) @ deep[tokens.to(deep.device)].float()
+                for rows, (tokens, _) in zip(factors, choices, strict=True)
+            ]
+            return torch.cat([deep, torch.cat(parts).to(deep.dtype)])[chosen.to(deep.device)]
 
         starts = to_device(torch.tensor(batch.offsets)[image_of], device)[by_position]
         return Selection(position[by_position] - starts, counts, table[chosen], merge, groups)

@@ -126,9 +126,9 @@ class VisionZip(InputMethod):
         groups[dominant] = output[: len(dominant)]
 
         def merge(deep: Tensor) -> Tensor:
-            part, at = deep[pool], places.to(deep.device)
-            means, _ = merge_scatter(part, members, None, len(own))
-            return torch.cat([deep, deep[at[: len(own)]] + means, deep[at[len(own) :]]])[source]
+            rows, into, at, chosen = (index.to(deep.device) for index in (pool, members, places, source))
+            means, _ = merge_scatter(deep[rows], into, None, len(own))
+            return torch.cat([deep, deep[at[: len(own)]] + means, deep[at[len(own) :]]])[chosen]
 
         starts = to_device(torch.tensor(batch.offsets[:-1]), device)
         kept = position[by_position]
