@@ -79,6 +79,7 @@ class LanguageModelCall:
         left_behind: what later calls with the same cache must know, or None.
         layer_run: the running sequence where it differs from layer to layer, or None.
         record: what a prefill kept before the first layer.
+        drafts: how many of the last tokens are drafts of assisted decoding, which no method may look at.
     """
 
     model_call: ModelCall
@@ -88,6 +89,7 @@ class LanguageModelCall:
     left_behind: PrunedCacheState | None = None
     layer_run: LayerRun | None = None
     record: RunRecord | None = None
+    drafts: int = 0
 
     @cached_property
     def tokens(self) -> Tensor:
@@ -138,8 +140,14 @@ class LanguageModelCall:
             kind = f"{mask.ndim}-D tensor" if isinstance(mask, Tensor) else type(mask).__name__
             raise UnsupportedCallError(
                 f"attention_mask is a {kind}; a pruned call needs a 2-D mask [batch, tokens] or none. "
-                "Static and other compiled caches prepare a 4-D mask: use the default dynamic cache."
+                "A mask that you made yourself cannot be pruned; `generate` passes a 2-D mask for static caches too."
             )
+
+    def check_positions(self) -> None:
+        """Raise UnsupportedCallError if the caller gave positions that the pruned cache already stands for."""
+        if self.state is not None and self.model_call.inputs.get("position_ids") is not None:
+            mask = self.mask if isinstance(self.mask, Tensor) and self.mask.ndim == 2 else None
+            self.state.check_positions(self.cache, self.positions, mask)
 
     @cached_property
     def visual(self) -> Tensor:

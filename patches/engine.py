@@ -6,6 +6,7 @@ import inspect
 import threading
 import warnings
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,8 +19,9 @@ from vlmprune.methods.pipeline import Pipeline
 from vlmprune.record import RunRecord
 
 from .cache.continuation import continued_inputs
+from .cache.drafts import take_drafts
 from .cache.generation import patch_generation
-from .cache.pruned_cache import cache_state, close_cache, open_cache, set_cache_state
+from .cache.pruned_cache import cache_state, close_cache, open_cache, set_cache_state, take_trust
 from .call_options import OptionsInForce, RowPipelines
 from .calls import PIXELS, CallStack, LanguageModelCall, ModelCall
 from .continuous_batching import refuse_continuous_batching
@@ -74,7 +76,7 @@ class PruningEngine:
             hooks.after("language model exit", family.language_model, self._leave_language_model, always=True)
             if self.layer_site is not None:
                 self.layer_site.install(hooks)
-            patch_generation(family.model, hooks)
+            patch_generation(family.model, hooks, self._layer_method)
             forget_compiled()
             refuse_continuous_batching(family.model, hooks)
             watch_balancing_loss(family.model, hooks)
@@ -93,6 +95,9 @@ class PruningEngine:
         """What the methods score by, in words; the record of a prefill says what was read in it."""
         names = [self.input_site.signal, self.layer_site.signal if self.layer_site is not None else None]
         return ", ".join(name for name in names if name) or None
+
+    def _layer_method(self) -> str | None:
+        return None if self.layer_site is None else self.layer_site.method.name
 
     def prepare(self, pipelines: RowPipelines) -> None:
         """Register the hooks that the applied methods need once they run with these budgets.
@@ -120,6 +125,8 @@ class PruningEngine:
         return LayerSite(self.family, method, self.calls, compact, self.positions == "compact")
 
     def _enter_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if getattr(kwargs.get("past_key_values"), "is_prepared", False):
+            return
         if getattr(module, "_is_replica", False):
             raise UnsupportedCallError(
                 "DataParallel copies the model to several devices, and the copies share one set of hooks. "
@@ -146,7 +153,10 @@ class PruningEngine:
         call.read_mask(inputs.get("attention_mask"))
 
     def _leave_model(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        if self.calls.model:
+        cache = kwargs.get("past_key_values")
+        if getattr(cache, "is_prepared", False):
+            close_cache(cache)
+        elif self.calls.model:
             call = self.calls.model.pop().language_call
             if call is not None and call.cache is not None:
                 close_cache(call.cache)
@@ -160,6 +170,8 @@ class PruningEngine:
         return (embeddings == self.family.multimodal_model.get_input_embeddings()(token)).all(-1)  # type: ignore[operator]
 
     def _enter_language_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if getattr(kwargs.get("past_key_values"), "is_prepared", False):
+            return None
         if not self.calls.model:
             args, kwargs = (), {**dict(zip(self._language_parameters, args, strict=False)), **kwargs}
             check_not_exported()
@@ -171,7 +183,11 @@ class PruningEngine:
         if call.state is not None:
             open_cache(call.cache)
             call.state.check_entries(call.cache)
+            if not take_trust(call.cache):
+                call.check_positions()
             LayerSite.check_continues(self.layer_site, call.state, self.pipeline)
+        if call.cache is not None:
+            call.drafts = take_drafts(call.cache, call.caller_past + call.columns)
         given = self._given_visuals(call)
         if given is not None:
             return args, self._prefill(call, given)
@@ -236,6 +252,8 @@ class PruningEngine:
     def _continue(self, call: LanguageModelCall) -> dict[str, Any]:
         arguments = continued_inputs(call)
         assert call.state is not None
+        if call.model_call.has_visuals:
+            call.left_behind = replace(call.state, tail_advances=False)
         if len(call.state.layer_groups) > 1 and call.layer_run is None:
             assert self.layer_site is not None
             call.layer_run = self.layer_site.layer_run(call)

@@ -33,7 +33,7 @@ def entry_record(
     return RunRecord(
         method=method,
         signal=signal,
-        text_tokens=call.text.sum(1).tolist(),
+        text_tokens=call.text[:, : call.columns - call.drafts].sum(1).tolist(),
         visual_tokens_per_layer=[
             [total - dropped] * decoder_layers for total, dropped in zip(totals, removed, strict=True)
         ],

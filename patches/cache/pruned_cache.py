@@ -15,6 +15,8 @@ from .state import PrunedCacheState
 
 _STATE = "_vlmprune_state"
 _RUNNING = "_vlmprune_running"
+_PREPARED = "_vlmprune_prepared"
+_TRUSTED = "_vlmprune_trusted"
 
 
 class PrunedCache:
@@ -27,17 +29,25 @@ class PrunedCache:
     holds is `cache.layers[layer].keys`.
     """
 
+    _vlmprune_running = False
+    _vlmprune_prepared = False
+
+    @property
+    def is_prepared(self) -> bool:
+        """Whether mask and positions of the next call are those of the cache's entries already."""
+        return self._vlmprune_prepared
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         # Hosts that gather the outputs of replicas build a new object of this class, whose state is lost.
-        self.__dict__[_RUNNING] = True
+        self._vlmprune_running = True
         super().__init__(*args, **kwargs)
-        self.__dict__[_RUNNING] = False
+        self._vlmprune_running = False
 
     def get_seq_length(self, *args: Any, **kwargs: Any) -> Any:
         """Return the number of tokens of the caller's sequence; inside a patched forward, the layer's entries."""
         held = super().get_seq_length(*args, **kwargs)  # type: ignore[misc]
         state = self.__dict__.get(_STATE)
-        if self.__dict__.get(_RUNNING) or state is None:
+        if self._vlmprune_running or state is None:
             return held
         return self.layers[0].get_seq_length() + (state.caller_length - state.cache_length)  # type: ignore[attr-defined]
 
@@ -124,8 +134,8 @@ class PrunedCache:
             self.__dict__[_STATE] = state.with_rows(change)
 
     def _forget(self) -> None:
-        self.__dict__.pop(_STATE, None)
-        self.__dict__.pop(_RUNNING, None)
+        for name in (_STATE, _RUNNING, _PREPARED, _TRUSTED):
+            self.__dict__.pop(name, None)
         self.__class__ = _host_class(self)
 
     def _known(self) -> PrunedCacheState:
@@ -137,7 +147,7 @@ class PrunedCache:
         return state
 
     def _check_running(self) -> None:
-        if not self.__dict__.get(_RUNNING):
+        if not self._vlmprune_running:
             state = self._known()
             raise UnsupportedCallError(
                 f"This KV cache was pruned by {state.method!r}: it holds fewer entries than the {state.caller_past(self)} "
@@ -170,25 +180,34 @@ def cache_state(cache: Any) -> PrunedCacheState | None:
 
 
 def set_cache_state(cache: Any, state: PrunedCacheState) -> None:
-    """Let a cache know that it was pruned, and how. The object stays the same.
-
-    Raises:
-        UnsupportedCallError: the cache is a static one.
-    """
-    if cache.is_compileable:
-        raise UnsupportedCallError(f"A {type(cache).__name__} cannot be pruned: use the default dynamic cache.")
-    cache.__dict__.update({_STATE: state, _RUNNING: False})
+    """Let a cache know that it was pruned, and how. The object stays the same."""
+    cache.__dict__[_STATE] = state
     if not isinstance(cache, PrunedCache):
         host_class: Any = type(cache)
         cache.__class__ = _pruned_class(host_class)
 
 
+def prepare_cache(cache: Any) -> None:
+    """Let the next forward use a pruned cache as it is: mask and positions are made for its entries."""
+    cache._vlmprune_running = cache._vlmprune_prepared = True
+
+
+def trust_positions(cache: Any) -> None:
+    """Say that the positions of the next call are the host's own."""
+    cache.__dict__[_TRUSTED] = True
+
+
+def take_trust(cache: Any) -> bool:
+    """Return whether the positions of this call are the host's own; asked once a call."""
+    return bool(cache.__dict__.pop(_TRUSTED, False))
+
+
 def open_cache(cache: Any) -> None:
     """Let a patched forward use a pruned cache."""
-    cache.__dict__[_RUNNING] = True
+    cache._vlmprune_running = True
 
 
 def close_cache(cache: Any) -> None:
-    """End what `open_cache` began."""
-    if cache.__dict__.get(_RUNNING):
-        cache.__dict__[_RUNNING] = False
+    """End what `open_cache` or `prepare_cache` began."""
+    if isinstance(cache, PrunedCache):
+        cache._vlmprune_running = cache._vlmprune_prepared = False

@@ -86,7 +86,8 @@ class PrunedCacheState:
         caller_length: tokens of the caller's sequence at the end of the latest prefill.
         layer_groups: groups of layers with equal caches, from layer 0 up.
         highest: int64 `[batch, caller_length]`, the highest position id up to each of the caller's columns, before any moved
-            down; -1 where there is only padding.
+            down and padding apart; -1 where there is only padding.
+        tail_advances: whether every token after the latest prefill has a higher position than the one before.
         packed: whether rows hold several prompts; such a cache cannot be continued.
     """
 
@@ -95,6 +96,7 @@ class PrunedCacheState:
     layer_groups: tuple[LayerGroup, ...]
     highest: Tensor
     packed: bool = False
+    tail_advances: bool = True
 
     @property
     def cache_length(self) -> int:
@@ -133,6 +135,32 @@ class PrunedCacheState:
             raise UnsupportedCallError(
                 f"The layers of a cache pruned by {self.method!r} hold {added} entries more than its prefill left in them; "
                 "they must have grown alike. Shorten it with `cache.crop(-tokens)`, never layer by layer."
+            )
+
+    def check_positions(self, cache: Any, positions: Tensor, mask: Tensor | None) -> None:
+        """Raise UnsupportedCallError if new tokens stand where the cache's tokens do.
+
+        Args:
+            cache: the cache before this call's tokens are added.
+            positions: position ids `[..., batch, columns]` of the new tokens, as the caller counts them.
+            mask: the caller's mask `[batch, caller_past + columns]`, or None.
+        """
+        past, columns = self.caller_past(cache), positions.shape[-1]
+        self.check_batch(positions.shape[-2])
+        self.check_columns(mask, past + columns, columns)
+        lowest = positions[-3:].amin(0) if positions.ndim == 3 else positions
+        last = self.highest[:, -1]
+        if self.tail_advances:
+            last = last + (past - self.caller_length if mask is None else mask[:, self.caller_length : past].sum(1))
+        if mask is not None:
+            lowest = lowest.masked_fill(mask[:, -columns:] == 0, torch.iinfo(lowest.dtype).max)
+        below = (lowest.amin(1) <= last).nonzero().flatten().tolist()
+        if below:
+            row = below[0]
+            raise UnsupportedCallError(
+                f"position_ids of row {row} begin at {int(lowest[row].amin())}, but the pruned cache stands for tokens up to "
+                f"position {int(last[row])}. Positions are those of the full sequence and go on at {int(last[row]) + 1}: count "
+                "them from `cache.get_seq_length()` or the attention mask, not from the entries of a layer, or leave them out."
             )
 
     def check_batch(self, batch: int) -> None:

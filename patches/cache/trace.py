@@ -54,6 +54,8 @@ def highest_positions(
 ) -> Tensor:
     """Return the highest position id up to each of the caller's columns, int64 `[batch, caller_past + columns]`.
 
+    A first prompt counts no further than its tokens: without position ids some hosts count padding too, and callers do not.
+
     Args:
         state: what the prefill before left behind, or None if nothing was ever pruned.
         caller_past: tokens of the caller's sequence before this prefill.
@@ -63,6 +65,8 @@ def highest_positions(
     here = positions[-3:].amax(0) if positions.ndim == 3 else positions
     if valid is not None:
         here = here.masked_fill(~valid, -1)
+    if valid is not None and state is None and caller_past == 0:
+        here = torch.minimum(here, valid.cumsum(1) - 1)
     before = here.new_full((here.shape[0], caller_past), -1)
     if state is not None:
         last = state.highest[:, -1:]

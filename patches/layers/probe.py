@@ -99,7 +99,7 @@ class LayerProbe:
         earlier = cached_keys(cache, probed, past)
         if earlier is not None:
             key = torch.cat([earlier, key], dim=1)
-        valid = run.valid_columns(probed, past)
+        valid = run.scored_columns(probed, past)
         batch = LayerBatch(
             layer=layer,
             counts=tuple(images.counts[image] for image in chosen),

@@ -28,6 +28,7 @@ class LayerRun:
         caller_past: tokens of the caller's sequence before this call.
         state: what earlier prefills left behind, or None.
         method: the name of the method that cuts.
+        drafts: how many of the last tokens are drafts of assisted decoding, which the method may not look at.
         images: the images of a prefill that is cut, or None.
         entry: what was dropped before the first layer, or None.
         last_column: int64 `[batch]`, column of the last prompt token at the entry.
@@ -50,6 +51,7 @@ class LayerRun:
     caller_past: int
     state: PrunedCacheState | None
     method: str
+    drafts: int = 0
     images: VisualTokens | None = None
     entry: Compaction | None = None
     last_column: Tensor | None = None
@@ -90,7 +92,7 @@ class LayerRun:
         if self.compaction is None:
             assert self.last_column is not None
             return self.last_column
-        return torch.full((self.batch,), self.compaction.width - 1, device=self.positions.device)
+        return torch.full((self.batch,), self.compaction.width - 1 - self.drafts, device=self.positions.device)
 
     def current(self, columns: Tensor) -> Tensor:
         """Translate flat caller's columns to flat columns `row * width + column` of the current sequence."""
@@ -185,6 +187,15 @@ class LayerRun:
         return torch.cat(
             [self._ones(past) if before is None else before, self._ones() if present is None else present], 1
         )
+
+    def scored_columns(self, layer: int, past: int) -> Tensor | None:
+        """Return `valid_columns` without drafts: what the method may look at, bool `[batch, past + width]` or None."""
+        valid = self.valid_columns(layer, past)
+        if not self.drafts:
+            return valid
+        valid = self._ones(past + self.width) if valid is None else valid.bool().clone()
+        valid[:, -self.drafts :] = False
+        return valid
 
     def restored(self, hidden: Tensor, layer: int) -> Tensor:
         """Spread the output `hidden` of `layer` over the caller's columns; as it is where nothing was dropped before."""

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vlmprune.errors import UnsupportedMethodError
+from vlmprune.errors import UnsupportedCallError, UnsupportedMethodError
 
 from ..families.wrappers import without_wrappers
 from ..parts import Part, missing_parts
@@ -73,10 +73,20 @@ def rotate(attention: nn.Module, states: Tensor, embeddings: tuple[Tensor, Tenso
 
 
 def cached_keys(cache: Any, layer: int, count: int) -> Tensor | None:
-    """Return the first `count` keys of a layer's cache, `[batch, count, kv_heads, dim]`, or None if `count` is 0."""
+    """Return the first `count` keys of a layer's cache, `[batch, count, kv_heads, dim]`, or None if `count` is 0.
+
+    Raises:
+        UnsupportedCallError: the layer keeps them in another form.
+    """
     if count == 0:
         return None
-    return cache.layers[layer].keys[:, :, :count].transpose(1, 2)
+    keys = cache.layers[layer].keys
+    if keys.ndim != 4 or keys.shape[2] < count:
+        raise UnsupportedCallError(
+            f"Images behind a {type(cache.layers[layer]).__name__} of {count} entries: methods that drop inside the language model "
+            "score with its keys, which it does not give back. Use the default dynamic cache, or a method before the first layer."
+        )
+    return keys[:, :, :count].transpose(1, 2)
 
 
 def _rotary_function(attention: nn.Module) -> Any:

@@ -114,7 +114,8 @@ class LayerSite:
             )
         run = self.layer_run(call)
         device = cut.columns.device
-        last = (call.valid * torch.arange(call.columns)).amax(1)
+        prompt = call.columns - call.drafts
+        last = (call.valid[:, :prompt] * torch.arange(prompt)).amax(1)
         images = VisualTokens(
             rows=visuals.spans.rows,
             columns=list(cut.columns.split(counts)),
@@ -143,6 +144,7 @@ class LayerSite:
             caller_past=call.caller_past,
             state=call.state,
             method=self.method.name,
+            drafts=call.drafts,
             compact_entry=self.compact_entry,
             compact_layers=self.compact,
             record=call.record,

@@ -76,7 +76,9 @@ def compacted_inputs(
         columns=columns_held(before, call.caller_past, call.batch, compaction.index, compaction.width),
         lowered=positions_lowered(before, call.caller_past, lower, call.positions),
     )
-    left_behind = PrunedCacheState(method, call.caller_past + call.columns, (group,), highest, prompts is not None)
+    left_behind = PrunedCacheState(
+        method, call.caller_past + call.columns, (group,), highest, packed=prompts is not None
+    )
     mask = valid
     if prompts is None and mask is None and (cache is None or not close_gaps):
         mask = torch.ones(call.batch, length, dtype=torch.bool, device=call.device)

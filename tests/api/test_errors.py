@@ -120,15 +120,6 @@ def test_features_from_before_apply_and_chunked_prefill_are_refused(model):
                 model.generate(**inputs, max_new_tokens=2, prefill_chunk_size=8)
 
 
-def test_static_cache_is_refused_and_the_model_stays_usable(model):
-    inputs = LLAVA_CLIP_GQA.inputs([[3, "A", 4]])
-    with torch.no_grad(), vlmprune.pruned(model, "random", 0.3):
-        expected = model.generate(**inputs, max_new_tokens=2, do_sample=False)
-        with pytest.raises(UnsupportedCallError, match="dynamic cache"):
-            model.generate(**inputs, max_new_tokens=2, cache_implementation="static", disable_compile=True)
-        assert torch.equal(model.generate(**inputs, max_new_tokens=2, do_sample=False), expected)
-
-
 def test_misspelt_attribute_of_the_package():
     with pytest.raises(AttributeError, match="Did you mean 'apply'"):
         vlmprune.aply  # noqa: B018

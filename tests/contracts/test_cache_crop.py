@@ -7,7 +7,7 @@ from transformers import DynamicCache
 import vlmprune
 from support.caches import rounded_cache
 from support.layerwise import default_positions, language_model_inputs, placeholders, row_by_layers
-from support.matrix import FOLLOW_THE_QUESTION, METHOD_PARAMETERS, over_matrix
+from support.matrix import FOLLOW_THE_QUESTION, METHOD_PARAMETERS, over_matrix, over_sites
 from support.tiny_models import LLAVA_CLIP_GQA
 from vlmprune.errors import UnsupportedCallError
 from vlmprune.methods.registry import get_method
@@ -89,7 +89,7 @@ def test_cropped_cache_equals_the_layers_by_hand(method, family, left):
     torch.testing.assert_close(logits[0], wanted, atol=5e-5, rtol=1e-4)
 
 
-@over_matrix
+@over_sites
 def test_rows_are_cropped_each_for_itself(method, family):
     model = family.build(torch.float32)
     inputs = family.inputs(ROWS)
@@ -114,7 +114,7 @@ def language_row(given, row, gone):
     return {"position_ids": None if ids is None else ids[..., row if ids.shape[-2] > 1 else 0, gone:].unsqueeze(-2)}
 
 
-@over_matrix
+@over_sites
 def test_last_question_is_edited(method, family):
     """Every crop length from the last answer token to nothing, then another question by `generate`."""
     model = family.build(torch.float32)
@@ -140,7 +140,7 @@ def test_last_question_is_edited(method, family):
             assert torch.equal(continued, whole)
 
 
-@over_matrix
+@over_sites
 def test_cropped_to_nothing_is_an_ordinary_cache(method, family):
     model = family.build(torch.float32)
     inputs, text = family.inputs([ROWS[0]]), family.inputs([[6]])

@@ -11,7 +11,7 @@ from transformers import DynamicCache
 import vlmprune
 from support.caches import rounded_cache
 from support.deeper import deeper
-from support.matrix import METHOD_PARAMETERS, over_matrix
+from support.matrix import METHOD_PARAMETERS, over_matrix, over_sites
 from support.tiny_models import LLAVA_CLIP_GQA
 from vlmprune.errors import UnsupportedCallError
 
@@ -130,6 +130,22 @@ def test_quantised_cache_is_refused_and_continued(model):
                 assert torch.equal(model(input_ids=token[None], past_key_values=rounded).logits, wanted)
 
 
+@pytest.mark.parametrize("method", ["fastv", "divprune"])
+def test_image_behind_quantised_entries(model, method):
+    """A method before the first layer never reads them; a method in the layers scores with them."""
+    parameters = METHOD_PARAMETERS[method]
+    caches = [prefilled(model, method, cache=cache, **parameters) for cache in (None, rounded_cache(model))]
+    second = LLAVA_CLIP_GQA.inputs([["B", 3]])
+    del second["attention_mask"]
+    with torch.no_grad(), vlmprune.pruned(model, method, keep=0.3, **parameters):
+        wanted = model(**second, past_key_values=caches[0]).logits
+        if method == "divprune":
+            assert torch.equal(model(**second, past_key_values=caches[1]).logits, wanted)
+            return
+        with pytest.raises(UnsupportedCallError, match="RoundedLayer"):
+            model(**second, past_key_values=caches[1])
+
+
 def test_offloaded_cache_is_refused(model):
     cache = prefilled(model)
     for layer in cache.layers:
@@ -180,7 +196,7 @@ ROW_CHANGES = {
 }
 
 
-@over_matrix
+@over_sites
 @pytest.mark.parametrize("change", ROW_CHANGES)
 def test_rows_move_with_what_is_known_of_them(method, family, change):
     model = family.build(torch.float32)

@@ -228,12 +228,6 @@ def test_cache_of_another_method_is_refused(model):
         model(input_ids=torch.tensor([[5]]), past_key_values=cache)
 
 
-def test_static_cache_is_refused(model):
-    inputs = DEEP_LLAVA.inputs([[3, "A", 4]])
-    with torch.no_grad(), vlmprune.pruned(model, PYRAMID), pytest.raises(UnsupportedCallError, match="dynamic cache"):
-        model.generate(**inputs, **GREEDY, cache_implementation="static")
-
-
 def test_text_only_calls_are_untouched(model):
     inputs = DEEP_LLAVA.inputs([[5], [8]])
     with torch.no_grad():

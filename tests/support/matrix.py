@@ -68,3 +68,9 @@ def _cases() -> list[object]:
 
 MATRIX = _cases()
 over_matrix = pytest.mark.parametrize(("method", "family"), MATRIX)
+
+# For what depends on where tokens are dropped, not on which: before the first layer, merged there, at both sites, in layers.
+ONE_OF_EACH_SITE = ("divprune", "pool", "todre", "pyramiddrop")
+over_sites = pytest.mark.parametrize(
+    ("method", "family"), [case for case in MATRIX if case.values[0] in ONE_OF_EACH_SITE]
+)

@@ -1,0 +1,36 @@
+"""`prefill_chunk_size`: an image that lies in one chunk is pruned as ever; anything else is refused."""
+
+import pytest
+import torch
+
+import vlmprune
+from support.matrix import METHOD_PARAMETERS, over_sites
+from vlmprune.errors import UnsupportedCallError
+from vlmprune.methods.registry import get_method
+
+GREEDY = {"max_new_tokens": 4, "do_sample": False}
+
+
+def acts_inside(method):
+    return any(part.site == "layer" for part in get_method(method)().parts())
+
+
+@over_sites
+def test_chunks(method, family):
+    model = family.build(torch.float32)
+    image, text = family.inputs([[3, "A", 6]]), family.inputs([[19]])
+    total = image["input_ids"].shape[1]
+    with torch.no_grad(), vlmprune.pruned(model, method, keep=0.3, **METHOD_PARAMETERS[method]):
+        wanted = model.generate(**text, **GREEDY)
+        assert torch.equal(model.generate(**text, **GREEDY, prefill_chunk_size=8), wanted)
+        with pytest.raises(UnsupportedCallError, match="prefill_chunk_size"):
+            model.generate(**image, **GREEDY, prefill_chunk_size=8)
+        wanted = model.generate(**image, **GREEDY)
+        # The image and part of the question, then the rest of it.
+        chunks = {"prefill_chunk_size": total - 3}
+        if acts_inside(method):
+            with pytest.raises(UnsupportedCallError, match="last tokens of the prompt"):
+                model.generate(**image, **GREEDY, **chunks)
+        else:
+            assert torch.equal(model.generate(**image, **GREEDY, **chunks), wanted)
+            assert vlmprune.last_run(model).images[0].kept.numel() < family.tokens("A")
