@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from vlmprune.errors import NoRunError, UnsupportedCallError, VlmpruneWarning
 from vlmprune.methods.layer_method import LayerMethod
+from vlmprune.methods.needs import INSTRUCTION
 from vlmprune.methods.pipeline import Pipeline
 from vlmprune.record import RunRecord
 
@@ -76,7 +77,7 @@ class PruningEngine:
             hooks.after("language model exit", family.language_model, self._leave_language_model, always=True)
             if self.layer_site is not None:
                 self.layer_site.install(hooks)
-            patch_generation(family.model, hooks, self._layer_method)
+            patch_generation(family.model, hooks, self._prompt_reader)
             forget_compiled()
             refuse_continuous_batching(family.model, hooks)
             watch_balancing_loss(family.model, hooks)
@@ -96,8 +97,12 @@ class PruningEngine:
         names = [self.input_site.signal, self.layer_site.signal if self.layer_site is not None else None]
         return ", ".join(name for name in names if name) or None
 
-    def _layer_method(self) -> str | None:
-        return None if self.layer_site is None else self.layer_site.method.name
+    def _prompt_reader(self) -> str | None:
+        """Return the name of the method that scores with what follows the images in the prompt, or None."""
+        if self.layer_site is not None:
+            return self.layer_site.method.name
+        method = self.input_site.method
+        return method.name if INSTRUCTION in method.needs else None
 
     def prepare(self, pipelines: RowPipelines) -> None:
         """Register the hooks that the applied methods need once they run with these budgets.

@@ -73,37 +73,37 @@ class GenerationMasks:
 
 
 class GenerationPrefill:
-    """Stands in for `_prefill`, which may read the prompt in chunks; methods inside the language model score with all of it."""
+    """Stands in for `_prefill`, which may read the prompt in chunks; some methods score images with what follows them."""
 
-    def __init__(self, prefill: Callable[..., Any], layer_method: Callable[[], str | None]) -> None:
+    def __init__(self, prefill: Callable[..., Any], prompt_reader: Callable[[], str | None]) -> None:
         self.prefill = prefill
-        self.layer_method = layer_method
+        self.prompt_reader = prompt_reader
         self.__signature__ = inspect.signature(prefill)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Prefill as the host does; UnsupportedCallError if images come in chunks."""
         given = self.__signature__.bind(*args, **kwargs).arguments
         chunk, model_kwargs = given["generation_config"].prefill_chunk_size, given["model_kwargs"]
-        method = self.layer_method()
+        method = self.prompt_reader()
         if chunk is not None and method is not None and model_kwargs.get("mm_encoder_outputs"):
             raise UnsupportedCallError(
-                f"prefill_chunk_size={chunk}: {method!r} scores images with the last tokens of the prompt, which are not "
-                "read yet when a chunk with an image is. Leave prefill_chunk_size unset."
+                f"prefill_chunk_size={chunk}: {method!r} scores images with what follows them in the prompt, which is "
+                "not read yet when their chunk is. Leave prefill_chunk_size unset."
             )
         return self.prefill(*args, **kwargs)
 
 
-def patch_generation(model: nn.Module, hooks: HookSet, layer_method: Callable[[], str | None]) -> None:
+def patch_generation(model: nn.Module, hooks: HookSet, prompt_reader: Callable[[], str | None]) -> None:
     """Let `generate` tell what the model's calls alone do not.
 
     Args:
         model: the whole model, on which `generate` is called.
         hooks: where the stand-ins are registered.
-        layer_method: returns the name of the method that drops inside the language model, or None.
+        prompt_reader: returns the name of the method that scores images with what follows them in the prompt, or None.
     """
     prefill: Any = getattr(model, "_prefill", None)
     if prefill is not None:
-        hooks.replace("generation _prefill", model, "_prefill", GenerationPrefill(prefill, layer_method))
+        hooks.replace("generation _prefill", model, "_prefill", GenerationPrefill(prefill, prompt_reader))
     for attribute, stand_in, default in (
         ("_get_candidate_generator", CandidateGenerators, None),
         ("prepare_inputs_for_generation", GenerationInputs, None),

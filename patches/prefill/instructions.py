@@ -38,7 +38,7 @@ def read_instructions(
         UnsupportedCallError: a row with an image has no text.
     """
     ids = call.model_call.inputs.get("input_ids")
-    words = call.text
+    words = call.text & (torch.arange(call.columns) < call.columns - call.drafts)
     if ids is not None:
         ids = ids[:, -call.columns :]
         words = words & ~torch.isin(ids.cpu(), torch.tensor(sorted(special), dtype=torch.int64))

@@ -4,18 +4,18 @@ import pytest
 import torch
 
 import vlmprune
-from support.matrix import METHOD_PARAMETERS, over_sites
+from support.matrix import FOLLOW_THE_QUESTION, METHOD_PARAMETERS, over_matrix
 from vlmprune.errors import UnsupportedCallError
 from vlmprune.methods.registry import get_method
 
 GREEDY = {"max_new_tokens": 4, "do_sample": False}
 
 
-def acts_inside(method):
-    return any(part.site == "layer" for part in get_method(method)().parts())
+def reads_on(method):
+    return any(part.site == "layer" for part in get_method(method)().parts()) or method in FOLLOW_THE_QUESTION
 
 
-@over_sites
+@over_matrix
 def test_chunks(method, family):
     model = family.build(torch.float32)
     image, text = family.inputs([[3, "A", 6]]), family.inputs([[19]])
@@ -28,8 +28,8 @@ def test_chunks(method, family):
         wanted = model.generate(**image, **GREEDY)
         # The image and part of the question, then the rest of it.
         chunks = {"prefill_chunk_size": total - 3}
-        if acts_inside(method):
-            with pytest.raises(UnsupportedCallError, match="last tokens of the prompt"):
+        if reads_on(method):
+            with pytest.raises(UnsupportedCallError, match="what follows them"):
                 model.generate(**image, **GREEDY, **chunks)
         else:
             assert torch.equal(model.generate(**image, **GREEDY, **chunks), wanted)
