@@ -83,7 +83,7 @@ def cached_keys(cache: Any, layer: int, count: int) -> Tensor | None:
     keys = cache.layers[layer].keys
     if keys.ndim != 4 or keys.shape[2] < count:
         raise UnsupportedCallError(
-            f"Images behind a {type(cache.layers[layer]).__name__} of {count} entries: methods that drop inside the language model "
+            f"Images behind a {type(cache.layers[layer]).__name__} of {count} entries: methods inside the language model "
             "score with its keys, which it does not give back. Use the default dynamic cache, or a method before the first layer."
         )
     return keys[:, :, :count].transpose(1, 2)
