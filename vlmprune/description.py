@@ -24,7 +24,7 @@ def describe_engine(model: nn.Module, engine: PruningEngine) -> str:
         f"Python {platform.python_version()}",
         f"{type(model).__name__} as {engine.family.name}, {text.num_hidden_layers} layers, "
         f"attention {text._attn_implementation}, {next(model.parameters()).dtype}",
-        f"{engine.pipeline!r}, positions {engine.positions}, scores by {engine.signal or 'no attention'}",
+        f"{engine.pipeline!r}, positions {engine.sites.positions}, scores by {engine.sites.signal or 'no attention'}",
     ]
     hooks = engine.hooks.described(model)
     width = max(len(path) for path, _, _ in hooks)

@@ -4,7 +4,28 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..calls import LanguageModelCall
+from ..calls import LanguageModelCall, ModelCall
+from .drafts import take_drafts
+from .pruned_cache import cache_state, open_cache, take_trust
+
+
+def begin_language_call(model_call: ModelCall, arguments: dict[str, Any]) -> LanguageModelCall:
+    """Return the call of the language model inside `model_call`; a pruned cache is open until the forward ends.
+
+    Raises:
+        UnsupportedCallError: the cache does not hold what its state says, or positions count from its shorter length.
+    """
+    cache = arguments.get("past_key_values")
+    state = None if cache is None else cache_state(cache)
+    call = model_call.language_call = LanguageModelCall(model_call, arguments, state)
+    if state is not None:
+        open_cache(cache)
+        state.check_entries(cache)
+        if not take_trust(cache):
+            call.check_positions()
+    if cache is not None:
+        call.drafts = take_drafts(cache, call.caller_past + call.columns)
+    return call
 
 
 def continued_inputs(call: LanguageModelCall) -> dict[str, Any]:

@@ -12,9 +12,8 @@ from transformers.masking_utils import create_causal_mask
 
 from vlmprune.errors import UnsupportedCallError
 from vlmprune.methods.layer_method import LayerMethod
-from vlmprune.methods.pipeline import Pipeline, check_call
+from vlmprune.methods.pipeline import check_call
 
-from ..cache.state import PrunedCacheState
 from ..call_options import RowPipelines
 from ..calls import CallStack, LanguageModelCall
 from ..families.family import Family
@@ -149,18 +148,6 @@ class LayerSite:
             compact_layers=self.compact,
             record=call.record,
         )
-
-    @staticmethod
-    def check_continues(site: LayerSite | None, state: PrunedCacheState, pipeline: Pipeline) -> None:
-        """Raise UnsupportedCallError unless `site` watches the layers that hold other tokens than the first."""
-        if len(state.layer_groups) == 1:
-            return
-        first = state.layer_groups[1].first_layer
-        if site is None or site.first_hooked > first:
-            raise UnsupportedCallError(
-                f"The cache was pruned from layer {first} on, where {pipeline.name!r} as it is applied now changes nothing; "
-                "continue it with the method and the parameters that made it."
-            )
 
     def _schedule(self, count: int, method: LayerMethod | None) -> dict[int, int | None]:
         """Return the layers at which an image of `count` tokens is cut, and to how many (None: the method decides)."""

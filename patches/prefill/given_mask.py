@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
 from itertools import chain
 
 import torch
 from torch import Tensor
 
-from vlmprune.errors import LayoutError, UnsupportedCallError
+from vlmprune.errors import LayoutError, UnsupportedCallError, VlmpruneWarning
 from vlmprune.layout import unknown_layout
 from vlmprune.methods.batch import TowerFacts
 from vlmprune.methods.input_method import InputMethod
@@ -41,6 +42,8 @@ def checked_mask(mask: object) -> Tensor:
 
 def given_visuals(call: LanguageModelCall, mask: Tensor) -> PrefillVisuals | None:
     """Return the images that `mask` tells of, whose geometry nobody knows; None where this call has none.
+
+    The model call around it then knows where they are.
 
     Args:
         call: the call in the caller's columns.
@@ -80,7 +83,21 @@ def given_visuals(call: LanguageModelCall, mask: Tensor) -> PrefillVisuals | Non
         unique=tuple(image for _, image, _ in repeated),
         flat=torch.cat([row * columns + places for row, _, places in repeated]),
     )
+    visual = torch.zeros(call.batch * columns, dtype=torch.bool)
+    visual[spans.flat] = True
+    call.model_call.visual_mask = visual.view(call.batch, columns)
+    call.model_call.read_mask(call.mask)
     return PrefillVisuals((), spans, tuple(unknown_layout(len(places)) for _, places in images))
+
+
+def warn_of_embeddings(name: str) -> None:
+    """Warn that a call brought embeddings and no images, so that the method `name` had nothing to prune."""
+    warnings.warn(
+        f"{name!r} is applied, and a call brought embeddings but no images: nothing was pruned. If visual "
+        "tokens are among them, say where: `with vlmprune.options(model, visual_mask=...)`. This is said once.",
+        VlmpruneWarning,
+        stacklevel=2,
+    )
 
 
 def check_needs_no_tower(method: InputMethod, tower: TowerFacts) -> None:

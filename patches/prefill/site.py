@@ -20,13 +20,13 @@ from ..hooks import HookSet
 from ..tower.encoded_visuals import LiveEncodings
 from ..tower.encoder_calls import watch_encoders
 from .entry_cut import EntryCut, plan_entry, whole_entry
-from .given_mask import check_needs_no_tower
+from .given_mask import check_needs_no_tower, given_visuals
 from .image_spans import columns_of
 from .inputs import compacted_inputs
 from .instructions import read_instructions, special_token_ids
 from .packing import packed_prompts
 from .sequence_bounds import one_sequence
-from .visuals import PrefillVisuals
+from .visuals import PrefillVisuals, read_visuals
 
 
 class InputSite:
@@ -58,6 +58,29 @@ class InputSite:
     def install(self, hooks: HookSet) -> None:
         """Register the hooks on encoders and vision tower."""
         watch_encoders(self.family, self.signals, self.calls, self.live, hooks)
+
+    def visuals(self, call: LanguageModelCall, mask: Tensor | None) -> PrefillVisuals | None:
+        """Return the images and videos of a call, None where it has none.
+
+        Args:
+            call: the call in the caller's columns.
+            mask: where visual tokens are that the caller merged by hand, or None.
+
+        Raises:
+            UnsupportedCallError: features that were made without the applied method, or that it cannot know of.
+            LayoutError: placeholders and features, or the mask and the call, do not fit together.
+        """
+        given = None if mask is None else given_visuals(call, mask)
+        if given is not None:
+            return given
+        if call.model_call.has_visuals:
+            return read_visuals(self.family, call.model_call, self.signals, self.live)
+        if call.model_call.visual_mask is not None:
+            raise UnsupportedCallError(
+                f"Pixels were given, but {type(self.family.multimodal_model).__name__} did not encode them where "
+                "vlmprune watches it: it was wrapped or changed since `apply`. Call vlmprune.remove(model) and apply again."
+            )
+        return None
 
     def begin_prefill(self, call: LanguageModelCall, visuals: PrefillVisuals, pipelines: RowPipelines) -> EntryCut:
         """Return what enters the language model.

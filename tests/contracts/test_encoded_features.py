@@ -125,7 +125,7 @@ def test_features_cast_to_another_dtype_are_known():
 def test_nothing_is_kept_of_an_encoding_that_nobody_holds():
     model, inputs = LLAVA_CLIP_GQA.build(torch.float32), LLAVA_CLIP_GQA.inputs(ROWS)
     with vlmprune.pruned(model, "fastervlm", keep=0.3):
-        live = model.__dict__["_vlmprune"].input_site.live
+        live = model.__dict__["_vlmprune"].sites.input.live
         model.generate(**inputs, max_new_tokens=2, num_beams=2)
         output = encode(model, inputs)
         gc.collect()

@@ -58,7 +58,7 @@ def test_oracle(first, second, family):
     with torch.no_grad(), vlmprune.pruned(model, methods):
         logits = model(**inputs).logits
         run = vlmprune.last_run(model)
-        compact = model.__dict__["_vlmprune"].positions == "compact"
+        compact = model.__dict__["_vlmprune"].sites.positions == "compact"
     given = entered(model, methods[0], inputs)
     own = methods[1].positions
     positions = Positions(compact, compact if own is None else own == "compact")

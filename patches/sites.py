@@ -1,0 +1,120 @@
+"""The way of a call through the sites of one applied method."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import replace
+from typing import Any
+
+from vlmprune.errors import UnsupportedCallError
+from vlmprune.methods.layer_method import LayerMethod
+from vlmprune.methods.needs import INSTRUCTION
+from vlmprune.methods.pipeline import Pipeline
+
+from .cache.continuation import continued_inputs
+from .cache.state import PrunedCacheState
+from .call_options import RowPipelines
+from .calls import CallStack, LanguageModelCall
+from .families.family import Family
+from .hooks import HookSet, forget_compiled
+from .layers.site import LayerSite
+from .prefill.site import InputSite
+from .prefill.visuals import PrefillVisuals
+from .run_records import entry_record, finished_record
+
+# Not on the sites, which are copied along with their model.
+_PREPARING = threading.Lock()
+
+
+class Sites:
+    """Where the methods of a pipeline act: before the first decoder layer, and between layers.
+
+    Attributes:
+        input: selects at the entry of the language model; there always, with a method that passes everything if need be.
+        layer: drops between layers, or None.
+        positions: "compact" or "original", for what is dropped at the entry.
+    """
+
+    def __init__(self, family: Family, pipeline: Pipeline, calls: CallStack, positions: str | None) -> None:
+        self.family = family
+        self.pipeline = pipeline
+        self.calls = calls
+        self.positions = positions or ("original" if family.mrope else "compact")
+        self._asked_positions = positions
+        self.input = InputSite(family, pipeline.at_input, calls, compact=self.positions == "compact")
+        self.layer = None if pipeline.at_layers is None else self._layer_site(pipeline.at_layers)
+
+    @property
+    def signal(self) -> str | None:
+        """What the methods score by, in words; the record of a prefill says what was read in it."""
+        names = [self.input.signal, self.layer.signal if self.layer is not None else None]
+        return ", ".join(name for name in names if name) or None
+
+    def prompt_reader(self) -> str | None:
+        """Return the name of the method that scores with what follows the images in the prompt, or None."""
+        if self.layer is not None:
+            return self.layer.method.name
+        return self.input.method.name if INSTRUCTION in self.input.method.needs else None
+
+    def prepare(self, pipelines: RowPipelines, hooks: HookSet) -> None:
+        """Register the hooks that the applied methods need once they run with these budgets.
+
+        Raises:
+            BudgetError: a budget that the model's layers cannot reach.
+        """
+        with _PREPARING:
+            before = len(hooks)
+            for inner in (pipeline.at_layers for pipeline in pipelines.pipelines):
+                if inner is not None:
+                    site = self.layer or self._layer_site(inner)
+                    site.watch(inner, hooks)
+                    self.layer = site
+            if len(hooks) != before:
+                forget_compiled()
+
+    def prefill(self, call: LanguageModelCall, visuals: PrefillVisuals, pipelines: RowPipelines) -> dict[str, Any]:
+        """Return the language model's arguments of a prefill with images; `call.record` says what enters it."""
+        cut = self.input.begin_prefill(call, visuals, pipelines)
+        signal = None if cut.selection is None else self.input.signal
+        call.record = entry_record(self.pipeline.name, signal, self.family.decoder_layers, call, visuals, cut)
+        arguments = call.arguments
+        if cut.compaction is not None:
+            arguments = self.input.compacted(call, visuals, cut)
+        if self.layer is not None:
+            arguments = self.layer.begin_prefill(call, visuals, cut, arguments, pipelines)
+        if cut.compaction is None and call.state is not None:
+            call.arguments = arguments
+            return self.continued(call, call.state)
+        return arguments
+
+    def continued(self, call: LanguageModelCall, state: PrunedCacheState) -> dict[str, Any]:
+        """Return the language model's arguments of a call whose cache was pruned before."""
+        arguments = continued_inputs(call)
+        if call.model_call.has_visuals:
+            call.left_behind = replace(state, tail_advances=False)
+        if self.layer is not None and len(state.layer_groups) > 1 and call.layer_run is None:
+            call.layer_run = self.layer.layer_run(call)
+        return arguments
+
+    def finish(self, call: LanguageModelCall) -> PrunedCacheState | None:
+        """Complete `call.record`, and return what later calls with the same cache must know, or None."""
+        run = call.layer_run
+        if self.layer is None or run is None or run.images is None:
+            return call.left_behind
+        call.record = finished_record(run, self.layer.probe.signal(run.scored))
+        return run.left_behind()
+
+    def check_continues(self, state: PrunedCacheState) -> None:
+        """Raise UnsupportedCallError unless the layers that hold other tokens than the first are watched."""
+        if len(state.layer_groups) == 1:
+            return
+        first = state.layer_groups[1].first_layer
+        if self.layer is None or self.layer.first_hooked > first:
+            raise UnsupportedCallError(
+                f"The cache was pruned from layer {first} on, where {self.pipeline.name!r} as it is applied now changes "
+                "nothing; continue it with the method and the parameters that made it."
+            )
+
+    def _layer_site(self, method: LayerMethod) -> LayerSite:
+        compact = (self._asked_positions or method.positions or self.positions) == "compact"
+        return LayerSite(self.family, method, self.calls, compact, self.positions == "compact")
