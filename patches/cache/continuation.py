@@ -32,11 +32,12 @@ def continued_inputs(call: LanguageModelCall) -> dict[str, Any]:
     """Return the arguments of a call whose cache was pruned by an earlier prefill.
 
     Raises:
-        UnsupportedCallError: another number of rows than the cache has, or a mask that does not cover what it stands for.
+        UnsupportedCallError: another number of rows than the cache has, no room in a static cache, or a mask that does not cover what it stands for.
     """
     state = call.state
     assert state is not None
     state.check_batch(call.batch)
     call.check_mask()
+    state.check_room(call.cache, call.columns)
     mask = state.valid_columns(call.cache, call.mask, call.columns)
     return {**call.arguments, "attention_mask": mask, "position_ids": call.positions - state.removed}

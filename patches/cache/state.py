@@ -137,6 +137,17 @@ class PrunedCacheState:
                 "they must have grown alike. Shorten it with `cache.crop(-tokens)`, never layer by layer."
             )
 
+    def check_room(self, cache: Any, new_columns: int) -> None:
+        """Raise UnsupportedCallError if a layer of a static cache has no room for `new_columns` more tokens."""
+        for group in self.layer_groups:
+            layer = cache.layers[group.first_layer]
+            held, room = int(layer.get_seq_length()), layer.get_max_length()
+            if 0 <= room < held + new_columns and not getattr(layer, "is_sliding", False):
+                raise UnsupportedCallError(
+                    f"The static cache has {room} places; layer {group.first_layer} holds {held} entries and {new_columns} tokens "
+                    "are new. Make it longer (StaticCache(max_cache_len=...), or `max_cache_len` of the generation config)."
+                )
+
     def check_positions(self, cache: Any, positions: Tensor, mask: Tensor | None) -> None:
         """Raise UnsupportedCallError if new tokens stand where the cache's tokens do.
 

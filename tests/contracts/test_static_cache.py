@@ -91,6 +91,19 @@ def test_second_turn_on_a_static_cache(method, family):
     assert torch.equal(*answers)
 
 
+def test_a_full_static_cache_is_named():
+    family = CASES["divprune-llava-clip-gqa"][1]
+    model = family.build(torch.float32)
+    inputs = family.inputs(ROWS["single"])
+    cache = StaticCache(config=model.config.get_text_config(), max_cache_len=20)
+    with torch.no_grad(), vlmprune.pruned(model, "divprune", keep=0.3):
+        # 43 tokens, of which 18 are kept: they fit in.
+        model(**inputs, past_key_values=cache)
+        model(input_ids=torch.tensor([[5, 6]]), past_key_values=cache)
+        with pytest.raises(vlmprune.errors.UnsupportedCallError, match="20 places; layer 0 holds 20 entries"):
+            model(input_ids=torch.tensor([[5]]), past_key_values=cache)
+
+
 def test_a_pruned_static_cache_is_guarded_and_reset():
     family = CASES["divprune-llava-clip-gqa"][1]
     model = family.build(torch.float32)

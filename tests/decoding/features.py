@@ -323,6 +323,8 @@ FEATURES: dict[str, Feature] = {
     "sampling": sampling,
     "several return sequences": return_sequences,
     "beam search": beams,
+    "prompt lookup": prompt_lookup,
+    "an assistant model": assistant,
     "streamer": streamer,
     "stopping criteria": stopping_criteria,
     "logits processors": logits_processors,
