@@ -32,7 +32,8 @@ def continued_inputs(call: LanguageModelCall) -> dict[str, Any]:
     """Return the arguments of a call whose cache was pruned by an earlier prefill.
 
     Raises:
-        UnsupportedCallError: another number of rows than the cache has, no room in a static cache, or a mask that does not cover what it stands for.
+        UnsupportedCallError: another number of rows than the cache has, a mask that does not cover what it stands for, or
+            no room in a static cache.
     """
     state = call.state
     assert state is not None

@@ -144,7 +144,7 @@ class PrunedCacheState:
             held, room = int(layer.get_seq_length()), layer.get_max_length()
             if 0 <= room < held + new_columns and not getattr(layer, "is_sliding", False):
                 raise UnsupportedCallError(
-                    f"The static cache has {room} places; layer {group.first_layer} holds {held} entries and {new_columns} tokens "
+                    f"The static cache has {room} places; layer {group.first_layer} holds {held} entries, {new_columns} tokens "
                     "are new. Make it longer (StaticCache(max_cache_len=...), or `max_cache_len` of the generation config)."
                 )
 
