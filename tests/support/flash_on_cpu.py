@@ -20,16 +20,6 @@ from transformers.integrations.flash_attention import flash_attention_forward
 from transformers.masking_utils import flash_attention_mask
 
 NAME = "flash_attention_2_on_cpu"
-_LOADED = (
-    "_loaded_implementation",
-    "_flash_fn",
-    "_flash_varlen_fn",
-    "_flash_with_kvcache_fn",
-    "_pad_fn",
-    "_unpad_fn",
-    "_process_flash_kwargs_fn",
-    "_process_with_kvcache_kwargs_fn",
-)
 
 
 def flash_attn_func(
@@ -131,13 +121,23 @@ def flash_on_cpu(*models: Any) -> Iterator[None]:
     """Run the attention of the models, towers included, through the stand-in."""
     AttentionInterface.register(NAME, attend)
     AttentionMaskInterface.register(NAME, flash_attention_mask)
-    before = {name: getattr(host, name) for name in _LOADED}
-    previous = [{name: part.config._attn_implementation for name, part in _parts(model)} for model in models]
     process = host._lazy_define_process_function(flash_attn_varlen_func)
-    values = (NAME, flash_attn_func, flash_attn_varlen_func, None, host._pad_input, host._unpad_input, process, dict)
+    loaded = {
+        "_loaded_implementation": NAME,
+        "_flash_fn": flash_attn_func,
+        "_flash_varlen_fn": flash_attn_varlen_func,
+        "_flash_with_kvcache_fn": None,
+        "_pad_fn": host._pad_input,
+        "_unpad_fn": host._unpad_input,
+        "_process_flash_kwargs_fn": process,
+        "_process_with_kvcache_kwargs_fn": dict,
+    }
+    # Older hosts have no use for the last.
+    before = {name: getattr(host, name) for name in loaded if hasattr(host, name)}
+    previous = [{name: part.config._attn_implementation for name, part in _parts(model)} for model in models]
     try:
-        for name, value in zip(_LOADED, values, strict=True):
-            setattr(host, name, value)
+        for name in before:
+            setattr(host, name, loaded[name])
         for model in models:
             for _, part in _parts(model):
                 part.config._attn_implementation = NAME
