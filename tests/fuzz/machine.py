@@ -37,6 +37,9 @@ CASES = {
 IMAGES = ("A", "B", "small", "large")
 VIDEOS = ("video small", "video large")
 
+# What goes wrong today and is not tried.
+AWAITED = {"positions of the cache"}
+
 # What may be refused: who is applied while the cache is pruned, and the words of the message.
 MAY_REFUSE = {
     "everything": "continue it with the method",
@@ -126,6 +129,33 @@ class CallSequences(RuleBasedStateMachine):
     def forward_text(self, data: st.DataObject) -> None:
         """A text turn or a decode step by a plain forward."""
         self._forward(*self._draw_turn(data, images=False), data)
+
+    @precondition(lambda self: self.pruned and self.sequence.columns)
+    @rule()
+    def forward_with_positions_of_the_cache(self) -> None:
+        """A decode step whose positions are counted by the entries that the first layer holds."""
+        if "positions of the cache" in AWAITED:
+            return
+        entries = int(self.cache.layers[0].get_seq_length())
+        ids = torch.full((self.sequence.rows, 1), 9)
+        turn = self._text(ids, torch.ones_like(ids).bool())
+        if bool((turn.positions == entries).all()) or not bool(self.sequence.mask.all()):
+            return
+        whole, before = self.sequence.then(turn), copy.deepcopy(self.cache)
+        positions = torch.full_like(turn.positions, entries)
+        kwargs = {"input_ids": ids, "attention_mask": whole.mask.long(), "past_key_values": before}
+        kwargs["position_ids"] = positions if self.mrope else positions[0]
+        try:
+            with torch.no_grad():
+                logits = self.model(**kwargs).logits
+        except VlmpruneError as error:
+            self.statistics[f"positions of the cache refused: {type(error).__name__}"] += 1
+            return
+        self.statistics["positions of the cache accepted"] += 1
+        whole = self.sequence.then(turn.seen(turn.layers, self.closing, self.sequence))
+        for row in range(whole.rows):
+            _, expected = row_logits(self.plain, whole, row, self.sequence.columns)
+            torch.testing.assert_close(logits[row], expected, atol=1e-5, rtol=1e-5)
 
     def _forward(self, turn: CallerSequence, inputs: dict[str, Tensor], data: st.DataObject | None) -> None:
         whole = self.sequence.then(turn)

@@ -42,13 +42,16 @@ def main(arguments: list[str] | None = None) -> int:
     while time.monotonic() - begin < 60 * options.minutes:
         try:
             run_state_machine_as_test(seed(number)(CallSequences), settings=chosen)
+        except KeyboardInterrupt:
+            print(f"stopped in round {number}")
+            break
         except Exception as error:
             found += 1
             print(f"--- round {number}: failure {found}", flush=True)
             traceback.print_exception(error, limit=-6)
         number += 1
-    minutes = (time.monotonic() - begin) / 60
-    print(f"{minutes:.1f} minutes, rounds {options.seed} to {number - 1}, {found} failures")
+    minutes, busy = (time.monotonic() - begin) / 60, time.process_time() / 60
+    print(f"{minutes:.1f} minutes ({busy:.1f} of CPU time), rounds {options.seed} to {number - 1}, {found} failures")
     for name, count in sorted(CallSequences.statistics.items()):
         print(f"{count:8} {name}")
     return 1 if found else 0
