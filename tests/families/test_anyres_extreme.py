@@ -3,6 +3,7 @@
 import pytest
 
 from support import method_batches as build
+from support.matrix import REQUIRED
 from vlmprune.methods.needs import GRID, TILES, WHOLE_TILES
 from vlmprune.methods.registry import METHODS
 from vlmprune.patches.families.anyres import AnyresImage, cropped_image
@@ -15,7 +16,7 @@ IMAGES = {
 }
 SERVED = [cls for cls in METHODS.values() if cls.site == "input" and GRID not in cls.needs]
 VARIANTS = [
-    *((cls, {"relevance": False} if cls.name == "todre" else {}) for cls in SERVED),
+    *((cls, {"relevance": False} if cls.name == "todre" else REQUIRED.get(cls.name, {})) for cls in SERVED),
     *((cls, {"faithful": True}) for cls in SERVED if {TILES, WHOLE_TILES} & cls.needs),
 ]
 
