@@ -97,7 +97,9 @@ class PruningEngine:
         if getattr(cache, "is_prepared", False):
             close_cache(cache)
         elif self.calls.model:
-            call = self.calls.model.pop().language_call
+            model_call = self.calls.model.pop()
+            # The two name each other: without this what they hold would wait for the garbage collector.
+            call, model_call.language_call = model_call.language_call, None
             if call is not None and call.cache is not None:
                 close_cache(call.cache)
 

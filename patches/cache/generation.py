@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
+import transformers
 from torch import Tensor, nn
 from transformers.masking_utils import create_masks_for_generate
 
@@ -14,6 +15,8 @@ from vlmprune.errors import UnsupportedCallError
 from ..hooks import HookSet
 from .drafts import CandidateGenerators, verifies_drafts
 from .pruned_cache import cache_state, prepare_cache, trust_positions
+
+_PIXELS = ("pixel_values", "pixel_values_videos")
 
 
 class GenerationInputs:
@@ -85,6 +88,12 @@ class GenerationPrefill:
         given = self.__signature__.bind(*args, **kwargs).arguments
         chunk, model_kwargs = given["generation_config"].prefill_chunk_size, given["model_kwargs"]
         method = self.prompt_reader()
+        pixels = [name for name in _PIXELS if model_kwargs.get(name) is not None]
+        if chunk is not None and pixels:
+            raise UnsupportedCallError(
+                f"prefill_chunk_size={chunk}: transformers {transformers.__version__} reads the chunks without {pixels[0]}, so "
+                "without the images. Leave prefill_chunk_size unset."
+            )
         if chunk is not None and method is not None and model_kwargs.get("mm_encoder_outputs"):
             raise UnsupportedCallError(
                 f"prefill_chunk_size={chunk}: {method!r} scores images with what follows them in the prompt, which is "
