@@ -9,7 +9,7 @@ OLDEST := torch==2.5.0 torchvision==0.20.0 transformers==5.17.0
 OLDEST_TESTS ?= tests/contracts tests/api tests/layer_site
 TYPED := build/typed/vlmprune
 
-.PHONY: help setup test test-oldest fuzz compatibility test-gpu lint format demo tiny bench-gpu clean
+.PHONY: help setup test test-whole test-oldest fuzz compatibility test-gpu lint format demo tiny bench-gpu clean
 
 help:  ## Show the targets.
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*## /\t/' | expand -t 12
@@ -25,6 +25,9 @@ $(STAMP): pyproject.toml
 
 test: setup  ## Run the whole test suite on the CPU.
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+
+test-whole: setup  ## The same with every method on every family, where `test` takes representatives.
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "whole or not whole"
 
 MINUTES ?= 60
 fuzz: setup  ## Random call sequences on one cache for MINUTES (60), against logits made without one.

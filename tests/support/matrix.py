@@ -7,8 +7,9 @@ import torch
 
 import vlmprune
 from support.deeper import deeper
+from support.families import llava_next, qwen3_vl
 from support.family_cases import FAMILY_CASES
-from support.tiny_models import FamilyCase
+from support.tiny_models import LLAVA_CLIP_GQA, FamilyCase
 from vlmprune.methods.needs import INSTRUCTION, LayerNeed
 from vlmprune.methods.registry import METHODS, make_method
 
@@ -55,6 +56,12 @@ def few_tokens(method: str, family: FamilyCase) -> int:
     return 5 if method not in BY_THE_LAST_TOKEN else max(map(family.tokens, ("A", "large"))) // 3
 
 
+# Every family meets these, which differ in what they read and where they drop or merge; the other methods meet one family of
+# each kind. The rest of the product has the marker `whole`, which `make test-whole` runs too.
+ON_EVERY_FAMILY = frozenset({"uniform", "pool", "fastervlm", "visionzip", "todre", "fastv", "pyramiddrop"})
+ONE_OF_EACH_KIND = (LLAVA_CLIP_GQA, llava_next.CASES[0], qwen3_vl.CASES[0])
+
+
 def _cases() -> list[object]:
     cases = []
     for family in FAMILY_CASES:
@@ -62,7 +69,8 @@ def _cases() -> list[object]:
         for name in METHOD_PARAMETERS:
             if name in served:
                 case = deeper(family) if name in LAYER_METHODS else family
-                cases.append(pytest.param(name, case, id=f"{name}-{family}"))
+                marks = () if name in ON_EVERY_FAMILY or family in ONE_OF_EACH_KIND else (pytest.mark.whole,)
+                cases.append(pytest.param(name, case, id=f"{name}-{family}", marks=marks))
     return cases
 
 
