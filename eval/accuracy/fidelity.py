@@ -14,15 +14,15 @@ from rich.table import Table
 from torch import Tensor
 
 from vlmprune.errors import BudgetError
+from vlmprune.eval.flops import equivalent_tokens
 from vlmprune.eval.models.loading import LoadedModel
-from vlmprune.eval.reports.tables import cost_style
 from vlmprune.eval.run.cells import Cell, LeftOut, not_reachable
 from vlmprune.eval.run.csv_lines import write_csv
 from vlmprune.eval.run.machine import describe_machine
 from vlmprune.eval.run.progress import progress_bar
 from vlmprune.eval.run.ranks import Ranks
 from vlmprune.eval.run.result_folder import ResultFolder, write_json
-from vlmprune.eval.speed.flops import equivalent_tokens
+from vlmprune.eval.run.table_style import cost_style
 
 from .live_model import LiveModel
 from .prompts import Prompt, data_checksum, read_prompts

@@ -9,7 +9,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 import vlmprune
-from vlmprune.eval.speed.flops import VisionWork, vision_cost
+from vlmprune.eval.flops import VisionWork, vision_cost
 from vlmprune.record import RunRecord
 
 from .questions import Question

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForImageTextToText, PreTrainedConfig
 
 from vlmprune.errors import VlmpruneError
-from vlmprune.eval.speed.flops import LanguageShape, vision_cost
+from vlmprune.eval.flops import LanguageShape, vision_cost
 from vlmprune.patches.families.facts import tower_width
 
 from .synthetic_request import synthetic_request

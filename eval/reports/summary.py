@@ -12,9 +12,7 @@ from transformers import PreTrainedConfig
 from vlmprune.eval.accuracy.paired import compare_paired
 from vlmprune.eval.accuracy.request_records import RequestRecord
 from vlmprune.eval.accuracy.task_scores import TaskScore
-from vlmprune.eval.run.cells import FULL, Cell
-from vlmprune.eval.run.csv_lines import csv_text
-from vlmprune.eval.speed.flops import (
+from vlmprune.eval.flops import (
     STAGES,
     LanguageShape,
     equivalent_tokens,
@@ -22,6 +20,8 @@ from vlmprune.eval.speed.flops import (
     pyramiddrop_formula,
     request_cost,
 )
+from vlmprune.eval.run.cells import FULL, Cell
+from vlmprune.eval.run.csv_lines import csv_text
 from vlmprune.methods.base import Method
 
 NOT_COUNTED = "not counted"

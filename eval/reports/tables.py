@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
-from rich import box
 from rich.table import Table
+
+from vlmprune.eval.run.table_style import cost_style
 
 from .summary import NOT_COUNTED, Row, interval
 
@@ -85,20 +86,6 @@ def as_markdown(table: Table) -> str:
     lines += [list(map(str, cells)) for cells in zip(*(column.cells for column in columns), strict=True)]
     body = "\n".join("| " + " | ".join(cell.strip() for cell in line) + " |" for line in lines)
     return f"**{table.title}**\n\n{body}\n"
-
-
-def cost_style(title: str) -> Table:
-    """An empty table in the style of all."""
-    return Table(
-        title=title,
-        title_justify="left",
-        title_style="bold",
-        box=box.SIMPLE_HEAD,
-        padding=(0, 1),
-        collapse_padding=True,
-        pad_edge=False,
-        show_edge=False,
-    )
 
 
 def _identity(table: Table) -> None:

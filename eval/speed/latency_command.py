@@ -14,13 +14,14 @@ from rich.table import Table
 from transformers import PreTrainedModel
 
 from vlmprune.eval.models.synthetic_request import for_model, synthetic_request
-from vlmprune.eval.reports.tables import cost_style, three_figures
+from vlmprune.eval.reports.tables import three_figures
 from vlmprune.eval.run.cells import FULL, Cell
 from vlmprune.eval.run.csv_lines import flattened, write_csv
 from vlmprune.eval.run.machine import describe_machine
 from vlmprune.eval.run.progress import progress_bar
 from vlmprune.eval.run.ranks import Ranks
 from vlmprune.eval.run.result_folder import ResultFolder, read_json, write_json
+from vlmprune.eval.run.table_style import cost_style
 
 from .latency import Measurement, measure
 

@@ -17,9 +17,10 @@ from vlmprune.eval.models.loading import pick_device
 from vlmprune.eval.models.memory import require_memory
 from vlmprune.eval.models.random_weights import build_random, preset_config, preset_image_processor, random_dtype
 from vlmprune.eval.models.synthetic_request import for_model, parse_sizes, synthetic_request
-from vlmprune.eval.reports.tables import cost_style, three_figures
+from vlmprune.eval.reports.tables import three_figures
 from vlmprune.eval.run.cells import Cell
 from vlmprune.eval.run.csv_lines import add_to_csv, flattened, this_run
+from vlmprune.eval.run.table_style import cost_style
 
 from .selection_cost import SelectionCost, measure_selection
 

@@ -24,11 +24,11 @@ from vlmprune.eval.accuracy.fidelity import (
 )
 from vlmprune.eval.accuracy.prompts import DEFAULT_PROMPT, PromptDataError, read_prompts
 from vlmprune.eval.accuracy.request_records import RequestRecord
+from vlmprune.eval.flops import VisionWork
 from vlmprune.eval.models.loading import LoadedModel
 from vlmprune.eval.reports.html_page import write_report
 from vlmprune.eval.run.cells import Cell
 from vlmprune.eval.run.result_folder import ResultFolderError
-from vlmprune.eval.speed.flops import VisionWork
 
 CELLS = [Cell(), Cell("uniform", 1.0), Cell("uniform", 2)]
 

@@ -13,7 +13,7 @@ from transformers import (
     Qwen2Config,
 )
 
-from vlmprune.eval.speed.flops import (
+from vlmprune.eval.flops import (
     LanguageShape,
     equivalent_tokens,
     fastv_formula,

@@ -10,9 +10,9 @@ from transformers import AutoModelForImageTextToText, LlavaForConditionalGenerat
 import vlmprune
 from support.tiny_configs import MAKERS, tiny_config
 from vlmprune.eval.accuracy.request_records import entering_images
+from vlmprune.eval.flops import VisionWork, request_cost, selection_macs, vision_cost
 from vlmprune.eval.models.random_weights import preset_config
 from vlmprune.eval.models.synthetic_request import synthetic_request
-from vlmprune.eval.speed.flops import VisionWork, request_cost, selection_macs, vision_cost
 from vlmprune.methods.layer_method import LayerMethod
 from vlmprune.methods.registry import make_method, method_names
 from vlmprune.methods.selection_macs import Scored

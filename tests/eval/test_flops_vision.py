@@ -18,9 +18,9 @@ from transformers import (
 
 from support.tiny_configs import MAKERS, TOWER, tiny_config
 from vlmprune.errors import UnknownNameError
+from vlmprune.eval.flops import VisionWork, request_cost, vision_cost
 from vlmprune.eval.models.random_weights import preset_config
 from vlmprune.eval.models.synthetic_request import synthetic_request
-from vlmprune.eval.speed.flops import VisionWork, request_cost, vision_cost
 
 
 def counted(call) -> int:

@@ -15,12 +15,12 @@ from transformers import AutoModelForImageTextToText
 import vlmprune
 from support.tiny_configs import MAKERS, tiny_config
 from vlmprune.errors import ParameterError, UnknownNameError
+from vlmprune.eval.flops import LanguageShape, request_cost, vision_cost
 from vlmprune.eval.models.random_weights import build_random
 from vlmprune.eval.models.synthetic_request import parse_sizes, synthetic_request
 from vlmprune.eval.run.cells import Cell
 from vlmprune.eval.run.result_folder import ResultFolderError
 from vlmprune.eval.speed import latency_command
-from vlmprune.eval.speed.flops import LanguageShape, request_cost, vision_cost
 from vlmprune.eval.speed.ideal_prefill import IdealPrefill
 from vlmprune.eval.speed.latency import cache_bytes, measure
 from vlmprune.eval.speed.latency_command import LatencyOptions, latency_table, run_latency

@@ -7,9 +7,9 @@ import torch
 from transformers import AutoModelForImageTextToText
 
 from vlmprune.errors import UnknownNameError
+from vlmprune.eval.flops import LanguageShape
 from vlmprune.eval.models.random_weights import preset_config, preset_image_processor, preset_names, preset_parameters
 from vlmprune.eval.models.synthetic_request import synthetic_request
-from vlmprune.eval.speed.flops import LanguageShape
 
 PUBLISHED = {
     "llava-1.5-7b": 7.06e9,

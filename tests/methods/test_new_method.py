@@ -98,10 +98,10 @@ def test_it_is_known_by_its_name(corner):
 def test_its_cost_is_not_counted_as_nothing(corner):
     pytest.importorskip("lmms_eval")
     from vlmprune.eval.accuracy.request_records import RequestRecord
+    from vlmprune.eval.flops import VisionWork
     from vlmprune.eval.reports.summary import make_rows, results_csv, summarise_requests
     from vlmprune.eval.reports.tables import as_markdown, cost_table
     from vlmprune.eval.run.cells import make_cells, parse_methods
-    from vlmprune.eval.speed.flops import VisionWork
 
     config = tiny_config("llava")
     work, layers = VisionWork(crops=1), config.get_text_config().num_hidden_layers
