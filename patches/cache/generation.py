@@ -6,8 +6,8 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
-import transformers
 from torch import Tensor, nn
+from transformers.generation import utils as generation_utils
 from transformers.masking_utils import create_masks_for_generate
 
 from vlmprune.errors import UnsupportedCallError
@@ -16,7 +16,9 @@ from ..hooks import HookSet
 from .drafts import CandidateGenerators, verifies_drafts
 from .pruned_cache import cache_state, prepare_cache, trust_positions
 
-_PIXELS = ("pixel_values", "pixel_values_videos")
+_IMAGES = ("mm_encoder_outputs", "pixel_values", "pixel_values_videos")
+# Where the host shares the images out among the chunks, by the name of the function that does.
+_CHUNKS_HAVE_IMAGES = hasattr(generation_utils, "_slice_mm_encoder_output")
 
 
 class GenerationInputs:
@@ -87,14 +89,15 @@ class GenerationPrefill:
         """Prefill as the host does; UnsupportedCallError if images come in chunks."""
         given = self.__signature__.bind(*args, **kwargs).arguments
         chunk, model_kwargs = given["generation_config"].prefill_chunk_size, given["model_kwargs"]
-        method = self.prompt_reader()
-        pixels = [name for name in _PIXELS if model_kwargs.get(name) is not None]
-        if chunk is not None and pixels:
+        if chunk is None or not any(_given(model_kwargs.get(name)) for name in _IMAGES):
+            return self.prefill(*args, **kwargs)
+        if not _CHUNKS_HAVE_IMAGES:
             raise UnsupportedCallError(
-                f"prefill_chunk_size={chunk}: transformers {transformers.__version__} reads the chunks without {pixels[0]}, so "
-                "without the images. Leave prefill_chunk_size unset."
+                f"prefill_chunk_size={chunk}: this version of transformers leaves the images out of a prefill in chunks. "
+                "Leave prefill_chunk_size unset."
             )
-        if chunk is not None and method is not None and model_kwargs.get("mm_encoder_outputs"):
+        method = self.prompt_reader()
+        if method is not None:
             raise UnsupportedCallError(
                 f"prefill_chunk_size={chunk}: {method!r} scores images with what follows them in the prompt, which is "
                 "not read yet when their chunk is. Leave prefill_chunk_size unset."
@@ -121,3 +124,7 @@ def patch_generation(model: nn.Module, hooks: HookSet, prompt_reader: Callable[[
         replaced: Any = getattr(model, attribute, default)
         if replaced is not None:
             hooks.replace(f"generation {attribute}", model, attribute, stand_in(replaced))
+
+
+def _given(images: Any) -> bool:
+    return images is not None and len(images) > 0

@@ -99,6 +99,10 @@ class PrunedCache:
     def reset(self) -> None:
         """Empty the cache; it is an ordinary one again."""
         super().reset()  # type: ignore[misc]
+        for layer in self.layers:  # type: ignore[attr-defined]
+            # Older hosts leave dynamic layers at their length, full of zeros.
+            if isinstance(layer, DynamicLayer) and layer.get_seq_length():
+                layer.crop(-layer.get_seq_length())
         self._forget()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
