@@ -118,7 +118,8 @@ def test_features_cast_to_another_dtype_are_known():
     with vlmprune.pruned(model, "fastervlm", keep=0.3):
         model(**inputs)
         expected = [image.kept.tolist() for image in vlmprune.last_run(model).images]
-        prefill(model, inputs, rebuilt(encode(model, inputs), torch.Tensor.bfloat16))
+        output = encode(model, inputs)
+        prefill(model, inputs, rebuilt(output, torch.Tensor.bfloat16))
         assert [image.kept.tolist() for image in vlmprune.last_run(model).images] == expected
 
 

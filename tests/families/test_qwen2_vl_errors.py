@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from transformers import StaticCache
 
 import vlmprune
 from support.families.qwen2_5_vl import QWEN2_5_VL
@@ -125,13 +124,6 @@ def test_features_from_before_apply(case):
         encoded = model.model.get_image_features(pixels, inputs["image_grid_thw"], return_dict=True)
         with vlmprune.pruned(model, "divprune", keep=0.3), pytest.raises(UnsupportedCallError, match="before `apply`"):
             model(**inputs, mm_encoder_outputs={"image": encoded})
-
-
-@over_cases
-def test_static_caches(case, refused):
-    cache = StaticCache(config=case.build(torch.float32).config.get_text_config(), max_cache_len=128)
-    inputs = {**case.inputs([[3, "A", 4]]), "past_key_values": cache}
-    refused(case, "generate", inputs, UnsupportedCallError, "default dynamic cache")
 
 
 @over_cases
