@@ -75,7 +75,9 @@ def finished_record(run: LayerRun, signal: str) -> RunRecord:
         run: the call, after its last layer.
         signal: what the layers were scored by, in words.
     """
-    record: RunRecord = run.record
+    record = run.record
+    if record is None:
+        raise RuntimeError("A prefill without a record of what entered it.")
     if run.scored:
         record = replace(record, signal=", ".join(name for name in (record.signal, signal) if name))
     if not run.cuts:

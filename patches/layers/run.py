@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from vlmprune.methods.batch import Selection
+from vlmprune.record import RunRecord
 
 from ..cache.state import LayerGroup, PrunedCacheState
 from ..cache.trace import columns_held, highest_positions, positions_lowered
@@ -57,7 +58,7 @@ class LayerRun:
     last_column: Tensor | None = None
     compact_entry: bool = True
     compact_layers: bool = True
-    record: Any = None
+    record: RunRecord | None = None
     deepstack: dict[int, Tensor] = field(default_factory=dict)
     compaction: Compaction | None = None
     inputs: dict[str, Any] | None = None
@@ -142,8 +143,7 @@ class LayerRun:
 
     def token_kinds(self, past: int, valid: Tensor | None) -> Tensor:
         """Return the kind of every key, int8 `[batch, past + width]`: 0 padding, 1 system, 2 visual, 3 text."""
-        assert self.images is not None
-        text, visual = self.images.text, self.images.visual
+        text, visual = self.cut_images.text, self.cut_images.visual
         kinds = torch.where(visual, 2, torch.where(visual.cumsum(1) > 0, 3, 1)) * (text | visual)
         if self.compaction is not None:
             kinds = kinds.gather(1, self.compaction.index.clamp(min=0)) * (self.compaction.index >= 0)
@@ -207,8 +207,8 @@ class LayerRun:
 
     def left_behind(self) -> PrunedCacheState:
         """Return what later calls with this cache must know."""
-        assert self.images is not None
-        highest = highest_positions(self.state, self.caller_past, self.positions, self.images.text | self.images.visual)
+        present = self.cut_images.text | self.cut_images.visual
+        highest = highest_positions(self.state, self.caller_past, self.positions, present)
         length = self.caller_past + self.positions.shape[-1]
         return PrunedCacheState(self.method, length, tuple(self.layer_groups), highest)
 
@@ -223,38 +223,35 @@ class LayerRun:
             positions, removed = positions - before.removed, before.removed
         if self.compaction is None:
             return positions, removed, None
-        dropped, gone = self._gaps(positions)
+        dropped, gone = self._gaps(positions, self.compaction)
         index = self.compaction.index.clamp(min=0)
         positions = (positions - dropped).take_along_dim(index.expand(*positions.shape[:-1], -1), -1)
         positions = positions * (self.compaction.index >= 0)
         return positions, removed + gone, dropped if isinstance(dropped, Tensor) else None
 
-    def _gaps(self, positions: Tensor) -> tuple[Tensor | int, Tensor | int]:
+    def _gaps(self, positions: Tensor, compaction: Compaction) -> tuple[Tensor | int, Tensor | int]:
         """Return how far positions go down to close gaps, and how far those after this call do."""
-        assert self.compaction is not None
         at_entry = self.entry is not None and self.compact_entry
-        inside = self.compact_layers and self.compaction is not self.entry
+        inside = self.compact_layers and compaction is not self.entry
         if not at_entry and not inside:
             return 0, 0
         if positions.ndim == 3:
-            assert self.images is not None
-            whole = self.images.text | self.images.visual
+            whole = self.cut_images.text | self.cut_images.visual
             entered = whole if self.entry is None else _kept(self.entry)
             return dropped_positions(
-                positions, whole if at_entry else entered, _kept(self.compaction) if inside else entered
+                positions, whole if at_entry else entered, _kept(compaction) if inside else entered
             )
         dropped: Tensor | int = 0
         counts = [0] * self.batch
         entry_removed = self.entry.removed if self.entry is not None else (0,) * self.batch
-        if at_entry:
-            assert self.entry is not None
+        if self.entry is not None and at_entry:
             dropped, counts = self.entry.dropped_before, list(entry_removed)
         if inside:
-            inner = self.compaction.dropped_before - (self.entry.dropped_before if self.entry is not None else 0)
+            inner = compaction.dropped_before - (self.entry.dropped_before if self.entry is not None else 0)
             dropped = dropped + inner
             counts = [
                 count + total - entry
-                for count, total, entry in zip(counts, self.compaction.removed, entry_removed, strict=True)
+                for count, total, entry in zip(counts, compaction.removed, entry_removed, strict=True)
             ]
         return dropped, torch.tensor(counts).to(positions.device, non_blocking=True)[:, None]
 
