@@ -194,6 +194,16 @@ class Family:
         return True
 
     @property
+    def has_tower_blocks(self) -> bool:
+        """Whether tokens can be reduced in the blocks of the vision tower; False unless the family says otherwise."""
+        return False
+
+    @property
+    def has_free_order(self) -> bool:
+        """Whether every image is one tile, whose visual tokens may be fewer and need no grid; False unless the family says so."""
+        return False
+
+    @property
     def has_grid(self) -> bool:
         """Whether every image is one plain grid of tokens, as pooling needs it."""
         raise NotImplementedError

@@ -11,11 +11,17 @@ from torch import Tensor, nn
 from vlmprune.errors import LayoutError, UnsupportedFamilyError
 from vlmprune.layout import VisualLayout, raster_layout, unknown_layout
 
-from ..parts import Part
+from ..parts import Part, missing_parts
 from ..tower.encoded_visuals import EncodedVisuals
 from .facts import Preparation, drops_cls, state_layers
 from .family import Family
 from .wrappers import without_wrappers
+
+BLOCK_PARTS = tuple(
+    Part(f"vision_layers.*.{name}")
+    for name in ("layer_norm1", "self_attn.k_proj", "self_attn.q_proj", "self_attn.out_proj", "layer_norm2", "mlp")
+)
+"""What reducing tokens in a block of the vision tower relies on."""
 
 
 class Llava(Family):
@@ -61,6 +67,16 @@ class Llava(Family):
         """True for towers with `encoder.layers`, as CLIP and SigLIP have them."""
         tower = getattr(self.vision_tower, "vision_model", self.vision_tower)
         return isinstance(getattr(getattr(tower, "encoder", None), "layers", None), nn.ModuleList)
+
+    @property
+    def has_tower_blocks(self) -> bool:
+        """True for these towers, whose blocks are alike."""
+        return self.has_tower_attention and not missing_parts(self, BLOCK_PARTS)
+
+    @property
+    def has_free_order(self) -> bool:
+        """True where these towers give their patches alone to the projector."""
+        return self.has_tower_blocks and self.has_grid
 
     @property
     def has_projector(self) -> bool:

@@ -5,22 +5,24 @@ Each folder's `__init__` names its methods; all of them are reachable from here,
 
 from typing import TYPE_CHECKING
 
-from . import baselines, input, layer
+from . import baselines, encoder, input, layer
 from .base import Method as Method
+from .encoder_method import EncoderMethod as EncoderMethod
 from .input_method import InputMethod as InputMethod
 from .layer_method import LayerMethod as LayerMethod
 from .registry import register as register
 
 if TYPE_CHECKING:
     from .baselines import *  # noqa: F403
+    from .encoder import *  # noqa: F403
     from .input import *  # noqa: F403
     from .layer import *  # noqa: F403
 
 _classes = {
     cls.__name__: cls
-    for folder in (baselines, input, layer)
+    for folder in (baselines, encoder, input, layer)
     for cls in vars(folder).values()
     if isinstance(cls, type) and issubclass(cls, Method)
 }
 globals().update(_classes)
-__all__ = sorted([*_classes, "InputMethod", "LayerMethod", "Method", "register"])
+__all__ = sorted([*_classes, "EncoderMethod", "InputMethod", "LayerMethod", "Method", "register"])

@@ -11,12 +11,12 @@ from ..budget import Keep
 from ..errors import unknown, unknown_parameter
 from .needs import STILL_IMAGES, Need
 
-Site = Literal["input", "layer"]
+Site = Literal["encoder", "input", "layer"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Method:
-    """A way to reduce the visual tokens of a prefill; `InputMethod` and `LayerMethod` are its kinds.
+    """A way to reduce the visual tokens of a prefill; `EncoderMethod`, `InputMethod` and `LayerMethod` are its kinds.
 
     Attributes:
         keep: share of visual tokens kept, a float in (0, 1], or the number kept per image, an int; None where the

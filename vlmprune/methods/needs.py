@@ -25,6 +25,14 @@ class FamilyFacts(Protocol):
         """Whether attention of the vision tower can be read."""
 
     @property
+    def has_tower_blocks(self) -> bool:
+        """Whether tokens can be reduced in the blocks of the vision tower."""
+
+    @property
+    def has_free_order(self) -> bool:
+        """Whether every image is one tile, whose visual tokens may be fewer and need no grid."""
+
+    @property
     def has_projector(self) -> bool:
         """Whether what the projector gets can be read, and the projector be run on other rows."""
 
@@ -132,6 +140,18 @@ TILES = Need(
     "`VisualLayout.tile` and `VisualLayout.crops`",
     met_by=lambda family: family.has_tiles,
 )
+TOWER_BLOCKS = Need(
+    "tower_blocks",
+    "a vision tower over equally large tiles, of blocks with attention and MLP",
+    "the hooks on its blocks, as `BlockBatch`",
+    met_by=lambda family: family.has_tower_blocks,
+)
+FREE_ORDER = Need(
+    "free_order",
+    "for output='merged' one tile an image whose tokens need no grid (output='full' needs none)",
+    "one placeholder a merged token, the others dropped at the language model's entry",
+    met_by=lambda family: family.has_free_order,
+)
 INSTRUCTION = Need(
     "instruction",
     "text beside the images",
@@ -165,6 +185,8 @@ NEEDS: tuple[Need, ...] = (
     GRID,
     WHOLE_TILES,
     TILES,
+    TOWER_BLOCKS,
+    FREE_ORDER,
     INSTRUCTION,
     LAST_TOKEN_AT_CUT,
     LAST_TOKEN_BEFORE_CUT,

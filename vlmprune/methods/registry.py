@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import TypeVar
 
 from ..errors import ParameterError, unknown
-from . import baselines, input, layer
+from . import baselines, encoder, input, layer
 from .base import Method
+from .encoder_method import EncoderMethod
 from .input_method import InputMethod
 from .layer_method import LayerMethod
 
@@ -33,15 +34,17 @@ def register(cls: type[MethodT]) -> type[MethodT]:
 
 def check_method_class(cls: type) -> None:
     """Raise ParameterError unless `cls` derives from one of the kinds of methods and has a name."""
-    if not (isinstance(cls, type) and issubclass(cls, (InputMethod, LayerMethod))):
-        raise ParameterError(f"{cls!r} is no method; derive it from vlmprune.methods.InputMethod or LayerMethod.")
+    if not (isinstance(cls, type) and issubclass(cls, (EncoderMethod, InputMethod, LayerMethod))):
+        raise ParameterError(
+            f"{cls!r} is no method; derive it from vlmprune.methods.EncoderMethod, InputMethod or LayerMethod."
+        )
     if not isinstance(getattr(cls, "name", None), str):
         raise ParameterError(
             f"{cls.__qualname__} has no `name: ClassVar[str]`, by which `apply` and the tables know it."
         )
 
 
-for _folder in (baselines, input, layer):
+for _folder in (baselines, encoder, input, layer):
     for _cls in vars(_folder).values():
         if isinstance(_cls, type) and issubclass(_cls, Method) and not _cls.is_stage:
             register(_cls)
