@@ -22,6 +22,7 @@ from vlmprune.kernels.row_attention import row_attention
 from vlmprune.kernels.segmented_topk import segmented_topk
 from vlmprune.kernels.shared import implementation
 from vlmprune.kernels.shared.implementation import KernelUnavailableError, choose_implementation
+from vlmprune.kernels.token_transition import token_transition
 from vlmprune.kernels.unmerge import unmerge
 from vlmprune.kernels.windowed_topk import windowed_topk
 
@@ -42,6 +43,7 @@ CALLS = {
     "bipartite_match": lambda name: bipartite_match(ROWS, ROWS, [0, 4], [0, 4], implementation=name),
     "merge_to_targets": lambda name: merge_to_targets(ROWS, ROWS, [0, 4], ONE, [0, 1], implementation=name),
     "unmerge": lambda name: unmerge(ROWS[None], ONE[None], implementation=name),
+    "token_transition": lambda name: token_transition(ROWS, ROWS, implementation=name),
     "merge_scatter": lambda name: merge_scatter(ROWS, torch.zeros(4, dtype=torch.int64), None, 1, implementation=name),
 }
 

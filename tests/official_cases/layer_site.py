@@ -20,8 +20,9 @@ from vlmprune.kernels.row_attention import row_attention
 from vlmprune.methods import FastV, PyramidDrop
 from vlmprune.methods.batch import Selection
 from vlmprune.methods.layer.fastv import fastv_count, fastv_keep
-from vlmprune.methods.layer.pyramiddrop import pyramiddrop_keep, stage_counts
+from vlmprune.methods.layer.pyramiddrop import pyramiddrop_keep
 from vlmprune.methods.layer_method import LayerBatch, LayerCut
+from vlmprune.methods.staged_method import stage_counts
 from vlmprune.patches.layers.scores import rotate
 
 

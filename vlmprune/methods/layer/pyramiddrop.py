@@ -2,27 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import pairwise
-from math import ceil
 from typing import ClassVar
 
 from torch import Tensor
 
-from vlmprune.errors import BudgetError, ParameterError
 from vlmprune.kernels.segmented_topk import segmented_topk
 from vlmprune.methods.batch import Selection
-from vlmprune.methods.checks import check_flag, check_number
-from vlmprune.methods.layer_method import LayerBatch, LayerCut, LayerMethod, check_depth, check_layers
+from vlmprune.methods.layer_method import LayerBatch
+from vlmprune.methods.staged_method import StagedMethod, solve_shares, unreachable
 
 # The smallest rate of the paper's ablation (0.4, 0.5, 0.6).
 _LOWEST_RATE = 0.4
 
 
 @dataclass(frozen=True, kw_only=True)
-class PyramidDrop(LayerMethod):
+class PyramidDrop(StagedMethod):
     """Drop visual tokens in stages inside the language model, by the attention of the last prompt token.
 
     At the input of each layer in `layers` the tokens are ranked by that layer's own attention (its norm, query of the
@@ -57,10 +54,6 @@ class PyramidDrop(LayerMethod):
     for one image a prompt; here in fp32 and image by image.
     """
 
-    layers: tuple[int, ...] | None = None
-    ratios: tuple[float, ...] | None = None
-    allow_empty: bool = False
-
     name: ClassVar[str] = "pyramiddrop"
     symbols: ClassVar[Mapping[str, str]] = {
         "lambda": "ratios=(lambda, lambda**2, ...)",
@@ -69,71 +62,17 @@ class PyramidDrop(LayerMethod):
         "image_token_ratio_list": "ratios=, without its leading 1.0",
     }
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_flag("allow_empty", self.allow_empty)
-        if self.layers is not None:
-            object.__setattr__(self, "layers", check_layers("layers", self.layers))
-        if self.ratios is None:
-            if self.keep is None:
-                object.__setattr__(self, "keep", 0.25)
-            return
-        if self.keep is not None:
-            raise ParameterError(
-                f"keep={self.keep!r} and ratios={self.ratios!r} both set the budget; give one of them. "
-                "keep is the average over layers, ratios are the shares from each stage on."
-            )
-        object.__setattr__(self, "ratios", check_ratios(self.ratios))
-        if self.layers is not None and len(self.layers) != len(self.ratios):
-            raise ParameterError(
-                f"layers={self.layers} has {len(self.layers)} stages, ratios={self.ratios} has {len(self.ratios)}; "
-                "allowed: one ratio a layer."
-            )
+    def default_cuts(self, layers: int, stages: int) -> tuple[int, ...]:
+        """Return the cuts that split the layers in even parts."""
+        return even_layers(layers, stages)
 
-    def cut_layers(self, layers: int) -> tuple[int, ...]:
-        """Return the layers of all stages."""
-        if self.layers is not None:
-            check_depth("layers", self.layers, layers)
-        if self.ratios is not None:
-            cuts = self.layers or even_layers(layers, len(self.ratios))
-            if len(cuts) != len(self.ratios):
-                raise ParameterError(
-                    f"ratios={self.ratios} has {len(self.ratios)} stages, but {layers} layers leave room for {len(cuts)} "
-                    "even ones."
-                )
-            return cuts
-        check_depth("layers", (), layers)
-        if isinstance(self.keep, float):
-            return solve_schedule(self.keep, layers, self.layers)[0]
-        return self.layers or tuple(sorted({1, *even_layers(layers, 3), *early_layers(layers)}))
+    def possible_cuts(self, layers: int) -> tuple[int, ...]:
+        """Return the layers of all schedules."""
+        return tuple(sorted({1, *even_layers(layers, 3), *early_layers(layers)}))
 
-    def schedule(self, total: int, layers: int) -> tuple[LayerCut, ...]:
-        """Return the stages of an image of `total` tokens."""
-        if self.ratios is not None:
-            counts = stage_counts(total, self.ratios)
-            cuts = self.cut_layers(layers)
-            for cut, ratio, count in zip(cuts, self.ratios, counts, strict=True):
-                if count == 0 and not self.allow_empty:
-                    raise BudgetError(
-                        f"ratio {ratio} at layer {cut} keeps int({total} * {ratio}) = 0 of an image's {total} visual tokens; "
-                        f"allowed: at least {ceil(1e5 / total) / 1e5:g} here, or allow_empty=True to drop all of them."
-                    )
-            return tuple(LayerCut(cut, count) for cut, count in zip(cuts, counts, strict=True))
-        assert self.keep is not None
-        share = self.keep / total if isinstance(self.keep, int) else self.keep
-        if share >= 1:
-            return ()
-        try:
-            cuts, shares = solve_schedule(share, layers, self.layers)
-        except BudgetError:
-            if isinstance(self.keep, float):
-                raise
-            first = self.layers[0] if self.layers is not None else 1
-            raise BudgetError(
-                f"keep={self.keep} of {total} visual tokens, averaged over {layers} layers, cannot be reached: all tokens pass "
-                f"the first {first} layers; nearest: keep={first * total // layers + 1}."
-            ) from None
-        return tuple(LayerCut(cut, max(1, round(total * part))) for cut, part in zip(cuts, shares, strict=True))
+    def solved_stages(self, share: float, layers: int) -> tuple[tuple[int, ...], tuple[float, ...]]:
+        """Return the schedule by the rule above."""
+        return solve_schedule(share, layers, self.layers)
 
     def select_at_layer(self, batch: LayerBatch) -> Selection:
         """Take the `budgets[i]` highest scores of each image."""
@@ -149,31 +88,6 @@ class PyramidDrop(LayerMethod):
 def pyramiddrop_keep(attention: Tensor, offsets: Sequence[int], budgets: Sequence[int]) -> Tensor:
     """Return the local indices of the `budgets[i]` highest values of `attention [tokens]` in each segment, ascending."""
     return segmented_topk(attention, offsets, budgets)
-
-
-def stage_counts(total: int, ratios: Sequence[float]) -> tuple[int, ...]:
-    """Return the tokens left of `total` after each stage, `int(total * ratio)` as in the official code; 0 is possible."""
-    return tuple(int(total * ratio) for ratio in ratios)
-
-
-def check_ratios(ratios: Sequence[float]) -> tuple[float, ...]:
-    """Return `ratios` as a tuple of floats.
-
-    Raises:
-        ParameterError: not numbers in [0, 1], or growing.
-    """
-    allowed = "numbers in [0, 1] that never grow, cumulative shares of the image's tokens"
-    if isinstance(ratios, (str, int, float)) or not ratios:
-        raise ParameterError(f"ratios={ratios!r}; allowed: {allowed}.")
-    for index, ratio in enumerate(ratios):
-        check_number(f"ratios[{index}]", ratio, "[0, 1]", "cumulative shares of the image's tokens that never grow")
-    for before, after in pairwise(ratios):
-        if after > before:
-            raise ParameterError(
-                f"ratios={tuple(ratios)}: {after} follows {before}, but dropped tokens do not come back; allowed: {allowed}; "
-                f"nearest: {tuple(sorted(ratios, reverse=True))}."
-            )
-    return tuple(float(ratio) for ratio in ratios)
 
 
 @lru_cache(maxsize=256)
@@ -203,43 +117,15 @@ def solve_schedule(
         return cuts or even_layers(layers, 3), (1.0,) * len(cuts or even_layers(layers, 3))
     even, early = cuts or even_layers(layers, 3), early_layers(layers)
     powers = [1.0 + stage for stage in range(len(even))]
-    rate = _solve(share, layers, even, lambda x: tuple(x**power for power in powers))
+    rate = solve_shares(share, layers, even, lambda x: tuple(x**power for power in powers))
     if rate is not None and (cuts is not None or rate >= _LOWEST_RATE):
         return even, tuple(rate**power for power in powers)
     if cuts is None:
         halves = [0.5**stage for stage in range(len(early))]
         for first_cuts in (early, (1, *early[1:])):
-            first = _solve(share, layers, first_cuts, lambda x: tuple(x * half for half in halves))
+            first = solve_shares(share, layers, first_cuts, lambda x: tuple(x * half for half in halves))
             if first is not None:
                 return first_cuts, tuple(first * half for half in halves)
         if rate is not None:
             return even, tuple(rate**power for power in powers)
-    lowest = (cuts[0] if cuts is not None else 1) / layers
-    raise BudgetError(
-        f"keep={share:g}, averaged over {layers} layers, cannot be reached: all visual tokens pass the first "
-        f"{round(lowest * layers)} layers, so the average stays above {lowest:.4g}; nearest: keep={_above(lowest)}."
-    )
-
-
-def _solve(
-    share: float, layers: int, cuts: tuple[int, ...], shares: Callable[[float], tuple[float, ...]]
-) -> float | None:
-    """Find x in (0, 1] for which the average over layers of `shares(x)` is `share`, by bisection; None if there is none."""
-    ends = (*cuts[1:], layers)
-
-    def average(x: float) -> float:
-        spans = zip(cuts, ends, shares(x), strict=True)
-        return (cuts[0] + sum((end - cut) * part for cut, end, part in spans)) / layers
-
-    if not average(0.0) < share <= average(1.0):
-        return None
-    low, high = 0.0, 1.0
-    for _ in range(60):
-        middle = (low + high) / 2
-        low, high = (middle, high) if average(middle) < share else (low, middle)
-    return high
-
-
-def _above(lowest: float) -> float:
-    """Return the next number above `lowest` with two decimals."""
-    return (int(lowest * 100 + 1e-9) + 1) / 100
+    raise unreachable(share, layers, cuts[0] if cuts is not None else 1)
