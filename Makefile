@@ -5,7 +5,7 @@ STAMP := $(VENV)/.installed
 # The lowest versions that pyproject.toml allows, with the newest that still go with them.
 VENV_OLDEST ?= .venv-oldest
 PYTHON_OLDEST ?= python3.10
-OLDEST := torch==2.5.0 torchvision==0.20.0 transformers==5.17.0
+OLDEST := torch==2.8.0 torchvision==0.23.0 transformers==5.17.0
 OLDEST_TESTS ?= tests/contracts tests/api tests/layer_site
 TYPED := build/typed/vlmprune
 

@@ -9,8 +9,7 @@ from vlmprune.errors import UnsupportedCallError
 
 def check_not_exported() -> None:
     """Raise UnsupportedCallError where torch.export, ONNX export or torch.jit.trace runs the model."""
-    # Older versions of torch cannot tell; their own errors come up later.
-    exporting = getattr(torch.compiler, "is_exporting", bool)() and not torch.compiler.is_dynamo_compiling()
+    exporting = torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling()
     if exporting or torch._C._get_tracing_state() is not None:
         raise UnsupportedCallError(
             "A model with a pruning method of vlmprune cannot be exported or traced: which visual tokens stay depends on the "

@@ -95,7 +95,7 @@ def read_visuals(
     for modality, output in call.encoded.items():
         features = output.pooler_output
         origins = _origins(modality, output, features, signals, live)
-        counts = family.token_counts(modality, features)
+        counts = [visuals.counts[image] for visuals, image in origins]
         shown: dict[EncodedVisuals, set[int]] = {}
         for visuals, image in origins:
             shown.setdefault(visuals, set()).add(image)

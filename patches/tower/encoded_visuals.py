@@ -91,13 +91,13 @@ def set_encoded_visuals(output: Any, visuals: EncodedVisuals) -> None:
 def find_encoded(
     features: Sequence[Tensor], candidates: Sequence[EncodedVisuals]
 ) -> list[tuple[EncodedVisuals, int]] | None:
-    """Return for every feature the encoding it comes from and its number there, or None if one of them comes from none.
+    """Return for every image the encoding it comes from and its number there, or None if features come from none.
 
-    Features are recognised as the very tensors that were encoded, or where they were moved, cast or stacked since, by their
-    values; so signals are never used for other features than their own. Comparing values waits for the device.
+    Features are recognised as the very tensors that were encoded, or where they were moved, cast, stacked or joined since,
+    by their values; so signals are never used for other features than their own. Comparing values waits for the device.
 
     Args:
-        features: `[tokens, dim]` per image or video.
+        features: `[tokens, dim]` per image or video, or of several as one item, which a prefill in chunks gives.
         candidates: where to look, the most likely first.
     """
     for visuals in candidates:
@@ -109,7 +109,33 @@ def find_encoded(
         for place, feature in enumerate(features)
     ]
     found = [origin for origin in origins if origin is not None]
-    return found if len(found) == len(origins) else None
+    if len(found) == len(origins):
+        return found
+    return _joined(features[0], encoded) if len(features) == 1 else None
+
+
+def _joined(
+    features: Tensor, encoded: Sequence[tuple[EncodedVisuals, list[Tensor]]]
+) -> list[tuple[EncodedVisuals, int]] | None:
+    found: list[tuple[EncodedVisuals, int]] = []
+    rest = features
+    while len(rest):
+        # The next image after the last found is nearly always right.
+        place = found[-1][1] + 1 if found else 0
+        for visuals, originals in encoded:
+            images = (place + step for step in range(len(originals)))
+            image = next((i % len(originals) for i in images if _begins(rest, originals[i % len(originals)])), None)
+            if image is not None:
+                found.append((visuals, image))
+                rest = rest[len(originals[image]) :]
+                break
+        else:
+            return None
+    return found
+
+
+def _begins(features: Tensor, original: Tensor) -> bool:
+    return len(original) > 0 and _same_values(features[: len(original)], original)
 
 
 def _origin(

@@ -49,7 +49,7 @@ class EncoderCall:
         """Encode as the host does, and attach `EncodedVisuals` to the output."""
         check_not_exported()
         break_graph()
-        inputs = self.__signature__.bind_partial(*args, **kwargs).arguments
+        inputs = {**self.__signature__.bind_partial(*args, **kwargs).arguments, **kwargs}
         self.family.check_encoding(self.modality, inputs)
         self.hooks.check_in_place()
         call = TowerCall()

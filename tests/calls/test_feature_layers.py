@@ -1,5 +1,7 @@
 """`vision_feature_layer` given for a call, and towers whose attention nobody can read."""
 
+import inspect
+
 import pytest
 import torch
 from transformers import LlavaConfig, LlavaForConditionalGeneration, PixtralVisionConfig
@@ -45,7 +47,7 @@ def test_other_feature_layers_than_configured(case):
 
 
 def forward(model):
-    return model.forward.__code__.co_varnames
+    return inspect.signature(model.forward).parameters
 
 
 def pixtral():

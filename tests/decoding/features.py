@@ -298,8 +298,13 @@ def budget_per_call(call: Call) -> None:
 
 
 def prefill_in_chunks(call: Call) -> None:
-    """`prefill_chunk_size=`."""
+    """`prefill_chunk_size=`, images cut by a chunk's end."""
     call.generate(prefill_chunk_size=16)
+
+
+def image_in_one_chunk(call: Call) -> None:
+    """`prefill_chunk_size=`, images whole in the first chunk."""
+    call.generate(prefill_chunk_size=call.inputs["input_ids"].shape[1] - 2)
 
 
 def no_padding(call: Call) -> None:
@@ -331,7 +336,8 @@ FEATURES: dict[str, Feature] = {
     "guidance": guidance,
     "second turn on the returned cache": second_turn,
     "last question edited (`cache.crop`)": edited_question,
-    "prefill in chunks": prefill_in_chunks,
+    "prefill in chunks that cut an image": prefill_in_chunks,
+    "prefill in chunks, images whole": image_in_one_chunk,
     "own decode loop": own_loop,
     "loss with labels, backward": forward_with_labels,
     "`logits_to_keep`": logits_to_keep,
