@@ -8,7 +8,7 @@ from typing import Any
 
 from vlmprune.errors import UnsupportedCallError
 from vlmprune.methods.layer_method import LayerMethod
-from vlmprune.methods.needs import INSTRUCTION
+from vlmprune.methods.needs import FIRST_LAYER, INSTRUCTION
 from vlmprune.methods.pipeline import Pipeline
 
 from .cache.continuation import continued_inputs
@@ -54,7 +54,8 @@ class Sites:
         """Return the name of the method that scores with what follows the images in the prompt, or None."""
         if self.layer is not None:
             return self.layer.method.name
-        return self.input.method.name if INSTRUCTION in self.input.method.needs else None
+        reads = {INSTRUCTION, FIRST_LAYER} & self.input.method.needs
+        return self.input.method.name if reads else None
 
     def prepare(self, pipelines: RowPipelines, hooks: HookSet) -> None:
         """Register the hooks that the applied methods need once they run with these budgets.

@@ -15,7 +15,7 @@ from vlmprune.methods.base import Method
 from vlmprune.methods.batch import ATTENTION_KINDS
 from vlmprune.methods.input_method import InputMethod
 from vlmprune.methods.layer_method import LayerMethod
-from vlmprune.methods.selection_macs import Scored
+from vlmprune.methods.selection_macs import FirstLayerWork, Scored
 from vlmprune.patches.families.facts import tower_width
 
 from .families import vision_cost
@@ -42,7 +42,7 @@ def selection_macs(
         if isinstance(part, LayerMethod):
             macs = _layer_macs(config, part, [n + text_tokens for n in visual_tokens], text_tokens)
         elif isinstance(part, InputMethod) and any(kept < before for before, kept in images):
-            macs = _input_macs(config, part, work, images)
+            macs = _input_macs(config, part, work, images, text_tokens)
         if macs is None:
             return None
         total += macs
@@ -50,7 +50,11 @@ def selection_macs(
 
 
 def _input_macs(
-    config: PreTrainedConfig, method: InputMethod, work: VisionWork, images: Sequence[tuple[int, int]]
+    config: PreTrainedConfig,
+    method: InputMethod,
+    work: VisionWork,
+    images: Sequence[tuple[int, int]],
+    text_tokens: int,
 ) -> int | None:
     family = vision_cost(config)
     facts = family.facts(config)
@@ -63,6 +67,7 @@ def _input_macs(
         queries = sum(length * length if signal.kind == "received_attention" else length for length in lengths)
         total += queries * hidden
     tiles = max(1, work.crops // max(1, len(images)))
+    shape = LanguageShape.from_config(config)
     scored = Scored(
         images,
         dim=config.get_text_config().hidden_size,
@@ -72,6 +77,7 @@ def _input_macs(
         head_dim=hidden // facts.heads,
         projector=family.projector(config),
         projector_hidden=family.projector_hidden(config),
+        first_layer=FirstLayerWork(text_tokens, shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim),
     )
     own = method.feature_macs(scored)
     return None if own is None else total + own

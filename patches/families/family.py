@@ -23,6 +23,12 @@ from ..tower.reader import TowerReader
 from .facts import TOWER_FACTS, PictureKind, Preparation, TowerKind
 from .wrappers import without_wrappers
 
+FIRST_LAYER_PARTS = (
+    Part("first_layer.input_layernorm"),
+    *(Part(f"first_layer.self_attn.{name}") for name in ("q_proj", "k_proj", "head_dim", "scaling")),
+)
+"""What reading the first decoder layer before it runs relies on."""
+
 
 class Family:
     """Facts of one model family; a subclass a file, bound to one model.
@@ -103,6 +109,11 @@ class Family:
     def language_model(self) -> nn.Module:
         """The decoder whose input is compacted."""
         return without_wrappers(self.multimodal_model.language_model)  # type: ignore[arg-type]
+
+    @property
+    def first_layer(self) -> nn.Module:
+        """The first decoder layer."""
+        return without_wrappers(self.language_model.layers[0])  # type: ignore[index, arg-type]
 
     @property
     def decoder_layers(self) -> int:
@@ -202,6 +213,11 @@ class Family:
     def has_free_order(self) -> bool:
         """Whether every image is one tile, whose visual tokens may be fewer and need no grid; False unless the family says so."""
         return False
+
+    @property
+    def has_first_layer(self) -> bool:
+        """Whether queries and keys of the first decoder layer can be read."""
+        return not missing_parts(self, FIRST_LAYER_PARTS)
 
     @property
     def has_grid(self) -> bool:

@@ -13,6 +13,7 @@ from vlmprune.methods.batch import Instruction
 
 from ..calls import LanguageModelCall
 from .image_spans import ImageSpans
+from .token_places import token_places
 
 
 def read_instructions(
@@ -41,10 +42,7 @@ def read_instructions(
     words = call.text & (torch.arange(call.columns) < call.columns - call.drafts)
     if ids is not None:
         ids = ids[:, -call.columns :]
-        words = words & ~torch.isin(ids.cpu(), torch.tensor(sorted(special), dtype=torch.int64))
-    elif special:
-        marks = embed(torch.tensor(sorted(special), dtype=torch.int64)).to(call.tokens)
-        words = words & ~torch.stack([(call.tokens == mark).all(-1) for mark in marks]).any(0).cpu()
+    words = words & ~token_places(call, special, embed)
     words = words.flatten().index_fill(0, spans.flat, False).view_as(words)
     of_prompt = torch.zeros_like(words, dtype=torch.int64) if prompts is None else prompts.cpu()
     places = torch.arange(call.columns)
@@ -76,9 +74,18 @@ def read_instructions(
 
 def special_token_ids(*configs: Any) -> frozenset[int]:
     """Return the ids that configurations name: begin, end and padding, placeholders, marks around images."""
+    return _named_ids(configs, ("token_id", "token_index"))
+
+
+def end_token_ids(*configs: Any) -> frozenset[int]:
+    """Return the ids that configurations name as ends of a turn."""
+    return _named_ids(configs, ("eos_token_id",))
+
+
+def _named_ids(configs: tuple[Any, ...], endings: tuple[str, ...]) -> frozenset[int]:
     found: set[int] = set()
     for config in configs:
         for name, value in (config.to_dict() if config is not None else {}).items():
-            if name.endswith(("token_id", "token_index")) and value is not None:
+            if name.endswith(endings) and value is not None:
                 found.update(value if isinstance(value, (list, tuple)) else [value])
     return frozenset(int(token) for token in found if isinstance(token, int))

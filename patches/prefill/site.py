@@ -10,7 +10,7 @@ from torch import Tensor
 from vlmprune.errors import UnsupportedCallError
 from vlmprune.methods.batch import TILE_KINDS, Instruction, VisionSignal, VisualBatch
 from vlmprune.methods.input_method import InputMethod
-from vlmprune.methods.needs import INSTRUCTION, WHOLE_TILES
+from vlmprune.methods.needs import FIRST_LAYER, INSTRUCTION, WHOLE_TILES
 from vlmprune.methods.pipeline import check_call
 
 from ..call_options import RowPipelines
@@ -20,10 +20,11 @@ from ..hooks import HookSet
 from ..tower.encoded_visuals import LiveEncodings
 from ..tower.encoder_calls import watch_encoders
 from .entry_cut import EntryCut, plan_entry, whole_entry
+from .first_layer import first_layer, read_questions
 from .given_mask import check_needs_no_tower, given_visuals
 from .image_spans import columns_of
 from .inputs import compacted_inputs
-from .instructions import read_instructions, special_token_ids
+from .instructions import end_token_ids, read_instructions, special_token_ids
 from .packing import packed_prompts
 from .sequence_bounds import one_sequence
 from .visuals import PrefillVisuals, read_visuals
@@ -166,15 +167,31 @@ class InputSite:
             projector_layers=family.projector_layers,
             instructions=self._instructions(call, visuals) if INSTRUCTION in self.method.needs else (),
             embed=self._embed,
+            first_layer=first_layer(family) if FIRST_LAYER in self.method.needs else None,
+            questions=self._questions(call, visuals) if FIRST_LAYER in self.method.needs else (),
         )
+
+    def _questions(self, call: LanguageModelCall, visuals: PrefillVisuals) -> tuple[Tensor, ...]:
+        config, model = self.family.config, self.family.model
+        turn_end = self._embeddable(
+            end_token_ids(config, config.get_text_config(), getattr(model, "generation_config", None))
+        )
+        prompts = packed_prompts(call, text_axis=self.family.text_positions)
+        image_end = getattr(config, "vision_end_token_id", None)
+        return read_questions(call, visuals.spans, image_end, turn_end, self._embed, prompts)
 
     def _instructions(self, call: LanguageModelCall, visuals: PrefillVisuals) -> tuple[Instruction, ...]:
         model = self.family.model
-        config, table = self.family.config, self.family.multimodal_model.get_input_embeddings()  # type: ignore[operator]
-        named = special_token_ids(config, config.get_text_config(), getattr(model, "generation_config", None))
-        special = frozenset(token for token in named if 0 <= token < table.num_embeddings)
+        config = self.family.config
+        special = self._embeddable(
+            special_token_ids(config, config.get_text_config(), getattr(model, "generation_config", None))
+        )
         prompts = packed_prompts(call, text_axis=self.family.text_positions)
         return read_instructions(call, visuals.spans, special, self._embed, prompts)
+
+    def _embeddable(self, ids: frozenset[int]) -> frozenset[int]:
+        table: Any = self.family.multimodal_model.get_input_embeddings()  # type: ignore[operator]
+        return frozenset(token for token in ids if 0 <= token < table.num_embeddings)
 
     def _embed(self, ids: Tensor) -> Tensor:
         table: Any = self.family.multimodal_model.get_input_embeddings()  # type: ignore[operator]

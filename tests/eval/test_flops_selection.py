@@ -106,6 +106,8 @@ def test_costs_by_hand():
     assert cost("divprune", 576) == 0
     assert cost("random", 144) == 0
     assert cost("globalcom2", 144) == 577 * 1024
+    # Queries of the text, keys of the tokens, one product for each token.
+    assert cost("hawk", 144) == 40 * 4096 * 4096 + 576 * 4096 * 4096 + 576 * 4096
     qwen = preset_config("qwen2.5-vl-7b")
     grid = VisionWork(grids=((1, 24, 24),))
     method = make_method("fastervlm", keep=36)

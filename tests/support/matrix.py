@@ -10,7 +10,7 @@ from support.deeper import deeper
 from support.families import llava_next, qwen3_vl
 from support.family_cases import FAMILY_CASES
 from support.tiny_models import LLAVA_CLIP_GQA, FamilyCase
-from vlmprune.methods.needs import INSTRUCTION, LayerNeed
+from vlmprune.methods.needs import FIRST_LAYER, INSTRUCTION, LayerNeed
 from vlmprune.methods.registry import METHODS, make_method
 
 # Parameters without which a method is refused.
@@ -47,7 +47,7 @@ BY_THE_LAST_TOKEN = frozenset(
 
 # They score by the prompt's words: the same image is cut otherwise once more text follows it.
 FOLLOW_THE_QUESTION = BY_THE_LAST_TOKEN | {
-    name for name, parts in _PARTS.items() for part in parts if INSTRUCTION in part.needs
+    name for name, parts in _PARTS.items() for part in parts if {INSTRUCTION, FIRST_LAYER} & part.needs
 }
 
 

@@ -14,6 +14,7 @@ from official_cases.batches import make_batch as make_batch
 from vlmprune.layout import VisualLayout, raster_layout
 from vlmprune.methods.base import Method
 from vlmprune.methods.batch import TILE_KINDS, Instruction, Selection, TowerFacts, VisualBatch
+from vlmprune.methods.first_layer import FirstLayer
 from vlmprune.methods.projector import ProjectorLayers
 
 WITH_CLS = TowerFacts(layers=10, feature_layer=8, has_cls=True)
@@ -64,7 +65,8 @@ def random_batch(
     instructions = tuple(
         Instruction(torch.arange(2 + layout.total % 3), values(2 + layout.total % 3, 8)) for layout in images
     )
-    more = {"tile_vision": tile_vision, "instructions": instructions, **PROJECTOR}
+    questions = tuple(values(1 + layout.total % 3, 8) for layout in images)
+    more = {"tile_vision": tile_vision, "instructions": instructions, "questions": questions, **PROJECTOR}
     return make_batch(method, images, values(total, 8), vision, tower, **more)
 
 
@@ -75,6 +77,9 @@ def widened(features: Tensor) -> Tensor:
 
 PROJECTOR = {
     "project": widened,
+    "first_layer": FirstLayer(
+        "toy", 8, 4, 0.5, lambda rows: rows.view(-1, 4, 2), lambda rows: rows[:, 4:].view(-1, 2, 2)
+    ),
     "projector_layers": lambda: ProjectorLayers(torch.eye(6, 2), None, torch.nn.GELU(), torch.eye(8, 6)),
 }
 
@@ -84,7 +89,9 @@ def image_of(whole: VisualBatch, method: Method, index: int) -> VisualBatch:
     span = slice(whole.offsets[index], whole.offsets[index + 1])
     vision = {signal: values[span] for signal, values in whole.vision.items()}
     tile_vision = {signal: (maps[index],) for signal, maps in whole.tile_vision.items()}
-    more = {"tile_vision": tile_vision, "instructions": whole.instructions[index : index + 1], **PROJECTOR}
+    span_of_one = slice(index, index + 1)
+    texts = {"instructions": whole.instructions[span_of_one], "questions": whole.questions[span_of_one]}
+    more = {"tile_vision": tile_vision, **texts, **PROJECTOR}
     return make_batch(method, [whole.layouts[index]], whole.features[span], vision, whole.tower, **more)
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from vlmprune.layout import VisualLayout
 
+from .first_layer import FirstLayer
 from .projector import ProjectorLayers
 
 AttentionKind = Literal["cls_attention", "cls_attention_one_head", "cls_logits", "received_attention"]
@@ -97,6 +98,8 @@ class VisualBatch:
         projector_layers: gives the projector's weights.
         instructions: the text that goes with each image, for methods that need it.
         embed: embeds token ids `[words]` as the language model does, `[words, dim]`.
+        first_layer: the projections of the first decoder layer, for methods that need them.
+        questions: for these, per image `[tokens, dim]`, what follows the last image of its prompt up to the end of the turn.
     """
 
     features: Tensor
@@ -110,6 +113,8 @@ class VisualBatch:
     projector_layers: Callable[[], ProjectorLayers] | None = None
     instructions: tuple[Instruction, ...] = ()
     embed: Callable[[Tensor], Tensor] | None = None
+    first_layer: FirstLayer | None = None
+    questions: tuple[Tensor, ...] = ()
 
     @cached_property
     def offsets(self) -> tuple[int, ...]:

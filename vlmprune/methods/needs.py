@@ -41,6 +41,10 @@ class FamilyFacts(Protocol):
         """Whether the projector is two linear layers whose weights are at hand."""
 
     @property
+    def has_first_layer(self) -> bool:
+        """Whether queries and keys of the first decoder layer can be read."""
+
+    @property
     def has_grid(self) -> bool:
         """Whether every image is one plain grid of tokens."""
 
@@ -157,6 +161,12 @@ INSTRUCTION = Need(
     "text beside the images",
     "ids and embeddings of the prompt, as `VisualBatch.instructions`",
 )
+FIRST_LAYER = Need(
+    "first_layer",
+    "a first decoder layer whose queries and keys can be read",
+    "the layer's own modules, as `VisualBatch.first_layer`, and the text behind the images, as `VisualBatch.questions`",
+    met_by=lambda family: family.has_first_layer,
+)
 LAST_TOKEN_AT_CUT = LayerNeed(
     "last_token_at_cut",
     "the last prompt token's attention in the layer that is cut",
@@ -188,6 +198,7 @@ NEEDS: tuple[Need, ...] = (
     TOWER_BLOCKS,
     FREE_ORDER,
     INSTRUCTION,
+    FIRST_LAYER,
     LAST_TOKEN_AT_CUT,
     LAST_TOKEN_BEFORE_CUT,
     ALL_TOKENS_BEFORE_CUT,

@@ -11,6 +11,21 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
+class FirstLayerWork:
+    """Widths of the first decoder layer.
+
+    Attributes:
+        text_tokens: text of the prompt.
+        query_width: width of its queries, all heads together.
+        key_width: width of its keys, all heads together.
+    """
+
+    text_tokens: int = 1
+    query_width: int = 1
+    key_width: int = 1
+
+
+@dataclass(frozen=True)
 class Scored:
     """What an input method chooses from.
 
@@ -23,6 +38,7 @@ class Scored:
         head_dim: width of an attention head of the vision tower.
         projector: multiply-accumulates of the projector for one visual token.
         projector_hidden: width between the projector's two layers.
+        first_layer: the first decoder layer.
     """
 
     images: Sequence[tuple[int, int]]
@@ -33,6 +49,7 @@ class Scored:
     head_dim: int = 1
     projector: int = 0
     projector_hidden: int = 0
+    first_layer: FirstLayerWork = FirstLayerWork()
 
 
 def all_pairs_macs(scored: Scored) -> int:

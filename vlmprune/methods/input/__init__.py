@@ -18,3 +18,4 @@ from .cdpruner import CDPruner as CDPruner
 from .mmtok import MMTok as MMTok
 from .tokencorr import TokenCorr as TokenCorr
 from .recoverable_compression import RecoverableCompression as RecoverableCompression
+from .hawk import HAWK as HAWK
