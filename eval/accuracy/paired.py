@@ -17,14 +17,9 @@ def compare_paired(tasks: Mapping[str, Any], full: Mapping[str, Any], seed: int 
     each task, the same ones for both models; tasks weigh equally. None where some item has no score of its own, or where the
     two runs did not answer the same items.
     """
-    pairs = []
-    for name, task in tasks.items():
-        ours = {sample["doc_id"]: sample["score"] for sample in task["samples"]}
-        theirs = {sample["doc_id"]: sample["score"] for sample in full.get(name, {}).get("samples", [])}
-        if not ours or ours.keys() != theirs.keys() or None in ours.values() or None in theirs.values():
-            return None
-        sign = 1.0 if task["higher_is_better"] else -1.0
-        pairs.append((sign, np.array([[ours[key], theirs[key]] for key in ours], dtype=float)))
+    pairs = paired_scores(tasks, full)
+    if pairs is None:
+        return None
     generator = np.random.default_rng(seed)
     differences, ratios = [], []
     for sign, scores in pairs:
@@ -42,6 +37,22 @@ def compare_paired(tasks: Mapping[str, Any], full: Mapping[str, Any], seed: int 
         "difference_95": _interval(np.mean(differences, axis=0)),
         "relative_95": _interval(np.mean(ratios, axis=0)),
     }
+
+
+def paired_scores(tasks: Mapping[str, Any], other: Mapping[str, Any]) -> list[tuple[float, np.ndarray]] | None:
+    """Return for every task the sign that makes more better, and `[items, 2]`, the scores of both runs.
+
+    None where some item has no score of its own, or where the two runs did not answer the same items.
+    """
+    pairs = []
+    for name, task in tasks.items():
+        ours = {sample["doc_id"]: sample["score"] for sample in task["samples"]}
+        theirs = {sample["doc_id"]: sample["score"] for sample in other.get(name, {}).get("samples", [])}
+        if not ours or ours.keys() != theirs.keys() or None in ours.values() or None in theirs.values():
+            return None
+        sign = 1.0 if task["higher_is_better"] else -1.0
+        pairs.append((sign, np.array([[ours[key], theirs[key]] for key in ours], dtype=float)))
+    return pairs
 
 
 def _interval(values: np.ndarray) -> list[float] | None:

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 from rich.console import Console
+from rich.table import Table
 
-from vlmprune.eval.run.cells import LeftOut
+from vlmprune.eval.accuracy.against_baselines import Comparison, compare_with_baselines
+from vlmprune.eval.run.cells import BASELINES, LeftOut
 from vlmprune.eval.run.machine import describe_machine
 from vlmprune.eval.run.result_folder import ResultFolder, write_json
 
 from .html_page import write_report
 from .plots import plot_pareto
 from .summary import Row, results_csv
-from .tables import accuracy_tables, as_markdown, cost_table
+from .tables import accuracy_tables, as_markdown, baseline_table, cost_table
 
 PLOTS: dict[str, tuple[Callable[[Row], float | None], str]] = {
     "accuracy_vs_flops.png": (
@@ -30,7 +33,7 @@ PLOTS: dict[str, tuple[Callable[[Row], float | None], str]] = {
 def print_tables(rows: Sequence[Row], folder: Path, left_out: Sequence[LeftOut] = ()) -> None:
     """Accuracy and cost, at most 100 columns wide, and what is left out of them."""
     output = Console(width=100)
-    for table in (*accuracy_tables(rows), cost_table(rows)):
+    for table in _tables(rows):
         output.print(table)
         output.print()
     for item in left_out:
@@ -56,6 +59,7 @@ def write_results(
             "visual_tokens_after": "mean over language-model layers and requests",
             "relative": "mean over tasks of score / score of the unpruned model",
             "paired": "against the unpruned model on the same items; 95 % intervals by bootstrap within tasks",
+            "against_baselines": "exact sign test on the same items, adjusted for all comparisons (false discovery rate 5 %)",
             "times": "milliseconds at batch size 1, medians with quartiles, all cells in turn within one run",
             "formulas": "as published, on visual tokens only; they are multiply-accumulates",
         },
@@ -72,6 +76,9 @@ def write_results(
             }
             for row in rows
         ],
+        "against_baselines": [
+            {**asdict(comparison), "verdict": comparison.verdict} for comparison in _comparisons(rows)
+        ],
         "left_out": [item.described() for item in left_out],
     }
     write_json(folder.path / "results.json", content)
@@ -79,7 +86,17 @@ def write_results(
     name = folder.configuration["model"]["source"].rstrip("/").split("/")[-1]
     for file, (cost, label) in PLOTS.items():
         plot_pareto(rows, folder.path / file, cost, label, f"{name}: accuracy against {label.split(' (')[0]}")
-    markdown = "\n".join(map(as_markdown, [*accuracy_tables(rows), cost_table(rows)]))
+    markdown = "\n".join(map(as_markdown, _tables(rows)))
     notes = "".join(f"\n- {item.note}" for item in left_out)
     (folder.path / "tables.md").write_text(markdown + (f"\nLeft out:\n{notes}\n" if notes else ""), encoding="utf-8")
     write_report([folder.path], folder.path / "report.html")
+
+
+def _comparisons(rows: Sequence[Row]) -> list[Comparison]:
+    return compare_with_baselines([row.result for row in rows], BASELINES)
+
+
+def _tables(rows: Sequence[Row]) -> list[Table]:
+    comparisons = _comparisons(rows)
+    against = [baseline_table(comparisons)] if comparisons else []
+    return [*accuracy_tables(rows), *against, cost_table(rows)]

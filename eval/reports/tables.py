@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from rich.table import Table
 
+from vlmprune.eval.accuracy.against_baselines import Comparison
 from vlmprune.eval.run.table_style import cost_style
 
 from .summary import NOT_COUNTED, Row, interval
@@ -77,6 +78,29 @@ def cost_table(rows: Sequence[Row]) -> Table:
             end_section=last,
         )
     return table
+
+
+def baseline_table(comparisons: Sequence[Comparison]) -> Table:
+    """Points of mean accuracy against each baseline, and whether the items tell the two apart."""
+    table = cost_style("Against the baselines (points; + better, - worse, = not told apart by these items)")
+    _identity(table)
+    names = list(dict.fromkeys(comparison.baseline for comparison in comparisons))
+    for name in names:
+        table.add_column(name, justify="right", no_wrap=True)
+    cells = {(c.method, c.keep, c.baseline): c for c in comparisons}
+    shown = list(dict.fromkeys((c.method, c.keep) for c in comparisons))
+    for place, (method, keep) in enumerate(shown):
+        found = [cells.get((method, keep, name)) for name in names]
+        last = place + 1 == len(shown) or shown[place + 1][0] != method
+        table.add_row(method, f"{keep:g}", *map(_against, found), end_section=last)
+    return table
+
+
+def _against(comparison: Comparison | None) -> str:
+    if comparison is None:
+        return "-"
+    marks = {"better": "+", "worse": "-", "a tie": "="}
+    return f"{100 * comparison.difference:+.1f} {marks[comparison.verdict]}"
 
 
 def as_markdown(table: Table) -> str:
