@@ -16,6 +16,7 @@ from vlmprune.record import RunRecord
 
 if TYPE_CHECKING:
     from .cache.state import PrunedCacheState
+    from .layers.continued import ContinuedLayers
     from .layers.run import LayerRun
     from .prefill.compaction import Compaction
 
@@ -77,7 +78,8 @@ class LanguageModelCall:
         state: what earlier prefills left behind with the cache, or None.
         entry: how the sequence was compacted before the first layer, or None.
         left_behind: what later calls with the same cache must know, or None.
-        layer_run: the running sequence where it differs from layer to layer, or None.
+        layer_run: the running sequence of a prefill where it differs from layer to layer, or None.
+        continued_layers: what the layers are given where it differs and nothing is dropped any more, or None.
         record: what a prefill kept before the first layer.
         drafts: how many of the last tokens are drafts of assisted decoding, which no method may look at.
     """
@@ -88,6 +90,7 @@ class LanguageModelCall:
     entry: Compaction | None = None
     left_behind: PrunedCacheState | None = None
     layer_run: LayerRun | None = None
+    continued_layers: ContinuedLayers | None = None
     record: RunRecord | None = None
     drafts: int = 0
 

@@ -94,7 +94,7 @@ class Sites:
         if call.model_call.has_visuals:
             call.left_behind = replace(state, tail_advances=False)
         if self.layer is not None and len(state.layer_groups) > 1 and call.layer_run is None:
-            call.layer_run = self.layer.layer_run(call)
+            call.continued_layers = self.layer.continued_layers(call, state)
         return arguments
 
     def finish(self, call: LanguageModelCall) -> PrunedCacheState | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ..calls import LanguageModelCall, ModelCall
-from .drafts import take_drafts
+from .drafts import take_drafts, verifies_drafts
 from .pruned_cache import cache_state, open_cache, take_trust
 
 
@@ -23,7 +23,7 @@ def begin_language_call(model_call: ModelCall, arguments: dict[str, Any]) -> Lan
         state.check_entries(cache)
         if not take_trust(cache):
             call.check_positions()
-    if cache is not None:
+    if cache is not None and verifies_drafts(cache):
         call.drafts = take_drafts(cache, call.caller_past + call.columns)
     return call
 

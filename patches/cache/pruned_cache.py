@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -45,20 +45,21 @@ class PrunedCache:
 
     def get_seq_length(self, *args: Any, **kwargs: Any) -> Any:
         """Return the number of tokens of the caller's sequence; inside a patched forward, the layer's entries."""
-        held = super().get_seq_length(*args, **kwargs)  # type: ignore[misc]
-        state = self.__dict__.get(_STATE)
-        if self._vlmprune_running or state is None:
-            return held
+        state = None if self._vlmprune_running else self.__dict__.get(_STATE)
+        if state is None:
+            return super().get_seq_length(*args, **kwargs)  # type: ignore[misc]
         return self.layers[0].get_seq_length() + (state.caller_length - state.cache_length)  # type: ignore[attr-defined]
 
     def get_mask_sizes(self, *args: Any, **kwargs: Any) -> Any:
         """Return what the host makes masks from; only inside a patched forward."""
-        self._check_running()
+        if not self._vlmprune_running:
+            self._refuse()
         return super().get_mask_sizes(*args, **kwargs)  # type: ignore[misc]
 
     def update(self, *args: Any, **kwargs: Any) -> Any:
         """Add keys and values of one layer; only inside a patched forward."""
-        self._check_running()
+        if not self._vlmprune_running:
+            self._refuse()
         return super().update(*args, **kwargs)  # type: ignore[misc]
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -150,14 +151,13 @@ class PrunedCache:
             )
         return state
 
-    def _check_running(self) -> None:
-        if not self._vlmprune_running:
-            state = self._known()
-            raise UnsupportedCallError(
-                f"This KV cache was pruned by {state.method!r}: it holds fewer entries than the {state.caller_past(self)} "
-                "tokens it stands for, and the model that was called with it does not know which. Apply a method to the model "
-                "(vlmprune.apply) and call the whole model, or start with a fresh cache."
-            )
+    def _refuse(self) -> NoReturn:
+        state = self._known()
+        raise UnsupportedCallError(
+            f"This KV cache was pruned by {state.method!r}: it holds fewer entries than the {state.caller_past(self)} "
+            "tokens it stands for, and the model that was called with it does not know which. Apply a method to the model "
+            "(vlmprune.apply) and call the whole model, or start with a fresh cache."
+        )
 
 
 @cache

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -113,6 +114,20 @@ class PrunedCacheState:
         """Rows of the cache."""
         return self.highest.shape[0]
 
+    @cached_property
+    def last_positions(self) -> list[int]:
+        """The highest position id of each row at the end of the latest prefill."""
+        last: list[int] = self.highest[:, -1].tolist()
+        return last
+
+    @cached_property
+    def shifts(self) -> tuple[tuple[int, ...], Tensor]:
+        """For each layer group the number of its `removed` among those that differ, and these, int64 `[numbers, batch, 1]`."""
+        removed = [group.removed.flatten().tolist() for group in self.layer_groups]
+        firsts = [number for number, each in enumerate(removed) if removed.index(each) == number]
+        numbers = tuple(firsts.index(removed.index(each)) for each in removed)
+        return numbers, torch.stack([self.layer_groups[first].removed for first in firsts])
+
     def group(self, layer: int) -> LayerGroup:
         """Return the group that holds `layer`."""
         return next(group for group in reversed(self.layer_groups) if group.first_layer <= layer)
@@ -141,8 +156,11 @@ class PrunedCacheState:
         """Raise UnsupportedCallError if a layer of a static cache has no room for `new_columns` more tokens."""
         for group in self.layer_groups:
             layer = cache.layers[group.first_layer]
-            held, room = int(layer.get_seq_length()), layer.get_max_length()
-            if 0 <= room < held + new_columns and not getattr(layer, "is_sliding", False):
+            room = layer.get_max_length()
+            if room < 0 or getattr(layer, "is_sliding", False):
+                continue
+            held = int(layer.get_seq_length())
+            if room < held + new_columns:
                 raise UnsupportedCallError(
                     f"The static cache has {room} places; layer {group.first_layer} holds {held} entries, {new_columns} tokens "
                     "are new. Make it longer (StaticCache(max_cache_len=...), or `max_cache_len` of the generation config)."
@@ -160,6 +178,10 @@ class PrunedCacheState:
         self.check_batch(positions.shape[-2])
         self.check_columns(mask, past + columns, columns)
         lowest = positions[-3:].amin(0) if positions.ndim == 3 else positions
+        # Mostly they lie above what the last token can have had, whatever the mask says.
+        added = past - self.caller_length if self.tail_advances else 0
+        if all(min(row) > last + added for row, last in zip(lowest.tolist(), self.last_positions, strict=True)):
+            return
         last = self.highest[:, -1]
         if self.tail_advances:
             last = last + (past - self.caller_length if mask is None else mask[:, self.caller_length : past].sum(1))
@@ -197,10 +219,21 @@ class PrunedCacheState:
             attention_mask: the caller's mask `[batch, caller_past + new_columns]`, or None.
             new_columns: tokens of this call.
         """
+        later, count = self.later_tokens(cache, attention_mask, new_columns)
+        return self.layer_groups[0].extended(later, count)
+
+    def later_tokens(self, cache: Any, attention_mask: Tensor | None, new_columns: int) -> tuple[Tensor | None, int]:
+        """Return the caller's mask `[batch, tokens]` of what follows the latest prefill, or None, and the number of tokens.
+
+        In a step of one token it is None, too, where it masks nothing. The arguments are those of `valid_columns`.
+        """
         expected = self.caller_past(cache) + new_columns
         self.check_columns(attention_mask, expected, new_columns)
         later = None if attention_mask is None else attention_mask[:, self.caller_length :]
-        return self.layer_groups[0].extended(later, expected - self.caller_length)
+        # More tokens keep theirs: backends look for packed prompts where there is none. A graph cannot follow the values.
+        if later is not None and new_columns == 1 and not torch.compiler.is_compiling() and bool(later.all()):
+            later = None
+        return later, expected - self.caller_length
 
     def cropped(self, caller_length: int) -> PrunedCacheState:
         """Return the state once everything from the caller's column `caller_length` on is taken away; 0 is not allowed."""

@@ -14,6 +14,7 @@ from vlmprune.errors import UnsupportedCallError
 from vlmprune.methods.layer_method import LayerMethod
 from vlmprune.methods.pipeline import check_call
 
+from ..cache.state import PrunedCacheState
 from ..call_options import RowPipelines
 from ..calls import CallStack, LanguageModelCall
 from ..families.family import Family
@@ -22,6 +23,7 @@ from ..prefill.entry_cut import EntryCut
 from ..prefill.packing import packed_prompts
 from ..prefill.sequence_bounds import SEQUENCE_BOUNDS
 from ..prefill.visuals import PrefillVisuals
+from .continued import ContinuedLayers, rotary_positions
 from .deepstack import add_deepstack, hold_back_deepstack
 from .probe import LayerProbe
 from .run import LayerRun
@@ -130,6 +132,10 @@ class LayerSite:
         call.layer_run = run
         return hold_back_deepstack(run, arguments)
 
+    def continued_layers(self, call: LanguageModelCall, state: PrunedCacheState) -> ContinuedLayers:
+        """Return what the layers are given in a call without images whose cache holds other tokens in later layers."""
+        return ContinuedLayers(call, state, self.family, self.compact)
+
     def layer_run(self, call: LanguageModelCall) -> LayerRun:
         """Return the run of a call as its arguments describe it, nothing dropped yet."""
         mask = call.mask
@@ -160,7 +166,12 @@ class LayerSite:
 
     def _enter_layer(self, layer: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         call = self.calls.language_call
-        run = None if call is None else call.layer_run
+        if call is None:
+            return None
+        if call.continued_layers is not None:
+            inputs = call.continued_layers.enter(layer, args[0] if args else kwargs["hidden_states"], kwargs)
+            return None if inputs is None else (args, inputs)
+        run = call.layer_run
         if run is None:
             return None
         hidden = args[0] if args else kwargs["hidden_states"]
@@ -199,7 +210,7 @@ class LayerSite:
             ),
             # Flash attention reads gaps as packed sequences, so only gapless positions go to the attention function.
             "position_ids": positions if positions.ndim == 2 and self._gapless(run) else None,
-            "position_embeddings": model.rotary_emb(hidden, self._rotary_positions(positions)),
+            "position_embeddings": model.rotary_emb(hidden, rotary_positions(self.family, positions)),
             # Those of the entry are too long now.
             **{name: None for name in SEQUENCE_BOUNDS if name in kwargs},
         }
@@ -207,13 +218,6 @@ class LayerSite:
 
     def _gapless(self, run: LayerRun) -> bool:
         return run.compact_layers and (run.entry is None or run.compact_entry)
-
-    def _rotary_positions(self, positions: Tensor) -> Tensor:
-        if not self.family.mrope:
-            return positions
-        if positions.ndim == 2:
-            return positions[None].expand(3, -1, -1)
-        return positions[1:] if positions.shape[0] == 4 else positions
 
     def _cut(
         self, run: LayerRun, layer: int, chosen: list[int], hidden: Tensor, kwargs: dict[str, Any]

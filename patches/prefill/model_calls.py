@@ -29,6 +29,8 @@ def read_model_call(family: Family, call: ModelCall, parameters: Collection[str]
     """
     inputs = call.inputs
     given = inputs.get("mm_encoder_outputs") or {}
+    if not given and all(inputs.get(name) is None for name in PIXELS.values()):
+        return
     if given and "mm_encoder_outputs" not in parameters:
         raise UnsupportedCallError(
             f"mm_encoder_outputs was given; {type(family.multimodal_model).__name__} of transformers "
