@@ -131,6 +131,12 @@ class LanguageModelCall:
         """Tokens of the caller's sequence before this call."""
         return self.past if self.state is None else self.state.caller_past(self.cache)
 
+    @cached_property
+    def later_tokens(self) -> tuple[Tensor | None, int]:
+        """What a pruned cache's state calls so."""
+        assert self.state is not None
+        return self.state.later_tokens(self.caller_past, self.mask, self.columns)
+
     @property
     def mask(self) -> Any:
         """The attention mask as the host passed it; see `check_mask`."""
@@ -150,7 +156,7 @@ class LanguageModelCall:
         """Raise UnsupportedCallError if the caller gave positions that the pruned cache already stands for."""
         if self.state is not None and self.model_call.inputs.get("position_ids") is not None:
             mask = self.mask if isinstance(self.mask, Tensor) and self.mask.ndim == 2 else None
-            self.state.check_positions(self.cache, self.positions, mask)
+            self.state.check_positions(self.caller_past, self.positions, mask)
 
     @cached_property
     def visual(self) -> Tensor:
@@ -178,6 +184,8 @@ class LanguageModelCall:
         elif self.model_call.inputs.get("position_ids") is None:
             # Made by the multimodal model (M-RoPE), of the whole mask where there is one.
             given = given[..., -self.columns :]
+        if given.ndim > 1 and given.shape[-2] == self.batch:
+            return given
         leading = given.shape[:-2] if given.ndim > 1 else ()
         return given.expand(*leading, self.batch, self.columns)
 
@@ -193,6 +201,12 @@ class CallStack(threading.local):
     def language_call(self) -> LanguageModelCall | None:
         """The running call of the language model, or None."""
         return self.model[-1].language_call if self.model else None
+
+    @property
+    def continued_layers(self) -> ContinuedLayers | None:
+        """Those of the running call of the language model, or None."""
+        call = self.model[-1].language_call if self.model else None
+        return None if call is None else call.continued_layers
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CallStack:
         return CallStack()

@@ -20,7 +20,7 @@ def begin_language_call(model_call: ModelCall, arguments: dict[str, Any]) -> Lan
     call = model_call.language_call = LanguageModelCall(model_call, arguments, state)
     if state is not None:
         open_cache(cache)
-        state.check_entries(cache)
+        call.caller_past = state.check_entries(cache)
         if not take_trust(cache):
             call.check_positions()
     if cache is not None and verifies_drafts(cache):
@@ -40,5 +40,5 @@ def continued_inputs(call: LanguageModelCall) -> dict[str, Any]:
     state.check_batch(call.batch)
     call.check_mask()
     state.check_room(call.cache, call.columns)
-    mask = state.valid_columns(call.cache, call.mask, call.columns)
+    mask = state.layer_groups[0].extended(*call.later_tokens)
     return {**call.arguments, "attention_mask": mask, "position_ids": call.positions - state.removed}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -78,6 +78,20 @@ class LayerGroup:
         )
 
 
+class PositionShifts(NamedTuple):
+    """How much higher positions are in some layer groups than in the first.
+
+    Attributes:
+        numbers: which of the shifts that differ is the group's, by its first layer; 0 is the first group's own.
+        count: how many differ.
+        added: the shifts one below the other, int64 `[count * batch, 1]`.
+    """
+
+    numbers: dict[int, int]
+    count: int
+    added: Tensor
+
+
 @dataclass(frozen=True, eq=False)
 class PrunedCacheState:
     """How a cache relates to the sequence that the caller believes to be in it.
@@ -121,12 +135,23 @@ class PrunedCacheState:
         return last
 
     @cached_property
-    def shifts(self) -> tuple[tuple[int, ...], Tensor]:
-        """For each layer group the number of its `removed` among those that differ, and these, int64 `[numbers, batch, 1]`."""
+    def later_groups(self) -> dict[int, LayerGroup]:
+        """All groups but the first, by their first layer."""
+        return {group.first_layer: group for group in self.layer_groups[1:]}
+
+    @cached_property
+    def shifts(self) -> PositionShifts:
+        """How positions after the prefill differ between the layer groups."""
         removed = [group.removed.flatten().tolist() for group in self.layer_groups]
         firsts = [number for number, each in enumerate(removed) if removed.index(each) == number]
-        numbers = tuple(firsts.index(removed.index(each)) for each in removed)
-        return numbers, torch.stack([self.layer_groups[first].removed for first in firsts])
+        return PositionShifts(
+            numbers={
+                group.first_layer: firsts.index(removed.index(each))
+                for group, each in zip(self.layer_groups, removed, strict=True)
+            },
+            count=len(firsts),
+            added=torch.cat([self.removed - self.layer_groups[first].removed for first in firsts]),
+        )
 
     def group(self, layer: int) -> LayerGroup:
         """Return the group that holds `layer`."""
@@ -136,8 +161,12 @@ class PrunedCacheState:
         """Return how many tokens of the caller's sequence the cache stands for now."""
         return self.caller_length + int(cache.layers[0].get_seq_length()) - self.cache_length
 
-    def check_entries(self, cache: Any) -> None:
-        """Raise UnsupportedCallError if layers of the cache were shortened or exchanged behind its back, or prompts packed."""
+    def check_entries(self, cache: Any) -> int:
+        """Return how many tokens the cache stands for now, as `caller_past`.
+
+        Raises:
+            UnsupportedCallError: layers were shortened or exchanged behind the cache's back, or prompts packed.
+        """
         if self.packed:
             raise UnsupportedCallError(
                 f"A cache pruned by {self.method!r} holds several prompts packed in one row, of which none can be continued; "
@@ -146,11 +175,12 @@ class PrunedCacheState:
         added = [
             int(cache.layers[group.first_layer].get_seq_length()) - group.cache_length for group in self.layer_groups
         ]
-        if min(added) < 0 or min(added) != max(added):
+        if added[0] < 0 or added.count(added[0]) != len(added):
             raise UnsupportedCallError(
                 f"The layers of a cache pruned by {self.method!r} hold {added} entries more than its prefill left in them; "
                 "they must have grown alike. Shorten it with `cache.crop(-tokens)`, never layer by layer."
             )
+        return self.caller_length + added[0]
 
     def check_room(self, cache: Any, new_columns: int) -> None:
         """Raise UnsupportedCallError if a layer of a static cache has no room for `new_columns` more tokens."""
@@ -166,15 +196,15 @@ class PrunedCacheState:
                     "are new. Make it longer (StaticCache(max_cache_len=...), or `max_cache_len` of the generation config)."
                 )
 
-    def check_positions(self, cache: Any, positions: Tensor, mask: Tensor | None) -> None:
+    def check_positions(self, past: int, positions: Tensor, mask: Tensor | None) -> None:
         """Raise UnsupportedCallError if new tokens stand where the cache's tokens do.
 
         Args:
-            cache: the cache before this call's tokens are added.
+            past: tokens of the caller's sequence before this call.
             positions: position ids `[..., batch, columns]` of the new tokens, as the caller counts them.
             mask: the caller's mask `[batch, caller_past + columns]`, or None.
         """
-        past, columns = self.caller_past(cache), positions.shape[-1]
+        columns = positions.shape[-1]
         self.check_batch(positions.shape[-2])
         self.check_columns(mask, past + columns, columns)
         lowest = positions[-3:].amin(0) if positions.ndim == 3 else positions
@@ -211,23 +241,17 @@ class PrunedCacheState:
                 f"tokens of the full sequence and {new_columns} are new, so {expected} are needed."
             )
 
-    def valid_columns(self, cache: Any, attention_mask: Tensor | None, new_columns: int) -> Tensor | None:
-        """Return the mask `[batch, entries before + new_columns]` of the first layer, or None if nothing is masked.
-
-        Args:
-            cache: the cache before this call's tokens are added.
-            attention_mask: the caller's mask `[batch, caller_past + new_columns]`, or None.
-            new_columns: tokens of this call.
-        """
-        later, count = self.later_tokens(cache, attention_mask, new_columns)
-        return self.layer_groups[0].extended(later, count)
-
-    def later_tokens(self, cache: Any, attention_mask: Tensor | None, new_columns: int) -> tuple[Tensor | None, int]:
+    def later_tokens(self, past: int, attention_mask: Tensor | None, new_columns: int) -> tuple[Tensor | None, int]:
         """Return the caller's mask `[batch, tokens]` of what follows the latest prefill, or None, and the number of tokens.
 
-        In a step of one token it is None, too, where it masks nothing. The arguments are those of `valid_columns`.
+        In a step of one token it is None, too, where it masks nothing.
+
+        Args:
+            past: tokens of the caller's sequence before this call.
+            attention_mask: the caller's mask `[batch, past + new_columns]`, or None.
+            new_columns: tokens of this call.
         """
-        expected = self.caller_past(cache) + new_columns
+        expected = past + new_columns
         self.check_columns(attention_mask, expected, new_columns)
         later = None if attention_mask is None else attention_mask[:, self.caller_length :]
         # More tokens keep theirs: backends look for packed prompts where there is none. A graph cannot follow the values.

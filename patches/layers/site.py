@@ -23,7 +23,7 @@ from ..prefill.entry_cut import EntryCut
 from ..prefill.packing import packed_prompts
 from ..prefill.sequence_bounds import SEQUENCE_BOUNDS
 from ..prefill.visuals import PrefillVisuals
-from .continued import ContinuedLayers, rotary_positions
+from .continued import ContinuedLayers, follows_length, rotary_positions
 from .deepstack import add_deepstack, hold_back_deepstack
 from .probe import LayerProbe
 from .run import LayerRun
@@ -47,6 +47,7 @@ class LayerSite:
         self.compact = compact
         self.compact_entry = compact_entry
         self.first_hooked = family.decoder_layers
+        self.together = False
         self.probe = LayerProbe(family, method, calls)
 
     @property
@@ -68,6 +69,10 @@ class LayerSite:
         probed = {self.probe.layer_of(cut) for cut in method.cut_layers(self.family.decoder_layers)}
         first = min(probed)
         check_decoder(model, range(first, self.family.decoder_layers), method.name)
+        if self.first_hooked == self.family.decoder_layers:
+            self.together = not follows_length(model.rotary_emb)
+            hooks.before("rotary embedding entry", model.rotary_emb, self._enter_rotary)
+            hooks.after("rotary embedding exit", model.rotary_emb, self._leave_rotary)
         for layer in range(first, self.first_hooked):
             hooks.before(f"decoder layer {layer}", model.layers[layer], partial(self._enter_layer, layer))
         self.first_hooked = min(first, self.first_hooked)
@@ -134,7 +139,7 @@ class LayerSite:
 
     def continued_layers(self, call: LanguageModelCall, state: PrunedCacheState) -> ContinuedLayers:
         """Return what the layers are given in a call without images whose cache holds other tokens in later layers."""
-        return ContinuedLayers(call, state, self.family, self.compact)
+        return ContinuedLayers(call, state, self.family, self.compact, self.together)
 
     def layer_run(self, call: LanguageModelCall) -> LayerRun:
         """Return the run of a call as its arguments describe it, nothing dropped yet."""
@@ -164,14 +169,27 @@ class LayerSite:
                 alive = cut.tokens or 0
         return wanted
 
-    def _enter_layer(self, layer: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        call = self.calls.language_call
-        if call is None:
+    def _enter_rotary(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        continued = self.calls.continued_layers
+        if continued is None:
             return None
-        if call.continued_layers is not None:
-            inputs = call.continued_layers.enter(layer, args[0] if args else kwargs["hidden_states"], kwargs)
+        given = "position_ids" in kwargs
+        positions = continued.enter_rotary(kwargs["position_ids"] if given else args[1])
+        if positions is None:
+            return None
+        return (args, {**kwargs, "position_ids": positions}) if given else ((args[0], positions, *args[2:]), kwargs)
+
+    def _leave_rotary(self, module: nn.Module, args: Any, kwargs: Any, output: tuple[Tensor, ...]) -> Any:
+        continued = self.calls.continued_layers
+        return None if continued is None else continued.leave_rotary(output)
+
+    def _enter_layer(self, layer: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        continued = self.calls.continued_layers
+        if continued is not None:
+            inputs = continued.enter(layer, args, kwargs)
             return None if inputs is None else (args, inputs)
-        run = call.layer_run
+        call = self.calls.language_call
+        run = None if call is None else call.layer_run
         if run is None:
             return None
         hidden = args[0] if args else kwargs["hidden_states"]

@@ -130,7 +130,7 @@ def _valid_columns(call: LanguageModelCall, compaction: Compaction) -> Tensor | 
     before: Tensor | None = None
     if call.past and call.state is not None:
         head_mask = None if call.mask is None else call.mask[:, : call.caller_past]
-        before = call.state.valid_columns(call.cache, head_mask, 0)
+        before = call.state.layer_groups[0].extended(*call.state.later_tokens(call.caller_past, head_mask, 0))
     elif call.past and call.mask is not None:
         before = call.mask[:, : call.past].to(present)
     if before is None:

@@ -48,7 +48,7 @@ def read_model_call(family: Family, call: ModelCall, parameters: Collection[str]
 
 def check_no_replica(module: nn.Module) -> None:
     """Raise UnsupportedCallError in a copy that DataParallel made of the model."""
-    if getattr(module, "_is_replica", False):
+    if module.__dict__.get("_is_replica", False):
         raise UnsupportedCallError(
             "DataParallel copies the model to several devices, and the copies share one set of hooks. "
             "Use one device, or DistributedDataParallel."
