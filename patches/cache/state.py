@@ -83,12 +83,12 @@ class PositionShifts(NamedTuple):
 
     Attributes:
         numbers: which of the shifts that differ is the group's, by its first layer; 0 is the first group's own.
-        count: how many differ.
-        added: the shifts one below the other, int64 `[count * batch, 1]`.
+        differing: how many differ.
+        added: the shifts one below the other, int64 `[differing * batch, 1]`.
     """
 
     numbers: dict[int, int]
-    count: int
+    differing: int
     added: Tensor
 
 
@@ -149,7 +149,7 @@ class PrunedCacheState:
                 group.first_layer: firsts.index(removed.index(each))
                 for group, each in zip(self.layer_groups, removed, strict=True)
             },
-            count=len(firsts),
+            differing=len(firsts),
             added=torch.cat([self.removed - self.layer_groups[first].removed for first in firsts]),
         )
 

@@ -36,26 +36,26 @@ class ContinuedLayers:
         self.gapless = gapless
         self.groups = state.later_groups
         self.shifts = state.shifts
-        self.together = together and self.shifts.count > 1
+        self.together = together and self.shifts.differing > 1
         self.embeddings: list[Any] = []
         self.inputs: dict[str, Any] | None = None
 
     def enter_rotary(self, positions: Tensor) -> Tensor | None:
-        """Return all positions `[..., count * batch, columns]`, or None where there are no others.
+        """Return all positions `[..., differing * batch, columns]`, or None where there are no others.
 
         Args:
             positions: those of the first group as the host passes them, `[..., batch, columns]`.
         """
         if not self.together or self.embeddings:
             return None
-        rows = positions if positions.shape[-2] == 1 else torch.cat([positions] * self.shifts.count, dim=-2)
+        rows = positions if positions.shape[-2] == 1 else torch.cat([positions] * self.shifts.differing, dim=-2)
         return rows + self.shifts.added
 
     def leave_rotary(self, embeddings: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
-        """Keep what the host made of these positions, `[..., count * batch, columns, dim]`, and return the first group's."""
+        """Keep what the host made of these positions, `[..., differing * batch, columns, dim]`, and return the first group's."""
         if not self.together or self.embeddings:
             return None
-        self.embeddings = [*zip(*(part.chunk(self.shifts.count, dim=-3) for part in embeddings), strict=True)]
+        self.embeddings = [*zip(*(part.chunk(self.shifts.differing, dim=-3) for part in embeddings), strict=True)]
         first: tuple[Tensor, ...] = self.embeddings[0]
         return first
 
