@@ -92,4 +92,5 @@ def finished_record(run: LayerRun, signal: str) -> RunRecord:
         visual_tokens_per_layer=per_layer,
         kept_per_image=images.index,
         kept_by_stage=((0, record.kept_per_image), *run.kept_by_cut),
+        groups_by_stage=tuple(run.groups_by_cut),
     )

@@ -41,7 +41,8 @@ class Sites:
         self.calls = calls
         self.positions = positions or ("original" if family.mrope else "compact")
         self._asked_positions = positions
-        self.input = InputSite(family, pipeline.at_input, calls, compact=self.positions == "compact")
+        later = () if pipeline.at_layers is None else pipeline.at_layers.vision_signals(family.tower_facts)
+        self.input = InputSite(family, pipeline.at_input, calls, self.positions == "compact", later)
         self.layer = None if pipeline.at_layers is None else self._layer_site(pipeline.at_layers)
 
     @property

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from torch import Tensor
@@ -24,7 +25,10 @@ class ImageRecord:
             position the merged token took; for methods that drop inside the language model those alive after its last layer.
         groups: int64 `[total]`, for each visual token the index of the token that its value entered the language model with (an
             index into the kept indices of the first stage), -1 where it was dropped.
-        stages: the kept indices with the first layer of the language model that sees just these, ascending by layer.
+        stages: the kept indices with the first layer of the language model that sees just these, ascending by layer; in the order
+            in which the layer sees them, which is not always ascending where tokens are merged between layers.
+        stage_groups: for every stage but the first its first layer and where each token of the stage before went: int64, the
+            index of its token among those that the stage keeps, -1 where it was dropped.
         layout: geometry of all its visual tokens.
         modality: "image" or "video".
     """
@@ -36,6 +40,7 @@ class ImageRecord:
     layout: VisualLayout
     stages: tuple[tuple[int, Tensor], ...] = ()
     modality: str = "image"
+    stage_groups: tuple[tuple[int, Tensor], ...] = ()
 
     @property
     def grid(self) -> tuple[int, int] | None:
@@ -61,6 +66,8 @@ class RunRecord:
         visual_tokens_per_layer: visual tokens per row `[rows]` and language-model layer `[layers]`.
         groups_per_image: with methods that merge, per image where each visual token went; see `ImageRecord.groups`.
         kept_by_stage: with methods that drop inside the language model, per stage its first layer and the kept indices per image.
+        groups_by_stage: with methods that merge inside the language model, per cut its layer and per image where each token went,
+            None where kept tokens have their own values.
         text: per row bool `[columns]` on the CPU, the valid tokens of the call that are not visual.
         image_columns: per image int64 `[total]` on the CPU, `row * columns + column` of its visual tokens in the call.
     """
@@ -76,11 +83,14 @@ class RunRecord:
     kept_per_image: Sequence[Tensor | int]
     groups_per_image: Sequence[Tensor] = ()
     kept_by_stage: Sequence[tuple[int, Sequence[Tensor | int]]] = ()
+    groups_by_stage: Sequence[tuple[int, Sequence[Tensor | None]]] = ()
     text: Sequence[Tensor] = ()
     image_columns: Sequence[Tensor] = ()
 
     def kept_columns(self, row: int, layer: int = 0) -> Tensor:
-        """Return the columns of the call that a layer saw in a row, int64, ascending: text and the visual tokens alive there.
+        """Return the columns of the call that a layer saw in a row, int64: text and the visual tokens alive there.
+
+        They ascend, except where tokens merged between layers stand behind the others of their image.
 
         What `output_attentions=True` returns keeps the pruned lengths. Of its `[batch, heads, queries, keys]` for that layer
         the last `len(kept_columns)` queries and keys of the row are these columns, in this order; what precedes them is
@@ -102,11 +112,13 @@ class RunRecord:
                 f"{len(self.visual_tokens_per_layer[0])} layers."
             )
         columns = [self.text[row].nonzero().flatten()]
-        for image, places in zip(self.images, self.image_columns, strict=True):
+        places = list(columns)
+        for image, mine in zip(self.images, self.image_columns, strict=True):
             if image.batch_index == row:
                 alive = [kept for first, kept in image.stages if first <= layer][-1]
-                columns.append(places[alive] - row * len(self.text[row]))
-        return torch.cat(columns).sort().values
+                columns.append(mine[alive] - row * len(self.text[row]))
+                places.append(columns[-1].sort().values)
+        return torch.cat(columns)[torch.cat(places).argsort()]
 
     @property
     def videos(self) -> list[ImageRecord]:
@@ -133,9 +145,30 @@ class RunRecord:
                 entered = stages[0][1]
                 groups = torch.full((total,), -1).index_copy_(0, entered, torch.arange(len(entered)))
             layout, modality = self.image_layouts[image], self.image_modalities[image]
-            records.append(ImageRecord(row, total, indices(kept), groups, layout, stages, modality))
+            merged = [per_image[image] for _, per_image in self.groups_by_stage]
+            records.append(
+                ImageRecord(
+                    row, total, indices(kept), groups, layout, stages, modality, _stage_groups(total, stages, merged)
+                )
+            )
         return records
 
     def __repr__(self) -> str:
         kept = [k if isinstance(k, int) else k.numel() for k in self.kept_per_image]
         return f"RunRecord(method={self.method!r}, visual tokens per image={list(self.image_totals)} -> {kept})"
+
+
+def _stage_groups(
+    total: int, stages: Sequence[tuple[int, Tensor]], merged: Sequence[Tensor | None]
+) -> tuple[tuple[int, Tensor], ...]:
+    """Return where the tokens of each stage went in the next, from what is kept where nothing is merged."""
+    import torch
+
+    found = []
+    for number, ((_, before), (layer, after)) in enumerate(pairwise(stages)):
+        groups = merged[number] if number < len(merged) else None
+        if groups is None:
+            place = torch.full((total,), -1).index_copy_(0, after, torch.arange(len(after)))
+            groups = place[before]
+        found.append((layer, groups.to("cpu", torch.int64)))
+    return tuple(found)

@@ -15,7 +15,7 @@ from vlmprune.methods.base import Method
 from vlmprune.methods.batch import ATTENTION_KINDS
 from vlmprune.methods.input_method import InputMethod
 from vlmprune.methods.layer_method import LayerMethod
-from vlmprune.methods.selection_macs import FirstLayerWork, Scored
+from vlmprune.methods.selection_macs import FirstLayerWork, Scored, ScoredLayers
 from vlmprune.patches.families.facts import tower_width
 
 from .families import vision_cost
@@ -86,20 +86,28 @@ def _input_macs(
 def _layer_macs(config: PreTrainedConfig, method: LayerMethod, tokens: Sequence[int], text_tokens: int) -> int | None:
     """Attention of the queries that a method reads with all keys of the layer.
 
-    A method that probes the layer it cuts projects the keys of the tokens it drops too; those of the others are that layer's own.
-    Of a method that reads all tokens the rows of all text count, though text before the first picture is not read.
+    A method that probes the layer it cuts projects the keys of the tokens it drops too, and of all that it merges; those of the
+    others are that layer's own. Of a method that reads all tokens or the text the rows of all text count, though text before the
+    first picture is not read.
     """
     shape = LanguageShape.from_config(config)
     width = shape.heads * shape.head_dim
-    total = method.own_macs()
+    visual = [count - text_tokens for count in tokens]
+    scored = ScoredLayers(visual, text_tokens, shape.hidden, shape.heads, shape.kv_heads, shape.head_dim)
+    total = method.own_macs(scored)
     if total is None:
         return None
     for cut in method.cut_layers(shape.layers):
         before, after = tokens[cut - 1], tokens[cut]
-        if method.reading.rows == "all tokens":
-            total += text_tokens * before * width
-        elif after < before:
-            total += before * width
-            if method.reading.probe == "cut layer":
-                total += shape.hidden * (width + (before - after) * shape.kv_heads * shape.head_dim)
+        need = method.reading_at(cut, shape.layers)
+        rows = {"last token": 1, "text": text_tokens, "visual": visual[cut - 1], "all tokens": text_tokens, "none": 0}
+        if need.rows != "all tokens" and after >= before:
+            continue
+        total += rows[need.rows] * before * width
+        if need.probe == "cut layer" and need.keys:
+            projected_again = before if method.merges else before - after
+            total += shape.hidden * (rows[need.rows] * width + projected_again * shape.kv_heads * shape.head_dim)
+    for signal in method.layer_signals(shape.layers):
+        if signal.kind == "last_token_attention":
+            total += tokens[signal.layer] * width
     return total

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from vlmprune.methods.batch import Selection
+from vlmprune.methods.layer_batch import LayerSignal
 from vlmprune.record import RunRecord
 
 from ..cache.state import LayerGroup, PrunedCacheState
@@ -43,8 +44,13 @@ class LayerRun:
         cuts: the layers cut so far, and the sequence after each.
         kept_by_cut: after each cut the indices alive per image.
         scored: the layers whose attention was read so far.
-        captured: projections of the probed layer.
+        captured: projections and rotary positions by what they are and their layer, until they are read.
         projected_keys: a layer and its keys before rotation, which that layer need not project again.
+        observed: fp32 `[batch, columns]` per signal of the layers run so far.
+        embeddings: what entered the first layer, `[batch, entry width, dim]`.
+        groups_by_cut: after each cut per image where its tokens went, int64 `[alive before]`, None where that can be told from
+            what is kept.
+        memory: what the method keeps from cut to cut.
     """
 
     positions: Tensor
@@ -66,8 +72,12 @@ class LayerRun:
     cuts: list[tuple[int, Compaction]] = field(default_factory=list)
     kept_by_cut: list[tuple[int, list[Tensor]]] = field(default_factory=list)
     scored: list[int] = field(default_factory=list)
-    captured: dict[str, Any] = field(default_factory=dict)
+    captured: dict[tuple[str, int], Any] = field(default_factory=dict)
     projected_keys: tuple[int, Tensor] | None = None
+    observed: dict[LayerSignal, Tensor] = field(default_factory=dict)
+    embeddings: Tensor | None = None
+    groups_by_cut: list[tuple[int, list[Tensor | None]]] = field(default_factory=list)
+    memory: dict[Any, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.compaction = self.entry
@@ -103,6 +113,12 @@ class LayerRun:
             self.compaction.destination.flatten()[columns] + columns // self.positions.shape[-1] * self.compaction.width
         )
 
+    def at_entry(self, columns: Tensor) -> Tensor:
+        """Translate flat caller's columns to flat columns of the sequence that entered the first layer."""
+        if self.entry is None:
+            return columns
+        return self.entry.destination.flatten()[columns] + columns // self.positions.shape[-1] * self.entry.width
+
     @property
     def cut_images(self) -> VisualTokens:
         """The images of a prefill; only there may tokens be dropped between layers."""
@@ -126,6 +142,8 @@ class LayerRun:
             The shorter states.
         """
         images = self.cut_images
+        counts = [len(images.columns[image]) for image in chosen]
+        before = torch.cat([images.columns[image] for image in chosen])
         images.keep(chosen, selection)
         planned = images.plan()
         source = planned.index
@@ -136,10 +154,35 @@ class LayerRun:
         self.compaction = planned
         self.cuts.append((layer, planned))
         self.kept_by_cut.append((layer, list(images.index)))
+        self.groups_by_cut.append((layer, self._groups(chosen, selection, counts)))
+        if selection.features is not None:
+            return self._merged(layer, chosen, selection, before, shorter)
         if keys is not None and not torch.is_grad_enabled():
             rows = torch.arange(self.batch, device=keys.device)[:, None]
             self.projected_keys = (layer, keys[rows, source.clamp(min=0)])
         return shorter
+
+    def _groups(self, chosen: Sequence[int], selection: Selection, counts: list[int]) -> list[Tensor | None]:
+        groups: list[Tensor | None] = [None] * len(self.cut_images.rows)
+        if selection.groups is not None:
+            for image, part in zip(chosen, selection.groups.split(counts), strict=True):
+                groups[image] = part
+        return groups
+
+    def _merged(
+        self, layer: int, chosen: Sequence[int], selection: Selection, before: Tensor, shorter: Tensor
+    ) -> Tensor:
+        """Give the kept tokens of the images `chosen`, once `before`, their merged values; DeepStack's to come too."""
+        assert selection.features is not None
+        columns = torch.cat([self.cut_images.columns[image] for image in chosen])
+        for later, features in self.deepstack.items():
+            if selection.merge is None or later < layer:
+                continue
+            source, target = (torch.searchsorted(self.entry_columns, places) for places in (before, columns))
+            merged = selection.merge(features[source].float()).to(features)
+            self.deepstack[later] = features.index_copy(0, target, merged)
+        flat = shorter.flatten(0, 1)
+        return flat.index_copy(0, self.current(columns), selection.features.to(flat)).view_as(shorter)
 
     def token_kinds(self, past: int, valid: Tensor | None) -> Tensor:
         """Return the kind of every key, int8 `[batch, past + width]`: 0 padding, 1 system, 2 visual, 3 text."""
@@ -177,16 +220,26 @@ class LayerRun:
             before = self.state.group(layer).extended(later, self.caller_past - length)
         elif self.mask is not None and past:
             before = self.mask[:, :past]
-        present = None
-        if self.compaction is None:
-            present = None if self.mask is None else self.mask[:, -self.width :]
-        elif self.compaction.ragged:
-            present = self.compaction.index >= 0
+        present = self.present()
         if before is None and present is None:
             return None
         return torch.cat(
             [self._ones(past) if before is None else before, self._ones() if present is None else present], 1
         )
+
+    def present(self) -> Tensor | None:
+        """Return bool `[batch, width]`, False at padding of the current sequence; None if there is none."""
+        if self.compaction is None:
+            return None if self.mask is None else self.mask[:, -self.width :]
+        return self.compaction.index >= 0 if self.compaction.ragged else None
+
+    def current_positions(self, layer: int) -> Tensor:
+        """Return the position ids of the current sequence in `layer`, int64 `[..., batch, width]`."""
+        return self._positions(self.state.group(layer) if self.state is not None else None)[0]
+
+    def in_callers_columns(self, values: Tensor) -> Tensor:
+        """Spread `values [batch, width]` over the caller's columns; 0 at dropped tokens."""
+        return values if self.compaction is None else restore_columns(values[..., None], self.compaction)[..., 0]
 
     def scored_columns(self, layer: int, past: int) -> Tensor | None:
         """Return `valid_columns` without drafts: what the method may look at, bool `[batch, past + width]` or None."""
@@ -224,7 +277,10 @@ class LayerRun:
         if self.compaction is None:
             return positions, removed, None
         dropped, gone = self._gaps(positions, self.compaction)
-        index = self.compaction.index.clamp(min=0)
+        index = self.compaction.index
+        if self.compaction.places is not None and self.compact_layers and positions.ndim == 2:
+            index = self.compaction.places
+        index = index.clamp(min=0)
         positions = (positions - dropped).take_along_dim(index.expand(*positions.shape[:-1], -1), -1)
         positions = positions * (self.compaction.index >= 0)
         return positions, removed + gone, dropped if isinstance(dropped, Tensor) else None

@@ -67,9 +67,15 @@ def rotate(attention: nn.Module, states: Tensor, embeddings: tuple[Tensor, Tenso
     heads = states.unflatten(-1, (-1, attention.head_dim))
     if hasattr(attention, norm):
         heads = getattr(attention, norm)(heads)
+    return rotate_heads(attention, heads, embeddings)
+
+
+def rotate_heads(attention: nn.Module, heads: Tensor, embeddings: tuple[Tensor, Tensor]) -> Tensor:
+    """Apply rotary positions to `heads [batch, tokens, heads, dim]`."""
     heads = heads.transpose(1, 2)
     function: Any = _rotary_function(attention)
-    return function(heads[:, :1], heads, *embeddings)[1].transpose(1, 2)
+    rotated: Tensor = function(heads[:, :1], heads, *embeddings)[1].transpose(1, 2)
+    return rotated
 
 
 def cached_keys(cache: Any, layer: int, count: int) -> Tensor | None:

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from transformers.masking_utils import create_causal_mask
 
 from vlmprune.errors import UnsupportedCallError
+from vlmprune.methods.batch import VisionSignal
+from vlmprune.methods.layer_batch import TextSpans
 from vlmprune.methods.layer_method import LayerMethod
 from vlmprune.methods.pipeline import check_call
 
@@ -25,9 +27,11 @@ from ..prefill.sequence_bounds import SEQUENCE_BOUNDS
 from ..prefill.visuals import PrefillVisuals
 from .continued import ContinuedLayers, follows_length, rotary_positions
 from .deepstack import add_deepstack, hold_back_deepstack
+from .observer import LayerObserver
 from .probe import LayerProbe
 from .run import LayerRun
 from .scores import check_decoder
+from .text_spans import find_text_spans
 from .visual_tokens import VisualTokens
 
 
@@ -49,6 +53,7 @@ class LayerSite:
         self.first_hooked = family.decoder_layers
         self.together = False
         self.probe = LayerProbe(family, method, calls)
+        self.observer = LayerObserver(family, method, calls, self.probe)
 
     @property
     def signal(self) -> str:
@@ -67,7 +72,7 @@ class LayerSite:
         """
         model: Any = self.family.language_model
         probed = {self.probe.layer_of(cut) for cut in method.cut_layers(self.family.decoder_layers)}
-        first = min(probed)
+        first = min(probed | self.observer.layers(method))
         check_decoder(model, range(first, self.family.decoder_layers), method.name)
         if self.first_hooked == self.family.decoder_layers:
             self.together = not follows_length(model.rotary_emb)
@@ -76,7 +81,8 @@ class LayerSite:
         for layer in range(first, self.first_hooked):
             hooks.before(f"decoder layer {layer}", model.layers[layer], partial(self._enter_layer, layer))
         self.first_hooked = min(first, self.first_hooked)
-        self.probe.watch(probed, hooks)
+        self.probe.watch(method, hooks)
+        self.observer.watch(method, hooks)
 
     def begin_prefill(
         self,
@@ -131,8 +137,18 @@ class LayerSite:
             visual=call.visual.to(device, non_blocking=True),
             text_lengths=call.text.sum(1).tolist(),
             visual_lengths=call.visual.sum(1).tolist(),
+            totals=visuals.spans.counts,
+            spans=self._text_spans(call, visuals, device),
+            vision=self._vision(visuals, device),
+            carried=cut.carried(visuals.spans),
         )
-        run = replace(run, images=images, entry=cut.compaction, last_column=last.to(device, non_blocking=True))
+        run = replace(
+            run,
+            images=images,
+            entry=cut.compaction,
+            last_column=last.to(device, non_blocking=True),
+            embeddings=arguments.get("inputs_embeds"),
+        )
         run.group_inputs(0, call.past)
         call.layer_run = run
         return hold_back_deepstack(run, arguments)
@@ -140,6 +156,21 @@ class LayerSite:
     def continued_layers(self, call: LanguageModelCall, state: PrunedCacheState) -> ContinuedLayers:
         """Return what the layers are given in a call without images whose cache holds other tokens in later layers."""
         return ContinuedLayers(call, state, self.family, self.compact, self.together)
+
+    def _text_spans(self, call: LanguageModelCall, visuals: PrefillVisuals, device: torch.device) -> list[TextSpans]:
+        prompt = torch.arange(call.columns) < call.columns - call.drafts
+        columns = visuals.spans.flat.split(list(visuals.spans.counts))
+        found = find_text_spans(call.text & prompt, visuals.spans.rows, columns)
+        return [TextSpans(*(part.to(device, non_blocking=True) for part in spans)) for spans in found]
+
+    def _vision(self, visuals: PrefillVisuals, device: torch.device) -> dict[VisionSignal, list[Tensor]]:
+        """Return what the method reads of the vision tower, per image as it is shown."""
+        vision = {}
+        for signal in self.method.vision_signals(self.family.tower_facts):
+            tokens = torch.cat([shown.token_vision(self.family, signal).to(device) for shown in visuals.encoded])
+            parts = tokens.split([visuals.spans.counts[image] for image in visuals.spans.first_of])
+            vision[signal] = [parts[image] for image in visuals.spans.unique]
+        return vision
 
     def layer_run(self, call: LanguageModelCall) -> LayerRun:
         """Return the run of a call as its arguments describe it, nothing dropped yet."""
@@ -197,6 +228,7 @@ class LayerSite:
         if run.inputs is not None:
             kwargs = {**kwargs, **run.inputs}
         hidden = add_deepstack(run, hidden, layer - 1)
+        self.observer.leave_layer(run, layer - 1, kwargs)
         if layer in run.boundaries:
             hidden, kwargs = self._change(run, layer, hidden, kwargs)
         self.probe.enter_layer(run, layer, kwargs)
@@ -243,6 +275,6 @@ class LayerSite:
         with torch.no_grad():
             batch, keys = self.probe.read(run, layer, chosen, hidden, kwargs)
             selection = self.method.select_at_layer(batch)
-        if selection.counts == batch.counts:
+        if selection.counts == batch.counts and selection.features is None:
             return hidden, False
         return run.cut(layer, chosen, selection, hidden, keys), True

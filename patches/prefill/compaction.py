@@ -15,12 +15,16 @@ from vlmprune.kernels.compact import compact
 class Compaction:
     """How the rows of a call shrink. Kept tokens are packed to the right, so that every row ends in the last column.
 
+    They keep their order, except where merged tokens stand behind the others of their image.
+
     Attributes:
         index: int64 `[batch, width]`, the caller's column that stands in each compacted column; -1 is padding.
         destination: int64 `[batch, columns]`, the compacted column of each of the caller's columns; `width` where it was dropped.
         dropped_before: int64 `[batch, columns]`, visual tokens dropped before each of the caller's columns.
         lengths: kept tokens per row, text included.
         removed: visual tokens dropped per row.
+        places: int64 `[batch, width]`, like `index` in the order of the caller's columns, whose gapless 1-D positions tokens
+            take where the order is another; None where it is not.
     """
 
     index: Tensor
@@ -28,6 +32,7 @@ class Compaction:
     dropped_before: Tensor
     lengths: tuple[int, ...]
     removed: tuple[int, ...]
+    places: Tensor | None = None
 
     @property
     def width(self) -> int:

@@ -38,6 +38,13 @@ class EntryCut:
         """Visual tokens dropped per row; empty where every token stays."""
         return () if self.compaction is None else self.compaction.removed
 
+    def carried(self, spans: ImageSpans) -> Sequence[Tensor]:
+        """Return what the selection hands on with the kept tokens, `[kept, channels]` per image; nothing if it does not."""
+        if self.selection is None or self.selection.carried is None:
+            return ()
+        parts = self.selection.carried.split(list(self.selection.counts))
+        return [parts[image] for image in spans.unique]
+
 
 def whole_entry(call: LanguageModelCall, spans: ImageSpans) -> EntryCut:
     """Return the cut that drops nothing."""

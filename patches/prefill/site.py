@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -36,14 +37,23 @@ class InputSite:
     Attributes:
         method: what selects.
         compact: whether positions close the gaps of dropped tokens.
+        later_signals: tower attention that a method at a later site reads.
         live: the encodings that prefills may still use.
     """
 
-    def __init__(self, family: Family, method: InputMethod, calls: CallStack, compact: bool) -> None:
+    def __init__(
+        self,
+        family: Family,
+        method: InputMethod,
+        calls: CallStack,
+        compact: bool,
+        later_signals: Sequence[VisionSignal] = (),
+    ) -> None:
         self.family = family
         self.method = method
         self.calls = calls
         self.compact = compact
+        self.later_signals = later_signals
         self.live = LiveEncodings()
 
     @property
@@ -52,13 +62,18 @@ class InputSite:
         return self.method.vision_signals(self.family.tower_facts)
 
     @property
+    def watched_signals(self) -> tuple[VisionSignal, ...]:
+        """The tower attention that is read here or at a later site."""
+        return tuple(dict.fromkeys((*self.signals, *self.later_signals)))
+
+    @property
     def signal(self) -> str | None:
         """What the method scores by, in words."""
         return ", ".join(f"{signal.kind} layer {signal.layer}" for signal in self.signals) or None
 
     def install(self, hooks: HookSet) -> None:
         """Register the hooks on encoders and vision tower."""
-        watch_encoders(self.family, self.signals, self.calls, self.live, hooks)
+        watch_encoders(self.family, self.watched_signals, self.calls, self.live, hooks)
 
     def visuals(self, call: LanguageModelCall, mask: Tensor | None) -> PrefillVisuals | None:
         """Return the images and videos of a call, None where it has none.
@@ -75,7 +90,7 @@ class InputSite:
         if given is not None:
             return given
         if call.model_call.has_visuals:
-            return read_visuals(self.family, call.model_call, self.signals, self.live)
+            return read_visuals(self.family, call.model_call, self.watched_signals, self.live)
         if call.model_call.visual_mask is not None:
             raise UnsupportedCallError(
                 f"Pixels were given, but {type(self.family.multimodal_model).__name__} did not encode them where "

@@ -15,7 +15,7 @@ from vlmprune.eval.models.random_weights import preset_config
 from vlmprune.eval.models.synthetic_request import synthetic_request
 from vlmprune.methods.layer_method import LayerMethod
 from vlmprune.methods.registry import make_method, method_names
-from vlmprune.methods.selection_macs import Scored
+from vlmprune.methods.selection_macs import Scored, ScoredLayers
 
 pytest.importorskip("lmms_eval")
 
@@ -23,7 +23,8 @@ pytest.importorskip("lmms_eval")
 def test_every_method_says_what_it_computes():
     for name in method_names():
         for part in make_method(name).parts():
-            own = part.own_macs() if isinstance(part, LayerMethod) else part.feature_macs(Scored([(64, 16)], 8, True))
+            inner, entered = ScoredLayers([64] * 8, 5, 8), Scored([(64, 16)], 8, True)
+            own = part.own_macs(inner) if isinstance(part, LayerMethod) else part.feature_macs(entered)
             assert own is not None, name
 
 

@@ -8,6 +8,7 @@ import torch
 
 from vlmprune.kernels.attention_pagerank import attention_pagerank
 from vlmprune.kernels.bipartite_match import bipartite_match
+from vlmprune.kernels.chosen_attention import chosen_attention
 from vlmprune.kernels.compact import compact
 from vlmprune.kernels.coverage import coverage
 from vlmprune.kernels.coverage_from_values import coverage_from_values
@@ -43,6 +44,7 @@ CALLS = {
     "bipartite_match": lambda name: bipartite_match(ROWS, ROWS, [0, 4], [0, 4], implementation=name),
     "merge_to_targets": lambda name: merge_to_targets(ROWS, ROWS, [0, 4], ONE, [0, 1], implementation=name),
     "unmerge": lambda name: unmerge(ROWS[None], ONE[None], implementation=name),
+    "chosen_attention": lambda name: chosen_attention(ROWS[:, None], ROWS[:, None], ONE, implementation=name),
     "token_transition": lambda name: token_transition(ROWS, ROWS, implementation=name),
     "merge_scatter": lambda name: merge_scatter(ROWS, torch.zeros(4, dtype=torch.int64), None, 1, implementation=name),
 }

@@ -29,16 +29,24 @@ DEEP_LLAVA_QWEN: FamilyCase = llava_case("deep-llava-qwen", DEEP_QWEN, SIGLIP)
 
 
 def alive_columns(inputs: dict[str, Tensor], record: Any, row: int, layer: int) -> Tensor:
-    """Return the columns of a row that reach `layer`, ascending."""
+    """Return the columns of a row that reach `layer`, in the order in which it sees them."""
     ids, mask = inputs["input_ids"][row], inputs["attention_mask"][row].bool()
     placeholders = (ids == IMAGE_TOKEN).nonzero().flatten()
     columns, start = [(mask & (ids != IMAGE_TOKEN)).nonzero().flatten()], 0
+    places = list(columns)
     for image in record.images:
         if image.batch_index == row:
             kept = [stage for first, stage in image.stages if first <= layer][-1]
             columns.append(placeholders[start : start + image.total][kept])
+            places.append(columns[-1].sort().values)
             start += image.total
-    return torch.cat(columns).sort().values
+    return torch.cat(columns)[torch.cat(places).argsort()]
+
+
+def rows_of(columns: Tensor, alive: Tensor) -> Tensor:
+    """Return where each of `alive` stands in `columns`."""
+    order = columns.argsort()
+    return order[torch.searchsorted(columns[order], alive)]
 
 
 @torch.no_grad()
@@ -72,7 +80,7 @@ def row_by_hand(
     entry = torch.cat([entry, total + torch.arange(extra)])
     for layer, module in enumerate(language_model.layers):
         alive = torch.cat([alive_columns(inputs, record, row, layer), total + torch.arange(extra)])
-        hidden = hidden[torch.isin(columns, alive)]
+        hidden = hidden[rows_of(columns, alive)]
         columns = alive
         positions = torch.arange(len(columns)) if compact else torch.searchsorted(entry, columns)
         hidden = module(

@@ -29,7 +29,9 @@ def test_rows_are_told_apart_by_their_names():
 def test_what_a_method_reads_is_among_its_needs(part):
     assert part.needs <= set(NEEDS)
     readings = [need for need in part.needs if isinstance(need, LayerNeed)]
-    assert len(readings) == (part.site == "layer")
+    assert bool(readings) == (part.site == "layer")
+    if part.site == "layer":
+        assert {part.reading_at(cut, 32) for cut in part.cut_layers(32)} <= set(readings)
     if part.site == "input":
         signals = [signal for tower in (build.WITH_CLS, build.WITHOUT_CLS) for signal in part.vision_signals(tower)]
         features = {signal.kind.endswith("features") for signal in signals}

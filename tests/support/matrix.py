@@ -37,12 +37,12 @@ _PARTS = {name: make_method(name, **parameters).parts() for name, parameters in 
 # They drop tokens between layers, so they get the deeper variant of every family.
 LAYER_METHODS = frozenset(name for name, parts in _PARTS.items() if any(part.site == "layer" for part in parts))
 
-# They score by the last prompt token, inside the language model.
+# They score by the last prompt token or other text, inside the language model.
 BY_THE_LAST_TOKEN = frozenset(
     name
     for name, parts in _PARTS.items()
     for part in parts
-    if any(isinstance(need, LayerNeed) and need.rows == "last token" for need in part.needs)
+    if any(isinstance(need, LayerNeed) and need.rows != "all tokens" for need in part.needs)
 )
 
 # They score by the prompt's words: the same image is cut otherwise once more text follows it.

@@ -127,13 +127,17 @@ class Selection:
     """The answer of a method.
 
     Attributes:
-        kept: int64 `[sum(counts)]`, per image the indices into its own visual tokens, ascending.
+        kept: int64 `[sum(counts)]`, per image the indices into its own visual tokens, ascending. Between layers in the order
+            in which the rows follow each other, which is another where merged tokens are appended; a merged token is named
+            by one of those that it is made of.
         counts: kept tokens per image (host integers, so that nothing waits for the device).
         features: `[sum(counts), dim]` values that replace the kept tokens' own (merging methods), or None.
         merge: how `features` came from the batch's, for values of the same tokens that the model adds later on (DeepStack):
             `[tokens, dim]` to `[sum(counts), dim]`. Without it those of the token whose place a merged token takes are used.
         groups: int64 `[tokens]`, for each visual token the index of the kept token of its image that its value went into, -1
             where it is dropped; None where every kept token has its own value.
+        carried: `[sum(counts), channels]`, what the stage before the first layer hands on with each kept token to the one
+            between layers, as `LayerBatch.carried`; or None.
     """
 
     kept: Tensor
@@ -141,3 +145,4 @@ class Selection:
     features: Tensor | None = None
     merge: Callable[[Tensor], Tensor] | None = None
     groups: Tensor | None = None
+    carried: Tensor | None = None

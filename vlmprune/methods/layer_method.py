@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
-from itertools import accumulate, pairwise
+from itertools import pairwise
 from typing import ClassVar, Literal, NamedTuple
 
 from torch import Tensor
@@ -13,8 +12,13 @@ from torch import Tensor
 from ..budget import check_keep
 from ..errors import ParameterError
 from .base import Method, Site
-from .batch import Selection
+from .batch import Selection, TowerFacts, VisionSignal
+from .layer_batch import LayerBatch as LayerBatch
+from .layer_batch import LayerSignal as LayerSignal
+from .layer_batch import ProbedLayer as ProbedLayer
+from .layer_batch import TextSpans as TextSpans
 from .needs import LAST_TOKEN_AT_CUT, STILL_IMAGES, LayerNeed, Need
+from .selection_macs import ScoredLayers
 
 
 class LayerCut(NamedTuple):
@@ -27,50 +31,6 @@ class LayerCut(NamedTuple):
 
     layer: int
     tokens: int | None
-
-
-@dataclass(frozen=True, eq=False)
-class ProbedLayer:
-    """Queries and keys of the probed layer, rotary positions applied.
-
-    Attributes:
-        query: `[batch, tokens, heads, head_dim]`.
-        key: `[batch, keys, kv_heads, head_dim]`; the last `tokens` of the `keys` belong to this call, others to earlier turns.
-        kinds: int8 `[batch, keys]`: 0 padding, 1 before the first visual token (or an earlier turn), 2 visual, 3 text after it.
-        scale: factor of the logits.
-    """
-
-    query: Tensor
-    key: Tensor
-    kinds: Tensor
-    scale: float
-
-
-@dataclass(frozen=True, eq=False)
-class LayerBatch:
-    """The visual tokens alive in the images that are cut at one layer, packed one after the other.
-
-    Attributes:
-        layer: 0-based layer at whose input the tokens are dropped.
-        counts: visual tokens alive per image.
-        budgets: visual tokens to keep per image; None where the method decides from the scores.
-        rows: batch row per image.
-        attention: fp32 `[tokens]`, softmaxed attention of the row's last prompt token, averaged over heads;
-            `tokens = sum(counts)`.
-        probed: queries and keys of the whole probed layer, for a method that asks for them.
-    """
-
-    layer: int
-    counts: tuple[int, ...]
-    budgets: tuple[int | None, ...]
-    rows: tuple[int, ...]
-    attention: Tensor | None = None
-    probed: ProbedLayer | None = None
-
-    @cached_property
-    def offsets(self) -> tuple[int, ...]:
-        """Start of each image in the packed tokens, and the end of the last: `len(counts) + 1` entries."""
-        return tuple(accumulate(self.counts, initial=0))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,6 +58,29 @@ class LayerMethod(Method):
         (reading,) = (need for need in self.needs if isinstance(need, LayerNeed))
         return reading
 
+    def reading_at(self, cut: int, layers: int) -> LayerNeed:
+        """Return what is read for the cut at the input of layer `cut`, in a language model of `layers` layers."""
+        return self.reading
+
+    def layer_signals(self, layers: int) -> tuple[LayerSignal, ...]:
+        """Return what is read in layers before the cuts, of a language model of `layers` layers; nothing by default."""
+        return ()
+
+    def observe(self, signal: LayerSignal, inputs: Tensor, outputs: Tensor, valid: Tensor | None) -> Tensor:
+        """Return the value of a signal of kind "attention" or "mlp" for every token, fp32 `[batch, width]`.
+
+        Args:
+            signal: which one.
+            inputs: what the module got, `[batch, width, dim]`.
+            outputs: what it gave, before the residual is added, `[batch, width, dim]`.
+            valid: bool `[batch, width]`, False at padding; None if there is none.
+        """
+        raise NotImplementedError
+
+    def vision_signals(self, tower: TowerFacts) -> tuple[VisionSignal, ...]:
+        """Return what `select_at_layer` reads of the vision tower; nothing by default."""
+        return ()
+
     def cut_layers(self, layers: int) -> tuple[int, ...]:
         """Return every layer at whose input this method may drop tokens in a language model of `layers` layers, ascending.
 
@@ -119,7 +102,7 @@ class LayerMethod(Method):
         """Choose the tokens of every image in `batch`."""
         raise NotImplementedError
 
-    def own_macs(self) -> int | None:
+    def own_macs(self, scored: ScoredLayers) -> int | None:
         """Return the multiply-accumulates of `select_at_layer` beyond the attention that it needs; None if not declared."""
         return None
 

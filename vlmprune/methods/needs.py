@@ -89,11 +89,15 @@ class LayerNeed(Need):
 
     Attributes:
         probe: whose queries and keys are read: those of the layer at whose input tokens are dropped, or of the one before.
-        rows: the queries that count: the row's last prompt token, or all tokens.
+        rows: the queries that count: the row's last prompt token, text behind the images, visual tokens, all tokens, or none.
+        keys: whether keys are read; without them only hidden states are.
+        values: whether values are read too, of the layer before.
     """
 
     probe: Literal["cut layer", "layer before"] = "cut layer"
-    rows: Literal["last token", "all tokens"] = "last token"
+    rows: Literal["last token", "text", "visual", "all tokens", "none"] = "last token"
+    keys: bool = True
+    values: bool = False
 
 
 STILL_IMAGES = Need(
@@ -185,6 +189,47 @@ ALL_TOKENS_BEFORE_CUT = LayerNeed(
     probe="layer before",
     rows="all tokens",
 )
+TEXT_AT_CUT = LayerNeed(
+    "text_at_cut",
+    "the attention of the text behind an image in the layer that is cut",
+    "queries and keys projected ahead of the layer, as `LayerBatch.attention_of`",
+    rows="text",
+)
+TEXT_BEFORE_CUT = LayerNeed(
+    "text_before_cut",
+    "the attention of the text behind an image in the layer before the cut",
+    "queries and keys captured in that layer, as `LayerBatch.attention_of`",
+    probe="layer before",
+    rows="text",
+)
+VISUAL_AT_CUT = LayerNeed(
+    "visual_at_cut",
+    "the attention of visual tokens in the layer that is cut",
+    "queries and keys projected ahead of the layer, as `LayerBatch.attention_of`",
+    rows="visual",
+)
+KEYS_BEFORE_CUT = LayerNeed(
+    "keys_before_cut",
+    "the keys of the layer before the cut",
+    "keys captured in that layer, as `LayerBatch.probed`",
+    probe="layer before",
+    rows="none",
+)
+VALUES_BEFORE_CUT = LayerNeed(
+    "values_before_cut",
+    "the values of the layer before the cut",
+    "values captured in that layer, as `ProbedLayer.value`",
+    probe="layer before",
+    rows="none",
+    values=True,
+)
+HIDDEN_AT_CUT = LayerNeed(
+    "hidden_at_cut",
+    "the hidden states that enter the layer that is cut",
+    "`LayerBatch.hidden`",
+    rows="none",
+    keys=False,
+)
 
 NEEDS: tuple[Need, ...] = (
     STILL_IMAGES,
@@ -202,6 +247,12 @@ NEEDS: tuple[Need, ...] = (
     LAST_TOKEN_AT_CUT,
     LAST_TOKEN_BEFORE_CUT,
     ALL_TOKENS_BEFORE_CUT,
+    TEXT_AT_CUT,
+    TEXT_BEFORE_CUT,
+    VISUAL_AT_CUT,
+    KEYS_BEFORE_CUT,
+    VALUES_BEFORE_CUT,
+    HIDDEN_AT_CUT,
 )
 
 

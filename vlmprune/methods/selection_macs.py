@@ -52,6 +52,27 @@ class Scored:
     first_layer: FirstLayerWork = FirstLayerWork()
 
 
+@dataclass(frozen=True)
+class ScoredLayers:
+    """What a method inside the language model chooses from.
+
+    Attributes:
+        visual: visual tokens that each layer sees.
+        text: text tokens.
+        dim: width of the hidden states.
+        heads: attention heads.
+        kv_heads: heads of keys and values.
+        head_dim: width of a head.
+    """
+
+    visual: Sequence[int]
+    text: int
+    dim: int
+    heads: int = 1
+    kv_heads: int = 1
+    head_dim: int = 1
+
+
 def all_pairs_macs(scored: Scored) -> int:
     """Return the cost of the cosines of all pairs, from which the first pick is found and every later one is read."""
     return sum(total * total * scored.dim for total, kept in scored.images if kept < total)

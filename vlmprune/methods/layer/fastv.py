@@ -17,6 +17,7 @@ from vlmprune.methods.batch import Selection
 from vlmprune.methods.checks import check_choice, check_number
 from vlmprune.methods.layer_method import LayerBatch, LayerCut, LayerMethod, check_depth, check_layers
 from vlmprune.methods.needs import LAST_TOKEN_BEFORE_CUT, STILL_IMAGES, Need
+from vlmprune.methods.selection_macs import ScoredLayers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,7 +99,7 @@ class FastV(LayerMethod):
         budgets = tuple(budget or 0 for budget in batch.budgets)
         return Selection(fastv_keep(batch.attention, batch.offsets, budgets), budgets)
 
-    def own_macs(self) -> int:
+    def own_macs(self, scored: ScoredLayers) -> int:
         """Nothing beyond the attention."""
         return 0
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from vlmprune.kernels.segmented_topk import segmented_topk
 from vlmprune.methods.batch import Selection
 from vlmprune.methods.layer_method import LayerBatch
+from vlmprune.methods.selection_macs import ScoredLayers
 from vlmprune.methods.staged_method import StagedMethod, solve_shares, unreachable
 
 # The smallest rate of the paper's ablation (0.4, 0.5, 0.6).
@@ -80,7 +81,7 @@ class PyramidDrop(StagedMethod):
         budgets = tuple(budget or 0 for budget in batch.budgets)
         return Selection(pyramiddrop_keep(batch.attention, batch.offsets, budgets), budgets)
 
-    def own_macs(self) -> int:
+    def own_macs(self, scored: ScoredLayers) -> int:
         """Nothing beyond the attention."""
         return 0
 

@@ -15,6 +15,7 @@ from vlmprune.methods.batch import Selection
 from vlmprune.methods.checks import check_number
 from vlmprune.methods.layer_method import LayerBatch, LayerCut, LayerMethod, ProbedLayer, check_depth, check_layers
 from vlmprune.methods.needs import ALL_TOKENS_BEFORE_CUT, STILL_IMAGES, Need
+from vlmprune.methods.selection_macs import ScoredLayers
 
 SYSTEM, VISUAL, TEXT = 1, 2, 3
 
@@ -81,7 +82,7 @@ class ToDRERelevance(LayerMethod):
         kept = [torch.arange(count, device=device) for count in counts]
         return Selection(torch.cat(kept), counts)
 
-    def own_macs(self) -> int:
+    def own_macs(self, scored: ScoredLayers) -> int:
         """Nothing beyond the attention."""
         return 0
 
@@ -91,6 +92,8 @@ def relevance_shares(probed: ProbedLayer) -> tuple[Tensor, Tensor]:
 
     Attention is causal and summed over heads and rows; a row without text or visual tokens gives 0.
     """
+    assert probed.query is not None
+    assert probed.kinds is not None
     batch, tokens = probed.query.shape[:2]
     keys = probed.key.shape[1]
     past = keys - tokens
