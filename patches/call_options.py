@@ -73,7 +73,14 @@ def row_pipelines(pipeline: Pipeline, keep: Any) -> RowPipelines:
                 f"keep={keep!r}: {method.name!r} with faithful=True has one budget for the whole batch; allowed: one keep, or "
                 "faithful=False."
             )
-    return RowPipelines(tuple(pipeline.with_keep(entry) for entry in keep))
+    pipelines = tuple(pipeline.with_keep(entry) for entry in keep)
+    if any(other.at_encoder != pipelines[0].at_encoder for other in pipelines):
+        assert pipeline.at_encoder is not None
+        raise ParameterError(
+            f"keep={keep!r}: {pipeline.at_encoder.name!r} acts in the vision tower, which encodes the images of all rows with "
+            "one budget; allowed: one keep for it."
+        )
+    return RowPipelines(pipelines)
 
 
 class OptionsInForce:

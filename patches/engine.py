@@ -41,8 +41,8 @@ class PruningEngine:
         self.family = family
         self.pipeline = pipeline
         self.calls = CallStack()
-        self.sites = Sites(family, pipeline, self.calls, positions)
         self.options = OptionsInForce()
+        self.sites = Sites(family, pipeline, self.calls, self.options, positions)
         self.hooks = HookSet()
         self.record: RunRecord | None = None
         self._applied = RowPipelines((pipeline,))
@@ -54,7 +54,7 @@ class PruningEngine:
         """Register all hooks; undone completely if one of them cannot be registered."""
         family, hooks = self.family, self.hooks
         try:
-            self.sites.input.install(hooks)
+            self.sites.install(hooks)
             hooks.before("model entry", family.multimodal_model, self._enter_model)
             hooks.after("model exit", family.multimodal_model, self._leave_model, always=True)
             hooks.before("language model entry", family.language_model, self._enter_language_model)

@@ -47,9 +47,19 @@ class HookSet:
         """Call `hook(module, args, kwargs)` before `module`'s forward."""
         self._add(name, "before", module, module.register_forward_pre_hook(hook, with_kwargs=True).remove)
 
-    def after(self, name: str, module: nn.Module, hook: Callable[..., Any], *, always: bool = False) -> None:
-        """Call `hook(module, args, kwargs, output)` after `module`'s forward; with `always` also after an exception in it."""
-        handle = module.register_forward_hook(hook, with_kwargs=True, always_call=always)
+    def after(
+        self, name: str, module: nn.Module, hook: Callable[..., Any], *, always: bool = False, first: bool = False
+    ) -> None:
+        """Call `hook(module, args, kwargs, output)` after `module`'s forward.
+
+        Args:
+            name: what the hook is for.
+            module: the module.
+            hook: what is called.
+            always: also after an exception in the forward.
+            first: ahead of the hooks that the module has already.
+        """
+        handle = module.register_forward_hook(hook, with_kwargs=True, always_call=always, prepend=first)
         self._add(name, "after", module, handle.remove)
 
     def replace(self, name: str, module: nn.Module, attribute: str, value: object) -> None:

@@ -13,8 +13,9 @@ from vlmprune.methods.pipeline import Pipeline
 
 from .cache.continuation import continued_inputs
 from .cache.state import PrunedCacheState
-from .call_options import RowPipelines
+from .call_options import OptionsInForce, RowPipelines
 from .calls import CallStack, LanguageModelCall
+from .encoder.site import EncoderSite
 from .families.family import Family
 from .hooks import HookSet, forget_compiled
 from .layers.site import LayerSite
@@ -27,20 +28,26 @@ _PREPARING = threading.Lock()
 
 
 class Sites:
-    """Where the methods of a pipeline act: before the first decoder layer, and between layers.
+    """Where the methods of a pipeline act: in the vision tower, before the first decoder layer, and between layers.
 
     Attributes:
+        encoder: reduces in the blocks of the vision tower, or None.
         input: selects at the entry of the language model; there always, with a method that passes everything if need be.
         layer: drops between layers, or None.
         positions: "compact" or "original", for what is dropped at the entry.
     """
 
-    def __init__(self, family: Family, pipeline: Pipeline, calls: CallStack, positions: str | None) -> None:
+    def __init__(
+        self, family: Family, pipeline: Pipeline, calls: CallStack, options: OptionsInForce, positions: str | None
+    ) -> None:
         self.family = family
         self.pipeline = pipeline
         self.calls = calls
         self.positions = positions or ("original" if family.mrope else "compact")
         self._asked_positions = positions
+        self.encoder = None
+        if pipeline.at_encoder is not None:
+            self.encoder = EncoderSite(family, pipeline.at_encoder, calls, options)
         later = () if pipeline.at_layers is None else pipeline.at_layers.vision_signals(family.tower_facts)
         self.input = InputSite(family, pipeline.at_input, calls, self.positions == "compact", later)
         self.layer = None if pipeline.at_layers is None else self._layer_site(pipeline.at_layers)
@@ -58,12 +65,21 @@ class Sites:
         reads = {INSTRUCTION, FIRST_LAYER} & self.input.method.needs
         return self.input.method.name if reads else None
 
+    def install(self, hooks: HookSet) -> None:
+        """Register the hooks on the vision tower and on the encoders' calls."""
+        if self.encoder is not None:
+            self.encoder.install(hooks, [signal.layer for signal in self.input.watched_signals if signal.kind == "states"])
+        self.input.install(hooks, None if self.encoder is None else self.encoder.check_inputs)
+
     def prepare(self, pipelines: RowPipelines, hooks: HookSet) -> None:
         """Register the hooks that the applied methods need once they run with these budgets.
 
         Raises:
-            BudgetError: a budget that the model's layers cannot reach.
+            BudgetError: a budget that the model's layers, or the blocks of its vision tower, cannot reach.
         """
+        for pipeline in pipelines.pipelines:
+            if self.encoder is not None and pipeline.at_encoder is not None:
+                self.encoder.check(pipeline.at_encoder)
         with _PREPARING:
             before = len(hooks)
             for inner in (pipeline.at_layers for pipeline in pipelines.pipelines):
@@ -76,6 +92,9 @@ class Sites:
 
     def prefill(self, call: LanguageModelCall, visuals: PrefillVisuals, pipelines: RowPipelines) -> dict[str, Any]:
         """Return the language model's arguments of a prefill with images; `call.record` says what enters it."""
+        encoder = pipelines.pipelines[0].at_encoder
+        if self.encoder is not None and encoder is not None and not visuals.encoded:
+            self.encoder.check_given(encoder)
         cut = self.input.begin_prefill(call, visuals, pipelines)
         signal = None if cut.selection is None else self.input.signal
         call.record = entry_record(self.pipeline.name, signal, self.family.decoder_layers, call, visuals, cut)

@@ -11,7 +11,8 @@ from vlmprune.methods.base import Method
 
 from .families import vision_cost
 from .language import LanguageShape
-from .selection import selection_macs
+from .selection import encoder_part, selection_macs
+from .tower_macs_dense import dense_tower_macs
 from .vision_work import VisionWork
 
 STAGES = ("vision", "projector", "selection", "prefill", "head", "decode")
@@ -70,7 +71,11 @@ def request_cost(
     Raises:
         UnknownNameError: the model type is not supported.
     """
-    vision, projector = vision_cost(config).macs(config, work)
+    encoder = encoder_part(method)
+    if encoder is None:
+        vision, projector = vision_cost(config).macs(config, work)
+    else:
+        vision, projector = dense_tower_macs(config, work, encoder)
     shape = LanguageShape.from_config(config)
     tokens = [n + text_tokens for n in visual_tokens]
     return Cost(

@@ -13,13 +13,15 @@ from transformers import PreTrainedConfig
 
 from vlmprune.methods.base import Method
 from vlmprune.methods.batch import ATTENTION_KINDS
+from vlmprune.methods.encoder_method import BlockShape, EncoderMethod
 from vlmprune.methods.input_method import InputMethod
 from vlmprune.methods.layer_method import LayerMethod
 from vlmprune.methods.selection_macs import FirstLayerWork, Scored, ScoredLayers
-from vlmprune.patches.families.facts import tower_width
+from vlmprune.patches.families.facts import state_layers, tower_width
 
 from .families import vision_cost
 from .language import LanguageShape
+from .tower_macs_dense import dense_patches
 from .vision_work import VisionWork
 
 
@@ -39,7 +41,9 @@ def selection_macs(
     total = 0
     for part in method.parts():
         macs: int | None = 0
-        if isinstance(part, LayerMethod):
+        if isinstance(part, EncoderMethod):
+            macs = _encoder_macs(config, part, work)
+        elif isinstance(part, LayerMethod):
             macs = _layer_macs(config, part, [n + text_tokens for n in visual_tokens], text_tokens)
         elif isinstance(part, InputMethod) and any(kept < before for before, kept in images):
             macs = _input_macs(config, part, work, images, text_tokens)
@@ -47,6 +51,31 @@ def selection_macs(
             return None
         total += macs
     return total
+
+
+def encoder_part(method: Method | None) -> EncoderMethod | None:
+    """Return the stage of a method that reduces tokens in the vision tower, or None."""
+    parts = () if method is None else method.parts()
+    return next((part for part in parts if isinstance(part, EncoderMethod)), None)
+
+
+def _encoder_macs(config: PreTrainedConfig, method: EncoderMethod, work: VisionWork) -> int | None:
+    """Reductions of all tiles, and projections ahead of a block of what a method reads before its attention."""
+    facts, hidden, patches = vision_cost(config).facts(config), tower_width(config), dense_patches(config)
+    before, total = patches, 0
+    for after in method.plan(patches, max(state_layers(config)) + 1):
+        if after < before:
+            more = int(facts.has_cls) + method.trailing
+            own = method.reduction_macs(
+                BlockShape(before + more, after + more, hidden, facts.heads, leading=int(facts.has_cls))
+            )
+            if own is None:
+                return None
+            total += own
+            if method.place == "before attention":
+                total += len(method.reads) * (before + more) * hidden * hidden
+        before = after
+    return work.crops * total
 
 
 def _input_macs(

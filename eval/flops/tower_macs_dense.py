@@ -4,26 +4,52 @@ from __future__ import annotations
 
 from transformers import PreTrainedConfig
 
+from vlmprune.methods.encoder_method import EncoderMethod, block_tokens
 from vlmprune.patches.families.facts import drops_cls, has_cls, state_layers
 
 from .vision_work import VisionWork
 
 
-def dense_tower_macs(config: PreTrainedConfig, work: VisionWork) -> tuple[int, int]:
+def dense_tower_macs(
+    config: PreTrainedConfig, work: VisionWork, method: EncoderMethod | None = None
+) -> tuple[int, int]:
     """MACs of a CLIP or SigLIP tower and of a two-layer projector for `work.crops` pictures.
 
     The whole tower runs, layers after the one that gives the features included, as in transformers.
+
+    Args:
+        config: the model's configuration.
+        work: what the tower is given.
+        method: what reduces tokens in its blocks, if anything.
     """
     vision = config.vision_config
     hidden, ffn = vision.hidden_size, vision.intermediate_size
-    patches = (vision.image_size // vision.patch_size) ** 2
+    patches = dense_patches(config)
     tokens = patches + has_cls(config)
     tower = patches * hidden * vision.num_channels * vision.patch_size**2
-    tower += vision.num_hidden_layers * (tokens * (4 * hidden * hidden + 2 * hidden * ffn) + 2 * tokens**2 * hidden)
+    for attended, wide in tower_tokens(config, method):
+        tower += attended * 4 * hidden * hidden + 2 * attended**2 * hidden + wide * 2 * hidden * ffn
     if vision.model_type.startswith("siglip") and getattr(vision, "vision_use_head", True):
         tower += 2 * hidden * hidden + 2 * tokens * hidden * hidden + 2 * tokens * hidden + 2 * hidden * ffn
     projected = tokens - (has_cls(config) and drops_cls(config))
+    if method is not None and method.output == "merged":
+        projected = method.plan(patches, max(state_layers(config)) + 1)[-1]
     return work.crops * tower, work.crops * projected * dense_projector_macs(config)
+
+
+def dense_patches(config: PreTrainedConfig) -> int:
+    """Patches of a picture."""
+    vision = config.vision_config
+    return int((vision.image_size // vision.patch_size) ** 2)
+
+
+def tower_tokens(config: PreTrainedConfig, method: EncoderMethod | None) -> tuple[tuple[int, int], ...]:
+    """Tokens of a picture that go through attention and through the MLP of each block, CLS token included."""
+    depth, patches, cls = int(config.vision_config.num_hidden_layers), dense_patches(config), int(has_cls(config))
+    if method is None:
+        return ((patches + cls, patches + cls),) * depth
+    counts = block_tokens(method, patches, max(state_layers(config)) + 1, depth)
+    return tuple((attended + cls, wide + cls) for attended, wide in counts)
 
 
 def dense_projector_macs(config: PreTrainedConfig) -> int:

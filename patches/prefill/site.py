@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from ..families.family import Family
 from ..hooks import HookSet
 from ..tower.encoded_visuals import LiveEncodings
 from ..tower.encoder_calls import watch_encoders
+from ..tower.tower_tokens import merged_selection
 from .entry_cut import EntryCut, plan_entry, whole_entry
 from .first_layer import first_layer, read_questions
 from .given_mask import check_needs_no_tower, given_visuals
@@ -71,9 +72,9 @@ class InputSite:
         """What the method scores by, in words."""
         return ", ".join(f"{signal.kind} layer {signal.layer}" for signal in self.signals) or None
 
-    def install(self, hooks: HookSet) -> None:
-        """Register the hooks on encoders and vision tower."""
-        watch_encoders(self.family, self.watched_signals, self.calls, self.live, hooks)
+    def install(self, hooks: HookSet, check_inputs: Callable[[Mapping[str, Any]], None] | None = None) -> None:
+        """Register the hooks on encoders and vision tower; `check_inputs` refuses arguments of an encoder's call."""
+        watch_encoders(self.family, self.watched_signals, self.calls, self.live, hooks, check_inputs)
 
     def visuals(self, call: LanguageModelCall, mask: Tensor | None) -> PrefillVisuals | None:
         """Return the images and videos of a call, None where it has none.
@@ -113,6 +114,10 @@ class InputSite:
             UnsupportedMethodError: something is to be dropped, and the method cannot serve a video that the call holds.
         """
         spans = visuals.spans
+        merged = merged_selection(visuals)
+        if merged is not None:
+            call.check_mask()
+            return plan_entry(call, spans, merged)
         budgets = tuple(
             pipelines.row(row, call.batch).at_input.budget(count)
             for row, count in zip(spans.rows, spans.counts, strict=True)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from vlmprune.errors import UnsupportedMethodError
 from vlmprune.kernels.received_attention import received_attention
 from vlmprune.kernels.row_attention import row_attention
+from vlmprune.kernels.unmerge import unmerge
 from vlmprune.methods.batch import ATTENTION_KINDS, VisionSignal
 
 from ..calls import CallStack, TowerCall
@@ -65,9 +66,25 @@ class DenseTowerReader(TowerReader):
         if signal.kind == "states":
             return captured["state", signal.layer].detach().float()
         key = captured["k_proj", signal.layer].detach()
-        if signal.kind == "keys":
+        query = None if signal.kind == "keys" else captured["q_proj", signal.layer].detach()
+        groups: Tensor | None = captured.get(("groups", signal.layer))
+        if groups is None:
+            return self._scores(signal, query, key)
+        if call.reduction is not None and call.reduction.method.drops:
+            scores = self._scores(signal, query, key)
+            spread = unmerge(scores, groups)
+            if signal.kind != "cls_logits":
+                return spread
+            return torch.where(groups[..., None] < 0, scores.amin(1, keepdim=True), spread)
+        # As many keys as a token stands for, so that each of them gets its share of the token's attention.
+        if signal.kind == "received_attention":
+            assert query is not None
+            query = unmerge(query, groups)
+        return self._scores(signal, query, unmerge(key, groups))
+
+    def _scores(self, signal: VisionSignal, query: Tensor | None, key: Tensor) -> Tensor:
+        if query is None:
             return key.float()
-        query = captured["q_proj", signal.layer].detach()
         heads = 1 if signal.kind == "cls_attention_one_head" else self.heads
         query, key = query.unflatten(-1, (heads, -1)), key.unflatten(-1, (heads, -1))
         if signal.kind == "received_attention":
@@ -87,4 +104,7 @@ class DenseTowerReader(TowerReader):
         self, kind: str, layer: int, whole: bool, module: nn.Module, args: Any, kwargs: Any, output: Tensor
     ) -> None:
         if self.calls.tower:
-            self.calls.tower[-1].captured[kind, layer] = output if whole else output[:, :1]
+            call = self.calls.tower[-1]
+            call.captured[kind, layer] = output if whole else output[:, :1]
+            if kind == "k_proj" and call.reduction is not None:
+                call.captured["groups", layer] = call.reduction.tokens.groups[:, : call.reduction.tokens.tokens]

@@ -17,6 +17,7 @@ from vlmprune.methods.batch import VisionSignal
 
 if TYPE_CHECKING:
     from ..families.family import Family
+    from .tower_tokens import TowerTokens
 
 _ATTRIBUTE = "_vlmprune_signals"
 
@@ -34,6 +35,7 @@ class EncodedVisuals:
         counts: visual tokens of each encoded image or video.
         vision: per requested signal what the family's tower reader gives, fp32.
         features: the projected features as the call returned them, an item per image or video, `[tokens, dim]`.
+        tower: what an encoder method made of the tower's tokens; None where it made nothing.
     """
 
     modality: str
@@ -41,6 +43,7 @@ class EncodedVisuals:
     counts: tuple[int, ...]
     vision: dict[VisionSignal, Tensor]
     features: Tensor | Sequence[Tensor] = ()
+    tower: TowerTokens | None = None
     _layouts: tuple[VisualLayout, ...] | None = field(default=None, repr=False)
 
     def layouts(self, family: Family) -> tuple[VisualLayout, ...]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from ..calls import PIXELS, CallStack, TowerCall
 from ..hooks import HookSet
 from ..tracing import break_graph, check_not_exported
 from .encoded_visuals import EncodedVisuals, LiveEncodings, encoded_visuals, set_encoded_visuals
+from .tower_tokens import tower_tokens
 
 if TYPE_CHECKING:
     from ..families.family import Family
@@ -35,8 +36,10 @@ class EncoderCall:
         calls: CallStack,
         live: LiveEncodings,
         hooks: HookSet,
+        check_inputs: Callable[[Mapping[str, Any]], None] | None = None,
     ) -> None:
         self.encode = encode
+        self.check_inputs = check_inputs
         self.modality = modality
         self.family = family
         self.signals = tuple(signals)
@@ -51,6 +54,8 @@ class EncoderCall:
         break_graph()
         inputs = {**self.__signature__.bind_partial(*args, **kwargs).arguments, **kwargs}
         self.family.check_encoding(self.modality, inputs)
+        if self.check_inputs is not None:
+            self.check_inputs(inputs)
         self.hooks.check_in_place()
         call = TowerCall()
         # Some hosts encode videos by the call for images.
@@ -64,6 +69,9 @@ class EncoderCall:
         if features is None:
             return output
         inner = encoded_visuals(output)
+        tower = None if call.reduction is None else tower_tokens(call.reduction)
+        if inner is not None:
+            tower = inner.tower
         visuals = EncodedVisuals(
             modality=self.modality,
             inputs={name: value for name, value in inputs.items() if name not in PIXELS.values()},
@@ -72,6 +80,7 @@ class EncoderCall:
             if inner
             else {signal: self.family.tower_reader.read(signal, call) for signal in self.signals},
             features=features if isinstance(features, Tensor) else tuple(features),
+            tower=tower,
         )
         set_encoded_visuals(output, visuals)
         self.live.add(visuals)
@@ -81,14 +90,28 @@ class EncoderCall:
 
 
 def watch_encoders(
-    family: Family, signals: Sequence[VisionSignal], calls: CallStack, live: LiveEncodings, hooks: HookSet
+    family: Family,
+    signals: Sequence[VisionSignal],
+    calls: CallStack,
+    live: LiveEncodings,
+    hooks: HookSet,
+    check_inputs: Callable[[Mapping[str, Any]], None] | None = None,
 ) -> None:
-    """Watch the encoding of every modality of the family, and the tower layers that `signals` name."""
+    """Watch the encoding of every modality of the family, and the tower layers that `signals` name.
+
+    Args:
+        family: the model's adapter.
+        signals: what is read of the tower.
+        calls: the running calls.
+        live: where encodings are noted.
+        hooks: where the hooks are registered.
+        check_inputs: refuses arguments of a call, by name, or lets them pass.
+    """
     if signals:
         family.check_tower()
         family.tower_reader.install(family, signals, calls, hooks)
     model: nn.Module = family.multimodal_model
     for modality in family.modalities:
         name = f"get_{modality}_features"
-        call = EncoderCall(getattr(model, name), modality, family, signals, calls, live, hooks)
+        call = EncoderCall(getattr(model, name), modality, family, signals, calls, live, hooks, check_inputs)
         hooks.replace(f"{modality} encoder", model, name, call)

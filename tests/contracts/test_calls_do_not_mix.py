@@ -5,7 +5,7 @@ import threading
 import torch
 
 import vlmprune
-from support.matrix import BY_THE_LAST_TOKEN, METHOD_PARAMETERS, over_matrix
+from support.matrix import BY_THE_LAST_TOKEN, ENCODER_METHODS, METHOD_PARAMETERS, over_matrix
 from support.oracle import suppressed
 from vlmprune.methods.registry import get_method
 
@@ -14,9 +14,14 @@ from vlmprune.methods.registry import get_method
 def test_one_selection_a_prefill_and_none_at_decode(method, family, monkeypatch):
     model = family.build(torch.float32)
     cls, calls = get_method(method), []
-    entry = "select_at_layer" if method in BY_THE_LAST_TOKEN else "select"
+    entry = "select_at_layer" if method in BY_THE_LAST_TOKEN else "reduce" if method in ENCODER_METHODS else "select"
     original = getattr(cls, entry)
-    monkeypatch.setattr(cls, entry, lambda self, batch: calls.append(len(batch.counts)) or original(self, batch))
+
+    def noted(self, batch):
+        calls.append(len(batch.hidden) if method in ENCODER_METHODS else len(batch.counts))
+        return original(self, batch)
+
+    monkeypatch.setattr(cls, entry, noted)
     inputs = family.inputs([[3, "A", 4], [2, "B", 1, "C", 6], [9]])
     with torch.no_grad(), vlmprune.pruned(model, method, keep=0.3, **METHOD_PARAMETERS[method]):
         model.generate(**inputs, max_new_tokens=6, do_sample=False, num_beams=2)
@@ -26,6 +31,10 @@ def test_one_selection_a_prefill_and_none_at_decode(method, family, monkeypatch)
     else:
         # Older hosts encode the images that they have repeated for the beams.
         encoded = 3 if hasattr(model, "_supports_mm_encoder_outputs") else 6
+        if method in ENCODER_METHODS:
+            assert set(calls) == {encoded}, "one call a block for the tiles of all images"
+            assert len(calls) < model.config.vision_config.num_hidden_layers
+            return
         assert calls == [encoded], "one call for all images, each image once however many beams show it"
 
 

@@ -13,6 +13,7 @@ from vlmprune.eval.accuracy.request_records import entering_images
 from vlmprune.eval.flops import VisionWork, request_cost, selection_macs, vision_cost
 from vlmprune.eval.models.random_weights import preset_config
 from vlmprune.eval.models.synthetic_request import synthetic_request
+from vlmprune.methods.encoder_method import BlockShape, EncoderMethod
 from vlmprune.methods.layer_method import LayerMethod
 from vlmprune.methods.registry import make_method, method_names
 from vlmprune.methods.selection_macs import Scored, ScoredLayers
@@ -23,8 +24,11 @@ pytest.importorskip("lmms_eval")
 def test_every_method_says_what_it_computes():
     for name in method_names():
         for part in make_method(name).parts():
-            inner, entered = ScoredLayers([64] * 8, 5, 8), Scored([(64, 16)], 8, True)
-            own = part.own_macs(inner) if isinstance(part, LayerMethod) else part.feature_macs(entered)
+            if isinstance(part, EncoderMethod):
+                own = part.reduction_macs(BlockShape(tokens=65, outputs=49, dim=8, heads=2, leading=1))
+            else:
+                inner, entered = ScoredLayers([64] * 8, 5, 8), Scored([(64, 16)], 8, True)
+                own = part.own_macs(inner) if isinstance(part, LayerMethod) else part.feature_macs(entered)
             assert own is not None, name
 
 
@@ -45,6 +49,8 @@ def test_every_method_says_what_it_computes():
         ("zooprune", {"keep": 0.25, "m": 5}),
         ("todre", {"keep": 16, "relevance": False}),
         ("todre", {"keep": 2, "relevance": False}),
+        ("tome", {"keep": 0.7}),
+        ("tome", {"keep": 0.4, "output": "merged"}),
         ("fastv", {"layer": 1, "ratio": 0.75}),
         ("pyramiddrop", {"layers": (1, 2), "ratios": (0.5, 0.25)}),
     ],
@@ -63,7 +69,7 @@ def test_a_pruned_request_matches_the_counter(toy, method, parameters):
     visual, text = run.visual_tokens_per_layer[0], run.text_tokens[0]
     (images,) = entering_images(run, 1)
     cost = request_cost(config, VisionWork(crops=1), visual, text, method=made, images=images)
-    assert min(visual) < 64
+    assert min(visual) < 64 or method == "tome"
     # Products of a matrix with single rows are left out by torch.
     uncounted = 2 * 64 * config.text_config.hidden_size if method == "todre" and parameters["keep"] == 2 else 0
     assert counter.get_total_flops() == 2 * (cost.total - uncounted)
@@ -76,10 +82,12 @@ def test_pruned_requests_of_every_family_match_the_counter(model_type):
     model = AutoModelForImageTextToText.from_config(config, attn_implementation="eager").eval()
     inputs = synthetic_request(config, (50, 40), 10, batch_size=2)
     works = vision_cost(config).work(config, inputs, [1, 1])
-    names = {"uniform", "fastervlm", "vtc_cls", "hired", "divprune", "pyramiddrop"} & set(vlmprune.list_methods(model))
+    names = {"uniform", "tome", "fastervlm", "vtc_cls", "hired", "divprune", "pyramiddrop"} & set(
+        vlmprune.list_methods(model)
+    )
     assert len(names) >= 5
     for name in names:
-        method = make_method(name, keep=0.5)
+        method = make_method(name, keep=0.7 if name == "tome" else 0.5)
         with vlmprune.pruned(model, method):
             with FlopCounterMode(display=False) as counter, torch.no_grad():
                 model(**inputs, logits_to_keep=1)

@@ -12,7 +12,7 @@ from vlmprune.methods.needs import STILL_IMAGES
 from vlmprune.methods.registry import METHODS
 from vlmprune.patches.families.llava_onevision import video_layout
 
-SERVING = [name for name, cls in METHODS.items() if STILL_IMAGES not in cls.needs]
+SERVING = [name for name, cls in METHODS.items() if cls.site == "input" and STILL_IMAGES not in cls.needs]
 sizes = st.integers(1, 5)
 
 

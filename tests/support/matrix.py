@@ -5,13 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-import vlmprune
 from support.deeper import deeper
+from support.deeper_tower import deeper_tower
 from support.families import llava_next, qwen3_vl
 from support.family_cases import FAMILY_CASES
 from support.tiny_models import LLAVA_CLIP_GQA, FamilyCase
 from vlmprune.methods.needs import FIRST_LAYER, INSTRUCTION, LayerNeed
 from vlmprune.methods.registry import METHODS, make_method
+from vlmprune.patches.families.registry import find_family
 
 # Parameters without which a method is refused.
 REQUIRED: dict[str, dict[str, object]] = {
@@ -27,6 +28,7 @@ HARDER: dict[str, dict[str, object]] = {
     "holov": {"beta": 1.0},
     "visionzip": {"merge_at": "projected", "cls_token": False},
     "fastv": {"layer": 1},
+    "tome": {"output": "merged"},
 }
 METHOD_PARAMETERS: dict[str, dict[str, object]] = {
     name: {**REQUIRED.get(name, {}), **HARDER.get(name, {})} for name in METHODS
@@ -36,6 +38,9 @@ _PARTS = {name: make_method(name, **parameters).parts() for name, parameters in 
 
 # They drop tokens between layers, so they get the deeper variant of every family.
 LAYER_METHODS = frozenset(name for name, parts in _PARTS.items() if any(part.site == "layer" for part in parts))
+
+# They reduce tokens between the blocks of the vision tower, so they get the variant with more of them.
+ENCODER_METHODS = frozenset(name for name, parts in _PARTS.items() if any(part.site == "encoder" for part in parts))
 
 # They score by the last prompt token or other text, inside the language model.
 BY_THE_LAST_TOKEN = frozenset(
@@ -62,13 +67,20 @@ ON_EVERY_FAMILY = frozenset({"uniform", "pool", "fastervlm", "visionzip", "todre
 ONE_OF_EACH_KIND = (LLAVA_CLIP_GQA, llava_next.CASES[0], qwen3_vl.CASES[0])
 
 
+def fitting(method: str, family: FamilyCase) -> FamilyCase:
+    """Return the family with as many layers or blocks as the method needs."""
+    if method in ENCODER_METHODS:
+        return deeper_tower(family)
+    return deeper(family) if method in LAYER_METHODS else family
+
+
 def _cases() -> list[object]:
     cases = []
     for family in FAMILY_CASES:
-        served = vlmprune.list_methods(family.build(torch.float32))
+        facts = find_family(family.build(torch.float32))
         for name in METHOD_PARAMETERS:
-            if name in served:
-                case = deeper(family) if name in LAYER_METHODS else family
+            if all(need.met_by(facts) for part in _PARTS[name] for need in part.needs):
+                case = fitting(name, family)
                 marks = () if name in ON_EVERY_FAMILY or family in ONE_OF_EACH_KIND else (pytest.mark.whole,)
                 cases.append(pytest.param(name, case, id=f"{name}-{family}", marks=marks))
     return cases
@@ -77,8 +89,9 @@ def _cases() -> list[object]:
 MATRIX = _cases()
 over_matrix = pytest.mark.parametrize(("method", "family"), MATRIX)
 
-# For what depends on where tokens are dropped, not on which: before the first layer, merged there, at both sites, in layers.
-ONE_OF_EACH_SITE = ("divprune", "pool", "todre", "pyramiddrop")
+# For what depends on where tokens are dropped, not on which: in the tower, before the first layer, merged there, at both sites,
+# in layers.
+ONE_OF_EACH_SITE = ("tome", "divprune", "pool", "todre", "pyramiddrop")
 over_sites = pytest.mark.parametrize(
     ("method", "family"), [case for case in MATRIX if case.values[0] in ONE_OF_EACH_SITE]
 )

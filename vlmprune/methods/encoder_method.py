@@ -107,12 +107,14 @@ class BlockShape:
         outputs: tokens after it.
         dim: width of the tower.
         heads: its attention heads.
+        leading: tokens in front of the patches.
     """
 
     tokens: int
     outputs: int
     dim: int
     heads: int
+    leading: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,6 +129,8 @@ class EncoderMethod(Method):
             tokens on, so that the language model gets fewer.
         order: with `output="merged"`, whether merged tokens stand in the order of the tokens whose place they took, or in the
             official code's.
+        drops: whether tokens can be dropped, -1 in `Reduction.groups`, and not only merged; a class attribute.
+        trailing: how many tokens `append` gives; a class attribute.
     """
 
     output: Output = "full"
@@ -135,6 +139,8 @@ class EncoderMethod(Method):
     site: ClassVar[Site] = "encoder"
     needs: ClassVar[frozenset[Need]] = frozenset({TOWER_BLOCKS})
     merges: ClassVar[bool] = True
+    drops: ClassVar[bool] = False
+    trailing: ClassVar[int] = 0
 
     def __post_init__(self) -> None:
         if self.keep is not None:
@@ -186,3 +192,27 @@ class EncoderMethod(Method):
     def reduction_macs(self, shape: BlockShape) -> int | None:
         """Return the multiply-accumulates of `reduce` for one tile, queries and keys of the block apart; None if not declared."""
         return None
+
+
+def block_tokens(method: EncoderMethod, patches: int, blocks: int, depth: int) -> tuple[tuple[int, int], ...]:
+    """Return how many tokens of a tile go through attention and through the MLP of each block, leading ones left out.
+
+    Args:
+        method: what reduces them.
+        patches: patches of a tile.
+        blocks: blocks that precede the features.
+        depth: all blocks of the tower.
+    """
+    plan = method.plan(patches, blocks)
+    if plan[-1] == patches:
+        return ((patches, patches),) * depth
+    counts = []
+    before = patches
+    for block in range(depth):
+        after = plan[block] if block < blocks else before
+        attended = after if method.place == "before attention" else before
+        counts.append(
+            (attended + method.trailing, (before if method.place == "after block" else after) + method.trailing)
+        )
+        before = after
+    return tuple(counts)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 from ..errors import ParameterError, UnsupportedMethodError, unknown
 from .base import Method
+from .encoder_method import EncoderMethod
 from .input_method import InputMethod
 from .layer_method import LayerMethod
 from .needs import ordered
@@ -19,11 +20,13 @@ class Pipeline:
 
     Attributes:
         methods: what the user asked for, in the order given.
+        at_encoder: the method that reduces in the vision tower, or None.
         at_input: the method that selects before the first layer; `PassThrough` where there is none.
         at_layers: the method that drops inside the language model, or None.
     """
 
     methods: tuple[Method, ...]
+    at_encoder: EncoderMethod | None
     at_input: InputMethod
     at_layers: LayerMethod | None
 
@@ -70,7 +73,7 @@ def make_pipeline(methods: Sequence[Method]) -> Pipeline:
         UnsupportedMethodError: no method, or two at the same site.
     """
     if not methods:
-        raise UnsupportedMethodError("An empty list of methods; allowed: one per site (input, layer).")
+        raise UnsupportedMethodError("An empty list of methods; allowed: one per site (encoder, input, layer).")
     sites: dict[str, Method] = {}
     for method in methods:
         for part in method.parts():
@@ -78,12 +81,19 @@ def make_pipeline(methods: Sequence[Method]) -> Pipeline:
             if other is not part:
                 raise UnsupportedMethodError(
                     f"{part.name!r} and {other.name!r} both act at the {part.site} site; allowed: one per site "
-                    "(input, layer)."
+                    "(encoder, input, layer)."
                 )
-    at_input, at_layers = sites.get("input") or PassThrough(), sites.get("layer")
+    at_encoder, at_input, at_layers = sites.get("encoder"), sites.get("input"), sites.get("layer")
+    assert at_encoder is None or isinstance(at_encoder, EncoderMethod)
+    if at_encoder is not None and at_encoder.output == "merged" and at_input is not None:
+        raise UnsupportedMethodError(
+            f"{at_encoder.name!r} with output='merged' leaves the language model's entry no other choice than its tokens, and "
+            f"{at_input.name!r} chooses there too; allowed: output='full' beside it."
+        )
+    at_input = at_input or PassThrough()
     assert isinstance(at_input, InputMethod)
     assert at_layers is None or isinstance(at_layers, LayerMethod)
-    return Pipeline(tuple(methods), at_input, at_layers)
+    return Pipeline(tuple(methods), at_encoder, at_input, at_layers)
 
 
 def check_call(part: Method, modalities: Collection[str]) -> None:

@@ -1,0 +1,71 @@
+"""The projector on merged tokens: it runs on one row a token, and its output is spread over all placeholders.
+
+The host checks that there are as many features as placeholders, so every placeholder gets the feature of the token that its
+patch went into; the language model's entry then keeps one placeholder a token.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vlmprune.errors import UnsupportedCallError
+from vlmprune.methods.shared.merged_tokens import merge_tokens
+
+from ..calls import CallStack
+from ..families.family import Family
+from ..hooks import HookSet
+from ..tower.tower_tokens import TowerTokens, tower_tokens
+from .reduced_tokens import spread
+
+
+class MergedFeatures:
+    """The hooks on the projector."""
+
+    def __init__(self, family: Family, calls: CallStack) -> None:
+        self.family = family
+        self.calls = calls
+
+    def install(self, hooks: HookSet) -> None:
+        """Register the hooks."""
+        hooks.before("merged projector input", self.family.projector, self._shorten)
+        hooks.after("merged projector output", self.family.projector, self._spread, first=True)
+
+    @property
+    def _tokens(self) -> TowerTokens | None:
+        run = self.calls.tower[-1].reduction if self.calls.tower else None
+        if run is None or run.method.output != "merged":
+            return None
+        return tower_tokens(run)
+
+    def _shorten(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        tokens = self._tokens
+        if tokens is None:
+            return None
+        run = self.calls.tower[-1].reduction
+        assert run is not None
+        features: Tensor = args[0] if args else next(iter(kwargs.values()))
+        if tuple(features.shape[:2]) != tuple(tokens.groups.shape):
+            raise UnsupportedCallError(
+                f"{run.method.name!r} with output='merged' hands on the patches of a tile, {tokens.groups.shape[1]}, and the "
+                f"projector was given {list(features.shape[:-1])}; leave vision_feature_select_strategy as it was at apply."
+            )
+        states, leading, outputs = self.family.state_layers, run.leading, run.plan[-1]
+        rows = []
+        for state, part in zip(states, features.chunk(len(states), -1), strict=True):
+            if state == max(states):
+                merged = run.read[state][:, leading : leading + outputs]
+                rows.append(merged.gather(1, tokens.order[..., None].expand(-1, -1, merged.shape[-1])))
+            else:
+                # Outputs of earlier blocks are longer.
+                rows.append(merge_tokens(part, tokens.groups, None, outputs)[0])
+        shorter = torch.cat(rows, -1) if len(rows) > 1 else rows[0]
+        if args:
+            return (shorter, *args[1:]), kwargs
+        return args, {**kwargs, next(iter(kwargs)): shorter}
+
+    def _spread(self, module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> Tensor | None:
+        tokens = self._tokens
+        return None if tokens is None else spread(output, tokens.sources)

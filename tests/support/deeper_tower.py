@@ -1,0 +1,30 @@
+"""Variants of the tiny models with more vision tower blocks, for the methods that reduce tokens in them."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+from functools import lru_cache
+from typing import Any
+
+import torch
+
+from support.tiny_models import FamilyCase, spread_weights
+
+BLOCKS = 5
+
+
+@lru_cache(maxsize=32)
+def deeper_tower(case: FamilyCase, blocks: int = BLOCKS) -> FamilyCase:
+    """Return the same case with a tower of `blocks` blocks; nothing is built before it is asked for."""
+
+    @lru_cache(maxsize=4)
+    def build(dtype: torch.dtype) -> Any:
+        shallow = case.build(torch.float32)
+        config = copy.deepcopy(shallow.config)
+        config.vision_config.num_hidden_layers = blocks
+        model = spread_weights(type(shallow)(config)).to(dtype).eval()
+        model.generation_config = copy.deepcopy(shallow.generation_config)
+        return model
+
+    return replace(case, name=f"{case.name}-{blocks}-blocks", build=build)

@@ -1,0 +1,95 @@
+"""How many patches leave each block of a vision tower, for methods that remove about as many in every block."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+
+from vlmprune.budget import Keep, token_budget
+from vlmprune.errors import BudgetError
+
+Limit = Callable[[int], int]
+
+
+def half(patches: int) -> int:
+    """Return how many of a block's patches a bipartite match can remove at most."""
+    return patches // 2
+
+
+def counts_after(patches: int, removals: Sequence[int], limit: Limit = half) -> tuple[int, ...]:
+    """Return the patches that leave each block, given how many it shall remove; `limit` caps it."""
+    counts = []
+    for removed in removals:
+        patches -= max(0, min(removed, limit(patches)))
+        counts.append(patches)
+    return tuple(counts)
+
+
+def plan_for_keep(keep: Keep, merged: bool, patches: int, blocks: int, limit: Limit = half) -> tuple[int, ...]:
+    """Return the schedule of nearly constant removals that meets `keep` exactly.
+
+    Args:
+        keep: share of `patches`, or their number.
+        merged: whether it is what leaves the last block, else the average of what leaves the blocks.
+        patches: patches of a tile.
+        blocks: blocks.
+        limit: how many of a block's patches can be removed at most.
+
+    Raises:
+        BudgetError: even the most that can be removed in every block leaves more; names the nearest.
+    """
+    if isinstance(keep, int):
+        target = min(keep, patches) * (1 if merged else blocks)
+    else:
+        target = token_budget(keep, patches) if merged else max(blocks, round(keep * patches * blocks))
+    lowest = counts_after(patches, [patches] * blocks, limit)
+    least = lowest[-1] if merged else sum(lowest)
+    if target < least:
+        per_tile = least if merged else -(-least // blocks)
+        share = least / (patches if merged else patches * blocks)
+        nearest = f"{per_tile}" if isinstance(keep, int) else f"{math.ceil(share * 1e4) / 1e4:g}"
+        what = "leave the tower" if merged else f"leave a block, averaged over {blocks} blocks"
+        raise BudgetError(
+            f"keep={keep!r} of {patches} patches cannot be reached: a block removes half of its patches at most, so at least "
+            f"{least if merged else least / blocks:g} {what}; nearest: keep={nearest}."
+        )
+    return (_last_count if merged else _sum_of_counts)(target, patches, blocks, limit)
+
+
+@lru_cache(maxsize=256)
+def _last_count(target: int, patches: int, blocks: int, limit: Limit) -> tuple[int, ...]:
+    """Constant removals, one more in the first blocks."""
+    removed = _largest(lambda r: counts_after(patches, [r] * blocks, limit)[-1] >= target, patches)
+    for more in range(blocks + 1):
+        counts = counts_after(patches, [removed + 1] * more + [removed] * (blocks - more), limit)
+        if counts[-1] <= target:
+            break
+    return counts
+
+
+@lru_cache(maxsize=256)
+def _sum_of_counts(target: int, patches: int, blocks: int, limit: Limit) -> tuple[int, ...]:
+    """Constant removals, one more in some blocks."""
+    removed = _largest(lambda r: sum(counts_after(patches, [r] * blocks, limit)) >= target, patches)
+    counts = list(counts_after(patches, [removed] * blocks, limit))
+    lower = counts_after(patches, [removed + 1] * blocks, limit)
+    # From one schedule to the next, a token at a time and from the last block on, so that removals differ by one.
+    while sum(counts) > target:
+        for block in reversed(range(blocks)):
+            before = counts[block - 1] if block else patches
+            stays = counts[block] == lower[block] or (block + 1 < blocks and counts[block + 1] == counts[block])
+            if not stays and before - counts[block] + 1 <= limit(before):
+                counts[block] -= 1
+            if sum(counts) == target:
+                break
+    return tuple(counts)
+
+
+def _largest(holds: Callable[[int], bool], end: int) -> int:
+    """Return the largest number up to `end` for which `holds`, which it does up to some number."""
+    low, high = 0, end
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if holds(middle) else (low, middle - 1)
+    return low
