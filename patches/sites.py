@@ -68,7 +68,9 @@ class Sites:
     def install(self, hooks: HookSet) -> None:
         """Register the hooks on the vision tower and on the encoders' calls."""
         if self.encoder is not None:
-            self.encoder.install(hooks, [signal.layer for signal in self.input.watched_signals if signal.kind == "states"])
+            self.encoder.install(
+                hooks, [signal.layer for signal in self.input.watched_signals if signal.kind == "states"]
+            )
         self.input.install(hooks, None if self.encoder is None else self.encoder.check_inputs)
 
     def prepare(self, pipelines: RowPipelines, hooks: HookSet) -> None:
