@@ -125,7 +125,7 @@ class Sites:
         if self.layer is None or run is None or run.images is None:
             return call.left_behind
         call.record = finished_record(run, self.layer.probe.signal(run.scored))
-        return run.left_behind()
+        return self.layer.left_behind(call, run)
 
     def check_continues(self, state: PrunedCacheState) -> None:
         """Raise UnsupportedCallError unless the layers that hold other tokens than the first are watched."""

@@ -17,6 +17,7 @@ from vlmprune.methods.layer_method import LayerMethod
 from vlmprune.methods.pipeline import check_call
 
 from ..cache.state import PrunedCacheState
+from ..cache.trim import check_can_trim, trim_cache
 from ..call_options import RowPipelines
 from ..calls import CallStack, LanguageModelCall
 from ..families.family import Family
@@ -72,7 +73,8 @@ class LayerSite:
         """
         model: Any = self.family.language_model
         probed = {self.probe.layer_of(cut) for cut in method.cut_layers(self.family.decoder_layers)}
-        first = min(probed | self.observer.layers(method))
+        trimmed = method.trims_cache(self.family.decoder_layers)
+        first = min(probed | self.observer.layers(method) | ({trimmed} if trimmed else set()))
         check_decoder(model, range(first, self.family.decoder_layers), method.name)
         if self.first_hooked == self.family.decoder_layers:
             self.together = not follows_length(model.rotary_emb)
@@ -124,6 +126,8 @@ class LayerSite:
                 f"Several prompts are packed in one row, and {self.method.name!r} scores with the last token of a row; "
                 "allowed: one prompt a row, or a method that selects before the language model."
             )
+        if any(schedule) and self.method.trims_cache(self.family.decoder_layers) is not None:
+            check_can_trim(call.cache, self.method.name)
         run = self.layer_run(call)
         device = cut.columns.device
         prompt = call.columns - call.drafts
@@ -156,6 +160,13 @@ class LayerSite:
     def continued_layers(self, call: LanguageModelCall, state: PrunedCacheState) -> ContinuedLayers:
         """Return what the layers are given in a call without images whose cache holds other tokens in later layers."""
         return ContinuedLayers(call, state, self.family, self.compact, self.together)
+
+    def left_behind(self, call: LanguageModelCall, run: LayerRun) -> PrunedCacheState:
+        """Return what later calls must know after a prefill with images, whose cache is trimmed if the method says so."""
+        state, first = run.left_behind(), self.method.trims_cache(self.family.decoder_layers)
+        if first is None or call.cache is None or not run.cuts:
+            return state
+        return trim_cache(call.cache, state, first)
 
     def _text_spans(self, call: LanguageModelCall, visuals: PrefillVisuals, device: torch.device) -> list[TextSpans]:
         prompt = torch.arange(call.columns) < call.columns - call.drafts

@@ -14,10 +14,14 @@ from vlmprune.patches.families.registry import find_family
 
 
 class Positions(NamedTuple):
-    """Whether positions close the gaps of what is dropped before the first layer, and between layers."""
+    """Whether positions close the gaps of what is dropped before the first layer, and between layers.
+
+    From layer `trimmed` on what follows the prompt sees only what is left of it at the end.
+    """
 
     entry: bool
     layers: bool
+    trimmed: int | None = None
 
 
 class HandRow(NamedTuple):
@@ -32,7 +36,8 @@ def default_positions(model: Any, method: str) -> Positions:
     compact = not find_family(model).mrope
     inner = [part for part in get_method(method)().parts() if part.site == "layer"]
     own = inner[0].positions if inner else None  # type: ignore[attr-defined]
-    return Positions(compact, compact if own is None else own == "compact")
+    trimmed = inner[0].trims_cache(find_family(model).decoder_layers) if inner else None  # type: ignore[attr-defined]
+    return Positions(compact, compact if own is None else own == "compact", trimmed)
 
 
 @torch.no_grad()
@@ -123,9 +128,14 @@ def row_by_layers(
         last = columns if positions.layers else entry
         ids_here = close_gaps(ids[:, columns], ids[:, first], ids[:, last])
         rotary_ids = ids_here[:, None] if len(ids) == 3 else ids_here
+        mask = create_causal_mask(language_model.config, hidden[None], None, None)
+        if positions.trimmed is not None and layer >= positions.trimmed and len(later):
+            left = torch.cat([alive_columns(model, inputs, record, row, len(language_model.layers) - 1), after])
+            seen = torch.isin(columns, left) | (columns < total)[:, None]
+            mask = (seen & torch.ones_like(seen).tril())[None, None]
         hidden = module(
             hidden[None],
-            attention_mask=create_causal_mask(language_model.config, hidden[None], None, None),
+            attention_mask=mask,
             position_embeddings=language_model.rotary_emb(hidden[None], rotary_ids),
         )[0]
         if layer < len(deep):

@@ -98,6 +98,13 @@ class LayerMethod(Method):
         """
         raise NotImplementedError
 
+    def trims_cache(self, layers: int) -> int | None:
+        """Return the first layer whose KV cache holds, after the prefill, only what is left behind the last cut; None for none.
+
+        Each layer keeps the positions that its keys have, whatever `positions` says.
+        """
+        return None
+
     def select_at_layer(self, batch: LayerBatch) -> Selection:
         """Choose the tokens of every image in `batch`."""
         raise NotImplementedError
