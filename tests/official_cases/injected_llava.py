@@ -74,22 +74,19 @@ class InjectedLlava:
         self.model.model.multi_modal_projector = GivenFeatures(features)
         language_model = self.model.model.language_model
         language_model.load_state_dict({"embed_tokens.weight": table, **weights}, strict=True)
-        self.positions_of: dict[int, Tensor] = {}
         self.seen: list[dict[str, Any]] = []
 
     def watch(self) -> None:
         """Note from now on what every decoder layer is given: hidden states, and the positions behind its rotary tables."""
         language_model = self.model.model.language_model
-        made: list[tuple[Any, Tensor]] = []
-
-        def remember(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            made.append((output, kwargs["position_ids"] if "position_ids" in kwargs else args[1]))
+        # Not through the module's call, where hooks may let several groups of layers share it.
+        ids = torch.arange(language_model.config.max_position_embeddings)[None]
+        known = torch.cat(language_model.rotary_emb.forward(torch.zeros(1, 1, 1), ids), -1)[0]
 
         def note(module: nn.Module, args: Any, kwargs: Any) -> None:
-            positions = next(given for tables, given in reversed(made) if tables is kwargs["position_embeddings"])
-            self.seen.append({"hidden": args[0], "positions": positions})
+            tables = torch.cat(kwargs["position_embeddings"], -1)
+            self.seen.append({"hidden": args[0], "positions": torch.cdist(tables, known[None]).argmin(-1)})
 
-        language_model.rotary_emb.register_forward_hook(remember, with_kwargs=True)
         for layer in language_model.layers:
             layer.register_forward_pre_hook(note, with_kwargs=True)
 

@@ -63,14 +63,14 @@ def pyramiddrop_stage(params: Mapping[str, Any], inputs: Tensors) -> dict[str, T
     left = [stage_counts(total, ratios)[stage + 1] for total in totals]
     spans = [None if start < 0 else (start, count) for start, count in zip(starts, current, strict=True)]
     dim = hidden.shape[-1]
-    weights = _plain_layers(dim, 2)
+    weights = plain_layers(dim, 2)
     for name, key in (
         ("input_layernorm", "ln_weight"),
         ("self_attn.q_proj", "q_weight"),
         ("self_attn.k_proj", "k_weight"),
     ):
         weights[f"layers.1.{name}.weight"] = inputs[key]
-    llava = InjectedLlava(hidden, mask, spans, _text(params, layers=2, ffn=8), weights)
+    llava = InjectedLlava(hidden, mask, spans, text_config(params, layers=2, ffn=8), weights)
     method = OneStage(layers=(1,), ratios=(1.0,), counts=dict(zip(current, left, strict=True)))
     vlmprune.apply(llava.model, method)
     llava.watch()
@@ -121,7 +121,7 @@ def _scored_once(llava: InjectedLlava, method: OneStage, inputs: Tensors) -> One
 def pyramiddrop_model(params: Mapping[str, Any], inputs: Tensors) -> dict[str, Tensor]:
     """Prefill and decode of a whole language model."""
     total, start, length = params["N0"], params["image_start"], params["full_len"]
-    llava = _whole_model(params, inputs, (start, total))
+    llava = whole_model(params, inputs, (start, total))
     method = PyramidDrop(layers=tuple(params["layer_list"]), ratios=tuple(params["ratios"][1:]))
     vlmprune.apply(llava.model, method)
     llava.watch()
@@ -134,11 +134,11 @@ def pyramiddrop_model(params: Mapping[str, Any], inputs: Tensors) -> dict[str, T
         "keep_orig": torch.stack([pad(kept, (0, total - len(kept)), value=-1) for kept in stages]),
         "kv_len_prefill": cache_lengths(cache),
         "k0_keys": keys,
-        "prefill_out": _kept_columns(output.last_hidden_state, start, total, stages[-1]),
+        "prefill_out": kept_columns(output.last_hidden_state, start, total, stages[-1]),
         "pos_prefill_last": torch.stack([layer["positions"].flatten()[-1] for layer in seen]),
     }
     for step in range(params["decode_steps"]):
-        steps.append(_decode(llava, cache, length + step, step))
+        steps.append(decode_step(llava, cache, length + step, step))
     results["decode_out"] = torch.stack([hidden for hidden, _, _ in steps])
     results["pos_decode"] = torch.stack([positions for _, positions, _ in steps])
     results["kv_len_decode"] = torch.stack([lengths for _, _, lengths in steps])
@@ -189,7 +189,7 @@ def fastv_model(params: Mapping[str, Any], inputs: Tensors) -> dict[str, Tensor]
     """Prefill and decode of a whole language model."""
     total, start = params["N"], params["image_start"]
     length = start + total + params["text_after"]
-    llava = _whole_model(params, inputs, (start, total))
+    llava = whole_model(params, inputs, (start, total))
     method = NotingFastV(layer=params["K"], ratio=1 - params["keep_ratio"], rounding="floor")
     vlmprune.apply(llava.model, method)
     llava.watch()
@@ -200,10 +200,10 @@ def fastv_model(params: Mapping[str, Any], inputs: Tensors) -> dict[str, Tensor]
         "keep_visual": image.kept,
         "kv_len_prefill": cache_lengths(cache),
         "scores": method.batches[0].attention,
-        "prefill_out": _kept_columns(output.last_hidden_state, start, total, image.kept),
+        "prefill_out": kept_columns(output.last_hidden_state, start, total, image.kept),
     }
     llava.take_seen()
-    steps = [_decode(llava, cache, length + step, step) for step in range(len(inputs["decode_embeds"]))]
+    steps = [decode_step(llava, cache, length + step, step) for step in range(len(inputs["decode_embeds"]))]
     for step, (_, positions, _) in enumerate(steps):
         if positions.unique().tolist() != [length + step]:
             raise AssertionError(f"decode positions {positions.tolist()} instead of {length + step} in every layer")
@@ -237,19 +237,20 @@ def fastv(params: Mapping[str, Any], inputs: Tensors) -> dict[str, Tensor]:
     return (fastv_model if "decode_embeds" in inputs else fastv_selection)(params, inputs)
 
 
-def _text(params: Mapping[str, Any], layers: int, ffn: int) -> dict[str, Any]:
+def text_config(params: Mapping[str, Any], layers: int, ffn: int) -> dict[str, Any]:
+    """Return what the configuration of the language model of a case needs."""
     return {
         "intermediate_size": ffn,
         "num_hidden_layers": layers,
         "num_attention_heads": params["heads"],
-        "num_key_value_heads": params["heads"],
+        "num_key_value_heads": params.get("kv_heads", params["heads"]),
         "rms_norm_eps": params["rms_eps"],
         "rope_parameters": {"rope_type": "default", "rope_theta": params["rope_theta"]},
         "max_position_embeddings": 4096,
     }
 
 
-def _plain_layers(dim: int, layers: int, ffn: int = 8) -> dict[str, Tensor]:
+def plain_layers(dim: int, layers: int, ffn: int = 8) -> dict[str, Tensor]:
     """Return weights of layers that pass their input on."""
     shapes = {f"self_attn.{kind}_proj": (dim, dim) for kind in "qkvo"}
     shapes |= {"mlp.gate_proj": (ffn, dim), "mlp.up_proj": (ffn, dim), "mlp.down_proj": (dim, ffn)}
@@ -261,16 +262,22 @@ def _plain_layers(dim: int, layers: int, ffn: int = 8) -> dict[str, Tensor]:
     return weights
 
 
-def _whole_model(params: Mapping[str, Any], inputs: Tensors, span: tuple[int, int]) -> InjectedLlava:
+def whole_model(params: Mapping[str, Any], inputs: Tensors, span: tuple[int, int]) -> InjectedLlava:
+    """Return the model of a case with one row, whose image lies in `span`."""
     weights = {name.removeprefix("w."): values for name, values in inputs.items() if name.startswith("w.")}
     embeddings = inputs["inputs_embeds"]
     ffn = weights["layers.0.mlp.up_proj.weight"].shape[0]
     mask = torch.ones(embeddings.shape[:2], dtype=torch.int64)
-    text = _text(params, params["layers"], ffn)
+    text = text_config(params, params["layers"], ffn)
+    if "layers.0.self_attn.q_proj.bias" in weights:
+        # Qwen2 has no bias behind the attention, Llama has one everywhere or nowhere.
+        text["attention_bias"] = True
+        none = embeddings.new_zeros(embeddings.shape[-1])
+        weights |= {f"layers.{layer}.self_attn.o_proj.bias": none for layer in range(params["layers"])}
     return InjectedLlava(embeddings, mask, [span], text, weights, inputs["decode_embeds"])
 
 
-def _decode(llava: InjectedLlava, cache: Any, position: int, step: int) -> tuple[Tensor, Tensor, Tensor]:
+def decode_step(llava: InjectedLlava, cache: Any, position: int, step: int) -> tuple[Tensor, Tensor, Tensor]:
     """One decode step as `generate` calls it; hidden states, positions per layer and cache lengths."""
     output = llava.model.model(
         input_ids=llava.later_ids[step].view(1, 1),
@@ -283,7 +290,8 @@ def _decode(llava: InjectedLlava, cache: Any, position: int, step: int) -> tuple
     return output.last_hidden_state[0], positions, cache_lengths(cache)
 
 
-def _kept_columns(hidden: Tensor, start: int, total: int, kept: Tensor) -> Tensor:
+def kept_columns(hidden: Tensor, start: int, total: int, kept: Tensor) -> Tensor:
+    """Return the columns of text and of the kept visual tokens of `hidden [1, columns, dim]`."""
     length = hidden.shape[1]
     return hidden[:, torch.cat([torch.arange(start), start + kept, torch.arange(start + total, length)])]
 

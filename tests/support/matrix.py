@@ -55,6 +55,9 @@ FOLLOW_THE_QUESTION = BY_THE_LAST_TOKEN | {
     name for name, parts in _PARTS.items() for part in parts if {INSTRUCTION, FIRST_LAYER} & part.needs
 }
 
+# They score by what all tokens of a call do; those of earlier turns are no longer there to be seen.
+BY_ALL_TOKENS_OF_A_CALL = frozenset({"transprune"})
+
 
 def few_tokens(method: str, family: FamilyCase) -> int:
     """Return a small number of tokens per image that the method can reach on average over the layers of the tiny model."""

@@ -3,3 +3,4 @@
 from .fastv import FastV as FastV
 from .pyramiddrop import PyramidDrop as PyramidDrop
 from .todre_relevance import ToDRERelevance as ToDRERelevance
+from .transprune import TransPrune as TransPrune

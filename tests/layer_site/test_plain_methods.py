@@ -1,0 +1,34 @@
+"""What methods inside the language model keep, against each method in plain loops over the unpatched layers."""
+
+import pytest
+import torch
+from layer_site.by_hand import DEEP_LLAVA
+
+import vlmprune
+from support.plain_methods.plain_layers import plain_row
+from support.plain_methods.transprune import transprune
+from vlmprune.methods import TransPrune
+
+LAYERS = 8
+ROWS = {"single": [[3, "A", 4, 7]], "three rows": [[3, "A", 4], [2, "B", 1, "C", 6], [9, 5, "D", 2, 8, 1]]}
+over_rows = pytest.mark.parametrize("rows", ROWS.values(), ids=ROWS)
+
+
+def records(model, method, rows):
+    with torch.no_grad(), vlmprune.pruned(model, method):
+        model(**DEEP_LLAVA.inputs(rows))
+        images = vlmprune.last_run(model).images
+    return [[image for image in images if image.batch_index == row] for row in range(len(rows))]
+
+
+@over_rows
+@pytest.mark.parametrize("keep", [0.3, 0.5, 11])
+def test_transprune(rows, keep):
+    model, method = DEEP_LLAVA.build(torch.float32), TransPrune(keep=keep)
+    kept = records(model, method, rows)
+    for row, mine in zip(rows, kept, strict=True):
+        with torch.no_grad():
+            plain = plain_row(model, DEEP_LLAVA, row, compact=True)
+            counts = [dict(method.schedule(len(image), LAYERS)) for image in plain.images]
+            transprune(plain, {layer: [count[layer] for count in counts] for layer in counts[0]}, LAYERS)
+        assert [image.kept.tolist() for image in mine] == [plain.local(image) for image in range(len(plain.images))]
