@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -25,8 +26,19 @@ def entry_record(
     call: LanguageModelCall,
     visuals: PrefillVisuals,
     cut: EntryCut,
+    tower_groups: Sequence[Tensor] = (),
 ) -> RunRecord:
-    """Return the record of a prefill with images, as it is at the language model's entry."""
+    """Return the record of a prefill with images, as it is at the language model's entry.
+
+    Args:
+        method: names of the applied methods.
+        signal: what the method at the entry scored by, in words.
+        decoder_layers: layers of the language model.
+        call: the call in the caller's columns.
+        visuals: the images.
+        cut: what enters.
+        tower_groups: of each shown image where its patches went in the vision tower, where any were reduced there.
+    """
     spans, modalities = visuals.spans, visuals.modalities
     totals = call.visual.sum(1).tolist()
     removed = cut.removed or (0,) * call.batch
@@ -43,6 +55,7 @@ def entry_record(
         image_modalities=[modalities[image] for image in spans.unique],
         kept_per_image=cut.index,
         groups_per_image=cut.groups,
+        tower_groups_per_image=[tower_groups[image] for image in spans.unique] if tower_groups else (),
         text=call.text.unbind(),
         image_columns=spans.flat.split(list(spans.counts)),
     )

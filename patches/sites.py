@@ -22,6 +22,7 @@ from .layers.site import LayerSite
 from .prefill.site import InputSite
 from .prefill.visuals import PrefillVisuals
 from .run_records import entry_record, finished_record
+from .tower.tower_tokens import tower_groups
 
 # Not on the sites, which are copied along with their model.
 _PREPARING = threading.Lock()
@@ -99,7 +100,8 @@ class Sites:
             self.encoder.check_given(encoder)
         cut = self.input.begin_prefill(call, visuals, pipelines)
         signal = None if cut.selection is None else self.input.signal
-        call.record = entry_record(self.pipeline.name, signal, self.family.decoder_layers, call, visuals, cut)
+        groups = [] if self.encoder is None else tower_groups(self.family, visuals)
+        call.record = entry_record(self.pipeline.name, signal, self.family.decoder_layers, call, visuals, cut, groups)
         arguments = call.arguments
         if cut.compaction is not None:
             arguments = self.input.compacted(call, visuals, cut)

@@ -31,6 +31,8 @@ class ImageRecord:
             index of its token among those that the stage keeps, -1 where it was dropped.
         layout: geometry of all its visual tokens.
         modality: "image" or "video".
+        tower_groups: int64 `[tiles, patches]`, for each patch of each tile that the vision tower encoded the number of the token
+            that it went into there, -1 where it was dropped; None where no method reduced tokens in the tower.
     """
 
     batch_index: int
@@ -41,6 +43,7 @@ class ImageRecord:
     stages: tuple[tuple[int, Tensor], ...] = ()
     modality: str = "image"
     stage_groups: tuple[tuple[int, Tensor], ...] = ()
+    tower_groups: Tensor | None = None
 
     @property
     def grid(self) -> tuple[int, int] | None:
@@ -65,6 +68,7 @@ class RunRecord:
         text_tokens: valid prompt tokens that are not visual, per row.
         visual_tokens_per_layer: visual tokens per row `[rows]` and language-model layer `[layers]`.
         groups_per_image: with methods that merge, per image where each visual token went; see `ImageRecord.groups`.
+        tower_groups_per_image: with methods that reduce tokens in the vision tower; see `ImageRecord.tower_groups`.
         kept_by_stage: with methods that drop inside the language model, per stage its first layer and the kept indices per image.
         groups_by_stage: with methods that merge inside the language model, per cut its layer and per image where each token went,
             None where kept tokens have their own values.
@@ -82,6 +86,7 @@ class RunRecord:
     image_modalities: Sequence[str]
     kept_per_image: Sequence[Tensor | int]
     groups_per_image: Sequence[Tensor] = ()
+    tower_groups_per_image: Sequence[Tensor] = ()
     kept_by_stage: Sequence[tuple[int, Sequence[Tensor | int]]] = ()
     groups_by_stage: Sequence[tuple[int, Sequence[Tensor | None]]] = ()
     text: Sequence[Tensor] = ()
@@ -146,11 +151,9 @@ class RunRecord:
                 groups = torch.full((total,), -1).index_copy_(0, entered, torch.arange(len(entered)))
             layout, modality = self.image_layouts[image], self.image_modalities[image]
             merged = [per_image[image] for _, per_image in self.groups_by_stage]
-            records.append(
-                ImageRecord(
-                    row, total, indices(kept), groups, layout, stages, modality, _stage_groups(total, stages, merged)
-                )
-            )
+            between = _stage_groups(total, stages, merged)
+            tower = indices(self.tower_groups_per_image[image]) if self.tower_groups_per_image else None
+            records.append(ImageRecord(row, total, indices(kept), groups, layout, stages, modality, between, tower))
         return records
 
     def __repr__(self) -> str:

@@ -51,6 +51,10 @@ class AnyresFamily(Llava):
         check_counts(visuals, layouts)
         return layouts
 
+    def tile_counts(self, visuals: EncodedVisuals) -> tuple[int, ...]:
+        """Return the thumbnail and the crops of each image."""
+        return tuple(image.tiles for image in packed_images(visuals.layouts(self)))
+
     def token_vision(self, signal: Tensor, visuals: EncodedVisuals, layouts: Sequence[VisualLayout]) -> Tensor:
         """Bring `signal [tiles, tokens, channels]` in the order of the visual tokens, interpolated where the features are."""
         maps = self.tile_vision(signal, visuals, layouts)

@@ -228,6 +228,10 @@ class Family:
         """Return the layout of each encoded image or video."""
         raise NotImplementedError
 
+    def tile_counts(self, visuals: EncodedVisuals) -> tuple[int, ...]:
+        """Return how many tiles the tower encoded of each image or video."""
+        return (1,) * len(visuals.counts)
+
     def token_vision(self, signal: Tensor, visuals: EncodedVisuals, layouts: Sequence[VisualLayout]) -> Tensor:
         """Turn a signal as the tower reader gives it into one per visual token, fp32 `[sum(counts), channels]`, 0 at newlines."""
         raise NotImplementedError

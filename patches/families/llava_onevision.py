@@ -75,6 +75,12 @@ class LlavaOnevision(AnyresFamily):
         check_counts(visuals, layouts)
         return layouts
 
+    def tile_counts(self, visuals: EncodedVisuals) -> tuple[int, ...]:
+        """Return the tiles of each image, or the frames of each video."""
+        if visuals.modality == "image":
+            return super().tile_counts(visuals)
+        return tuple((count - 1) // self.frame_side**2 for count in visuals.counts)
+
     def token_vision(self, signal: Tensor, visuals: EncodedVisuals, layouts: Sequence[VisualLayout]) -> Tensor:
         """Bring `signal [tiles, tokens, heads]` in the order of the visual tokens, interpolated where the features are."""
         if visuals.modality == "image":

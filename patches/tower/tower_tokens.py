@@ -13,6 +13,7 @@ from vlmprune.methods.batch import Selection
 
 if TYPE_CHECKING:
     from ..encoder.run import TowerReduction
+    from ..families.family import Family
     from ..prefill.visuals import PrefillVisuals
 
 
@@ -81,6 +82,18 @@ def merged_selection(visuals: PrefillVisuals) -> Selection | None:
         tuple(counts),
         groups=torch.cat([index.to(device) for index in groups]),
     )
+
+
+def tower_groups(family: Family, visuals: PrefillVisuals) -> list[Tensor]:
+    """Return the groups of the tiles of each shown image, `[tiles, patches]`; nothing where the tower reduced nothing."""
+    found: list[Tensor] = []
+    for shown in visuals.encoded:
+        tower = shown.visuals.tower
+        if tower is None:
+            return []
+        parts = tower.groups.split(list(family.tile_counts(shown.visuals)))
+        found += [parts[image] for image in shown.images]
+    return found
 
 
 def _device(tensors: Sequence[Tensor]) -> torch.device:

@@ -1,0 +1,169 @@
+"""Time of the vision tower under methods that reduce tokens inside it.
+
+    python -m vlmprune.eval.speed.tower --methods tome --keep 0.5 --dtype float32,bfloat16 --seconds 60 --out tower.csv
+
+A preset's tower and projector with random weights encode one picture, with and without each method, in rounds over all of them.
+The language model is cut to one layer, and does not run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from transformers import PreTrainedConfig, PreTrainedModel
+
+import vlmprune
+from vlmprune.eval.flops import VisionWork, request_cost
+from vlmprune.eval.models.random_weights import build_random, preset_config
+from vlmprune.eval.run.csv_lines import add_to_csv, flattened, this_run
+from vlmprune.eval.run.table_style import cost_style
+from vlmprune.methods.encoder_method import EncoderMethod
+from vlmprune.methods.registry import METHODS, make_method
+
+from .rounds import clocked, run_rounds, spread
+
+
+@dataclass(frozen=True)
+class TowerTime:
+    """The tower under one method.
+
+    Attributes:
+        method: its name, "full" for the unpatched tower.
+        keep: its budget.
+        output: what it hands on.
+        dtype: of the weights.
+        gflops: of tower and projector, counted.
+        time: milliseconds of encoding one picture: median and quartiles.
+        speedup: how many times faster than the unpatched tower of the same round: median and quartiles.
+        rounds: how many of them.
+    """
+
+    method: str
+    keep: float | None
+    output: str
+    dtype: str
+    gflops: float
+    time: dict[str, float]
+    speedup: dict[str, float]
+    rounds: int
+
+
+def tower_config(preset: str) -> PreTrainedConfig:
+    """The configuration of a preset, with one layer in its language model."""
+    config = preset_config(preset)
+    text = config.get_text_config()
+    text.num_hidden_layers = 1
+    if getattr(text, "layer_types", None):
+        text.layer_types = text.layer_types[:1]
+    return config
+
+
+def measure_towers(
+    model: PreTrainedModel, methods: Sequence[EncoderMethod], dtype: str, seconds: float, most: int = 30
+) -> list[TowerTime]:
+    """Encode one picture with and without each method, in rounds; the model is as before afterwards."""
+    vision = model.config.vision_config
+    side = int(vision.image_size)
+    pixels = torch.randn(1, 3, side, side, generator=torch.Generator().manual_seed(0)).to(model.device, model.dtype)
+    chosen: list[EncoderMethod | None] = [None, *methods]
+    times: dict[int, list[float]] = {index: [] for index in range(len(chosen))}
+
+    def visit(index: int, counts: bool) -> bool:
+        method = chosen[index]
+        applied: AbstractContextManager[Any] = nullcontext() if method is None else vlmprune.pruned(model, method)
+        with applied:
+            took = clocked(lambda: _encode(model, pixels), model.device)
+        if counts:
+            times[index].append(took)
+        return True
+
+    with torch.inference_mode():
+        run_rounds(range(len(chosen)), visit, seconds, most)
+    visual = [1] * int(model.config.get_text_config().num_hidden_layers)
+    found = []
+    for index, method in enumerate(chosen):
+        cost = request_cost(model.config, VisionWork(crops=1), visual, 1, method=method)
+        ratios = [full / own for full, own in zip(times[0], times[index], strict=True)]
+        found.append(
+            TowerTime(
+                method="full" if method is None else method.name,
+                keep=None if method is None else method.keep,
+                output="" if method is None else method.output,
+                dtype=dtype,
+                gflops=2 * (cost.vision + cost.projector + (cost.selection or 0)) / 1e9,
+                time=spread(times[index]),
+                speedup=spread(ratios, 1),
+                rounds=len(times[index]),
+            )
+        )
+    return found
+
+
+def _encode(model: Any, pixels: Tensor) -> Any:
+    return model.model.get_image_features(
+        pixel_values=pixels,
+        vision_feature_layer=model.config.vision_feature_layer,
+        vision_feature_select_strategy=model.config.vision_feature_select_strategy,
+    )
+
+
+def tower_table(rows: Sequence[TowerTime]) -> Table:
+    """Milliseconds, their quartiles and how much faster."""
+    table: Table = cost_style(
+        f"vision tower, {rows[0].dtype}, medians of {rows[0].rounds} rounds, {torch.get_num_threads()} threads"
+    )
+    for name in ("method", "keep", "output", "GFLOPs", "ms", "quartiles", "faster", "quartiles"):
+        table.add_column(name, justify="left" if name in ("method", "output") else "right", no_wrap=True)
+    for row in rows:
+        table.add_row(
+            row.method,
+            "-" if row.keep is None else f"{row.keep:g}",
+            row.output,
+            f"{row.gflops:.1f}",
+            f"{row.time['median']:.0f}",
+            f"{row.time['q25']:.0f} to {row.time['q75']:.0f}",
+            f"{row.speedup['median']:.2f}x",
+            f"{row.speedup['q25']:.2f} to {row.speedup['q75']:.2f}",
+        )
+    return table
+
+
+def main(
+    preset: Annotated[str, typer.Option(help="A true architecture with random weights.")] = "llava-1.5-7b",
+    methods: Annotated[str, typer.Option(help="Methods by comma; all that act in the tower by default.")] = "all",
+    keep: Annotated[float, typer.Option(help="Average share of tokens.")] = 0.5,
+    output: Annotated[str, typer.Option(help="full or merged.")] = "full",
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16, by comma.")] = "float32,bfloat16",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, ...")] = "cpu",
+    seconds: Annotated[float, typer.Option(min=0, help="Time to spend on each dtype.")] = 60.0,
+    threads: Annotated[int, typer.Option(min=0, help="Threads of torch; 0 leaves them.")] = 0,
+    out: Annotated[Path | None, typer.Option(help="CSV file to which the lines are added.")] = None,
+) -> None:
+    """Measure the vision tower with and without methods that reduce tokens inside it."""
+    if threads:
+        torch.set_num_threads(threads)
+    acting = [name for name, cls in METHODS.items() if issubclass(cls, EncoderMethod)]
+    names = acting if methods == "all" else methods.split(",")
+    made = [make_method(name, keep, output=output) for name in names]
+    chosen = [method for method in made if isinstance(method, EncoderMethod)]
+    console = Console(width=110)
+    for each in dtype.split(","):
+        model = build_random(tower_config(preset), each, device)
+        rows = measure_towers(model, chosen, each, seconds)
+        console.print(tower_table(rows))
+        if out is not None:
+            about = {"model": preset, "device": model.device.type, **this_run()}
+            add_to_csv(out, [{**flattened(asdict(row), 4, "_ms", ("speedup",)), **about} for row in rows])
+
+
+if __name__ == "__main__":
+    typer.run(main)
