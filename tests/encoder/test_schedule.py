@@ -1,5 +1,7 @@
 """Schedules of methods that remove about as many tokens in every block."""
 
+from itertools import pairwise
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -31,9 +33,9 @@ def test_every_budget_that_can_be_reached_is_met_exactly(patches, blocks, merged
 
 def test_removals_differ_by_one():
     counts = (576, *plan_for_keep(192, True, 576, 23))
-    assert {first - then for first, then in zip(counts[:-1], counts[1:], strict=True)} == {16, 17}
+    assert {first - then for first, then in pairwise(counts)} == {16, 17}
     counts = (576, *plan_for_keep(0.7, False, 576, 23))
-    assert len({first - then for first, then in zip(counts[:-1], counts[1:], strict=True)}) <= 2
+    assert len({first - then for first, then in pairwise(counts)}) <= 2
     assert sum(counts[1:]) == round(0.7 * 576 * 23)
 
 
