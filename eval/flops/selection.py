@@ -17,7 +17,7 @@ from vlmprune.methods.encoder_method import BlockShape, EncoderMethod
 from vlmprune.methods.input_method import InputMethod
 from vlmprune.methods.layer_method import LayerMethod
 from vlmprune.methods.selection_macs import FirstLayerWork, Scored, ScoredLayers
-from vlmprune.patches.families.facts import state_layers, tower_width
+from vlmprune.patches.families.facts import tower_width
 
 from .families import vision_cost
 from .language import LanguageShape
@@ -63,9 +63,9 @@ def _encoder_macs(config: PreTrainedConfig, method: EncoderMethod, work: VisionW
     """Reductions of all tiles, and projections ahead of a block of what a method reads before its attention."""
     facts, hidden, patches = vision_cost(config).facts(config), tower_width(config), dense_patches(config)
     before, total = patches, 0
-    for after in method.plan(patches, max(state_layers(config)) + 1):
+    for after in method.plan(patches, facts):
         if after < before:
-            more = int(facts.has_cls) + method.trailing
+            more = int(facts.has_cls) + method.trailing(facts)
             own = method.reduction_macs(
                 BlockShape(before + more, after + more, hidden, facts.heads, leading=int(facts.has_cls))
             )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from transformers import PreTrainedConfig
 
 from vlmprune.methods.encoder_method import EncoderMethod, block_tokens
-from vlmprune.patches.families.facts import drops_cls, has_cls, state_layers
+from vlmprune.patches.families.facts import dense_tower_facts, drops_cls, has_cls, state_layers
 
 from .vision_work import VisionWork
 
@@ -33,7 +33,7 @@ def dense_tower_macs(
         tower += 2 * hidden * hidden + 2 * tokens * hidden * hidden + 2 * tokens * hidden + 2 * hidden * ffn
     projected = tokens - (has_cls(config) and drops_cls(config))
     if method is not None and method.output == "merged":
-        projected = method.plan(patches, max(state_layers(config)) + 1)[-1]
+        projected = method.plan(patches, dense_tower_facts(config))[-1]
     return work.crops * tower, work.crops * projected * dense_projector_macs(config)
 
 
@@ -48,7 +48,7 @@ def tower_tokens(config: PreTrainedConfig, method: EncoderMethod | None) -> tupl
     depth, patches, cls = int(config.vision_config.num_hidden_layers), dense_patches(config), int(has_cls(config))
     if method is None:
         return ((patches + cls, patches + cls),) * depth
-    counts = block_tokens(method, patches, max(state_layers(config)) + 1, depth)
+    counts = block_tokens(method, patches, dense_tower_facts(config))
     return tuple((attended + cls, wide + cls) for attended, wide in counts)
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vlmprune.methods.batch import TowerFacts
 from vlmprune.methods.encoder_method import BlockBatch, EncoderMethod, Reduction
 
 from .reduced_tokens import ReducedTokens
@@ -19,6 +20,7 @@ class TowerReduction:
         method: what reduces.
         plan: patches that leave each block.
         patches: patches that a tile has in the first block.
+        tower: facts of the tower.
         leading: tokens in front of them.
         trailing: tokens that the method appended.
         tokens: what became of them.
@@ -31,12 +33,19 @@ class TowerReduction:
     """
 
     def __init__(
-        self, method: EncoderMethod, plan: tuple[int, ...], patches: int, leading: int, hidden: Tensor, trailing: int
+        self,
+        method: EncoderMethod,
+        plan: tuple[int, ...],
+        patches: int,
+        tower: TowerFacts,
+        hidden: Tensor,
+        trailing: int,
     ) -> None:
         self.method = method
         self.plan = plan
         self.patches = patches
-        self.leading = leading
+        self.tower = tower
+        self.leading = int(tower.has_cls)
         self.trailing = trailing
         self.tokens = ReducedTokens(hidden, trailing)
         self.grid = _square(patches)
@@ -66,6 +75,7 @@ class TowerReduction:
             block=block,
             hidden=hidden,
             remove=self.removed(block),
+            tower=self.tower,
             sizes=self.tokens.sizes,
             leading=self.leading,
             trailing=self.trailing,

@@ -35,6 +35,7 @@ class EncoderSite:
     Attributes:
         method: what reduces.
         blocks: blocks of the tower that precede its features, which alone reduce.
+        tower: facts of the tower.
     """
 
     def __init__(self, family: Family, method: EncoderMethod, calls: CallStack, options: OptionsInForce) -> None:
@@ -49,7 +50,8 @@ class EncoderSite:
                 "from the tower's embeddings; allowed: a vision_feature_layer behind a block."
             )
         self.blocks = max(self.states) + 1
-        self.leading = int(family.tower_facts.has_cls)
+        self.tower = family.tower_facts
+        self.leading = int(self.tower.has_cls)
         self.check(method)
 
     @property
@@ -66,7 +68,7 @@ class EncoderSite:
             ParameterError: its parameters do not fit.
             UnsupportedMethodError: its attention needs a bias, which the tower's attention backend does not take.
         """
-        method.plan(self.patches, self.blocks)
+        method.plan(self.patches, self.tower)
         backend = self._backend()
         if method.proportional and backend not in BIASED_BACKENDS:
             raise UnsupportedMethodError(_no_bias(method, backend))
@@ -111,7 +113,7 @@ class EncoderSite:
 
     def check_given(self, method: EncoderMethod) -> None:
         """Raise UnsupportedCallError where a method would reduce something, for a call whose visual tokens were made by hand."""
-        if method.plan(self.patches, self.blocks)[-1] < self.patches:
+        if method.plan(self.patches, self.tower)[-1] < self.patches:
             raise UnsupportedCallError(
                 f"{method.name!r} reduces tokens in the vision tower, and the visual tokens of this call were given as "
                 "embeddings. Pass the pixels, or apply a method that acts at the input or between layers."
@@ -168,16 +170,18 @@ class EncoderSite:
         method = self.method if pipelines is None else pipelines.pipelines[0].at_encoder
         assert method is not None
         patches = hidden.shape[1] - self.leading
-        plan = method.plan(patches, self.blocks)
+        plan = method.plan(patches, self.tower)
         if plan[-1] == patches:
             return hidden
-        appended = method.append(hidden)
+        appended = method.append(hidden, self.tower)
         if appended is not None:
             hidden = torch.cat([hidden, appended], 1)
         trailing = 0 if appended is None else appended.shape[1]
-        if trailing != method.trailing:
-            raise RuntimeError(f"{method.name!r} appended {trailing} tokens and says trailing={method.trailing}.")
-        call.reduction = TowerReduction(method, plan, patches, self.leading, hidden, trailing)
+        if trailing != method.trailing(self.tower):
+            raise RuntimeError(
+                f"{method.name!r} appended {trailing} tokens and says that it appends {method.trailing(self.tower)}."
+            )
+        call.reduction = TowerReduction(method, plan, patches, self.tower, hidden, trailing)
         return hidden
 
     def _keep_projection(self, kind: str, module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:

@@ -62,9 +62,8 @@ def test_attention_of_the_reduced_tower_is_mapped_back(family):
     model = family.build(torch.float32)
     adapter = find_family(model)
     method = ToMe(keep=0.6)
-    blocks = max(adapter.state_layers) + 1
     patches = family.tokens("A")
-    counts = (patches, *method.plan(patches, blocks))
+    counts = (patches, *method.plan(patches, adapter.tower_facts))
     removed = [before - after for before, after in pairwise(counts)]
     layer = FasterVLM().vision_signals(adapter.tower_facts)[0].layer
     states = tome_tower(adapter.vision_tower, family.image("A")["pixel_values"], removed)

@@ -38,7 +38,7 @@ def removed_by(method, model):
     family = find_family(model)
     vision = model.config.vision_config
     patches = (vision.image_size // vision.patch_size) ** 2
-    counts = (patches, *method.plan(patches, max(family.state_layers) + 1))
+    counts = (patches, *method.plan(patches, family.tower_facts))
     return [before - after for before, after in pairwise(counts)]
 
 

@@ -119,6 +119,8 @@ def _tolerance(rule: str | Mapping[str, str], name: str) -> tuple[float, float]:
     if not isinstance(rule, str):
         usual = rule.get("floats", "rtol 1e-4, atol 1e-7")
         rule = rule.get(name, rule.get("scores" if name.startswith("scores") else name, usual))
+    if re.fullmatch(r"[\d.e-]+", rule):
+        return float(rule), float(rule)
     relative = re.search(r"rtol ([\d.e-]+)", rule)
     absolute = re.search(r"(?:atol|within) ([\d.e-]+)", rule)
     if relative is None and absolute is None:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from official_cases.batches import CLIP
 from official_cases.input_site import Tensors
 from vlmprune.methods.encoder.tome import ToMe, bipartite_soft_matching
 from vlmprune.methods.encoder_method import BlockBatch
@@ -32,6 +33,7 @@ def tome(params: Mapping[str, Any], inputs: Tensors) -> dict[str, Tensor]:
             block=0,
             hidden=x,
             remove=x.shape[1] - outputs,
+            tower=CLIP,
             sizes=sizes,
             leading=int(class_token),
             key=metric[:, :, None],
@@ -56,6 +58,7 @@ def _proportional_attention(params: Mapping[str, Any], inputs: Tensors) -> dict[
         block=0,
         hidden=value[:, 0],
         remove=0,
+        tower=CLIP,
         sizes=sizes,
         key=key.transpose(1, 2),
         query=query.transpose(1, 2),

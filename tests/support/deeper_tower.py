@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from support.tiny_models import FamilyCase, spread_weights
+from support.tiny_models import FamilyCase, seeded_pixels, spread_weights
 
 BLOCKS = 5
 
@@ -28,3 +28,24 @@ def deeper_tower(case: FamilyCase, blocks: int = BLOCKS) -> FamilyCase:
         return model
 
     return replace(case, name=f"{case.name}-{blocks}-blocks", build=build)
+
+
+@lru_cache(maxsize=32)
+def one_tile(case: FamilyCase, side: int) -> FamilyCase:
+    """Return the same case with tiles of `side` x `side` patches, of a family with one tile an image."""
+
+    @lru_cache(maxsize=4)
+    def build(dtype: torch.dtype) -> Any:
+        other = case.build(torch.float32)
+        config = copy.deepcopy(other.config)
+        config.vision_config.image_size = side * config.vision_config.patch_size
+        config.image_seq_length = side * side
+        model = spread_weights(type(other)(config)).to(dtype).eval()
+        model.generation_config = copy.deepcopy(other.generation_config)
+        return model
+
+    def image(name: str) -> dict[str, torch.Tensor]:
+        vision = build(torch.float32).config.vision_config
+        return {"pixel_values": seeded_pixels(name, vision.num_channels, vision.image_size, vision.image_size)}
+
+    return replace(case, name=case.name, build=build, image=image, tokens=lambda name: side * side)

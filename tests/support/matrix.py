@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from support.deeper import deeper
-from support.deeper_tower import deeper_tower
+from support.deeper_tower import deeper_tower, one_tile
 from support.families import llava_next, qwen3_vl
 from support.family_cases import FAMILY_CASES
 from support.tiny_models import LLAVA_CLIP_GQA, FamilyCase
@@ -29,6 +29,12 @@ HARDER: dict[str, dict[str, object]] = {
     "visionzip": {"merge_at": "projected", "cls_token": False},
     "fastv": {"layer": 1},
     "tome": {"output": "merged"},
+    "expedite": {"output": "merged"},
+    "pitome": {"output": "merged"},
+    "crossget": {"output": "merged"},
+    "mctf": {"output": "merged"},
+    "zero_tprune": {"output": "merged"},
+    "token_transforming": {"output": "merged"},
 }
 METHOD_PARAMETERS: dict[str, dict[str, object]] = {
     name: {**REQUIRED.get(name, {}), **HARDER.get(name, {})} for name in METHODS
@@ -70,8 +76,15 @@ ON_EVERY_FAMILY = frozenset({"uniform", "pool", "fastervlm", "visionzip", "todre
 ONE_OF_EACH_KIND = (LLAVA_CLIP_GQA, llava_next.CASES[0], qwen3_vl.CASES[0])
 
 
+# Patches of a side of the tile that stands in for one of so many patches.
+SIDES = {36: 7}
+
+
 def fitting(method: str, family: FamilyCase) -> FamilyCase:
     """Return the family with as many layers or blocks as the method needs."""
+    if method == "expedite":
+        # Its clusters are rows times columns: of 49 patches 15 are, of 36 none of 11.
+        return one_tile(deeper_tower(family), SIDES.get(family.tokens("A"), 5))
     if method in ENCODER_METHODS:
         return deeper_tower(family)
     return deeper(family) if method in LAYER_METHODS else family

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..budget import check_keep
 from .base import Method, Site
+from .batch import TowerFacts
 from .checks import check_choice
 from .needs import FREE_ORDER, TOWER_BLOCKS, Need
 
@@ -33,6 +34,7 @@ class BlockBatch:
         hidden: `[tiles, tokens, dim]` residual stream, in the tower's dtype: the block's input ("before attention"), behind its
             attention ("after attention"), or its output ("after block").
         remove: how many tokens are to go here, by the method's `plan`.
+        tower: the vision tower.
         sizes: fp32 `[tiles, tokens]`, how many tokens each stands for; None while every token stands for itself.
         leading: tokens of each tile that precede the patches: 1 where there is a CLS token, else 0.
         trailing: tokens that the method appended.
@@ -49,6 +51,7 @@ class BlockBatch:
     block: int
     hidden: Tensor
     remove: int
+    tower: TowerFacts
     sizes: Tensor | None = None
     leading: int = 0
     trailing: int = 0
@@ -130,7 +133,6 @@ class EncoderMethod(Method):
         order: with `output="merged"`, whether merged tokens stand in the order of the tokens whose place they took, or in the
             official code's.
         drops: whether tokens can be dropped, -1 in `Reduction.groups`, and not only merged; a class attribute.
-        trailing: how many tokens `append` gives; a class attribute.
     """
 
     output: Output = "full"
@@ -140,7 +142,6 @@ class EncoderMethod(Method):
     needs: ClassVar[frozenset[Need]] = frozenset({TOWER_BLOCKS})
     merges: ClassVar[bool] = True
     drops: ClassVar[bool] = False
-    trailing: ClassVar[int] = 0
 
     def __post_init__(self) -> None:
         if self.keep is not None:
@@ -165,12 +166,12 @@ class EncoderMethod(Method):
         """Whether attention counts a token as often as its size says: the logarithm of the size is added to the logits."""
         return False
 
-    def plan(self, patches: int, blocks: int) -> tuple[int, ...]:
-        """Return how many patches of a tile, or what they were merged into, leave each block.
+    def plan(self, patches: int, tower: TowerFacts) -> tuple[int, ...]:
+        """Return how many patches of a tile, or what they were merged into, leave each block before the features.
 
         Args:
             patches: patches of a tile.
-            blocks: blocks of the tower that precede its features.
+            tower: the vision tower; `tower.feature_layer + 1` blocks precede its features.
 
         Raises:
             BudgetError: the budget cannot be reached; names the nearest.
@@ -178,7 +179,11 @@ class EncoderMethod(Method):
         """
         raise NotImplementedError
 
-    def append(self, hidden: Tensor) -> Tensor | None:
+    def trailing(self, tower: TowerFacts) -> int:
+        """Return how many tokens `append` gives."""
+        return 0
+
+    def append(self, hidden: Tensor, tower: TowerFacts) -> Tensor | None:
         """Return tokens `[tiles, trailing, dim]` to put behind those of the first block's input `[tiles, tokens, dim]`, or None.
 
         They do not leave the tower.
@@ -194,25 +199,22 @@ class EncoderMethod(Method):
         return None
 
 
-def block_tokens(method: EncoderMethod, patches: int, blocks: int, depth: int) -> tuple[tuple[int, int], ...]:
+def block_tokens(method: EncoderMethod, patches: int, tower: TowerFacts) -> tuple[tuple[int, int], ...]:
     """Return how many tokens of a tile go through attention and through the MLP of each block, leading ones left out.
 
     Args:
         method: what reduces them.
         patches: patches of a tile.
-        blocks: blocks that precede the features.
-        depth: all blocks of the tower.
+        tower: the vision tower.
     """
-    plan = method.plan(patches, blocks)
+    plan, trailing = method.plan(patches, tower), method.trailing(tower)
     if plan[-1] == patches:
-        return ((patches, patches),) * depth
+        return ((patches, patches),) * tower.layers
     counts = []
     before = patches
-    for block in range(depth):
-        after = plan[block] if block < blocks else before
+    for block in range(tower.layers):
+        after = plan[block] if block < len(plan) else before
         attended = after if method.place == "before attention" else before
-        counts.append(
-            (attended + method.trailing, (before if method.place == "after block" else after) + method.trailing)
-        )
+        counts.append((attended + trailing, (before if method.place == "after block" else after) + trailing))
         before = after
     return tuple(counts)

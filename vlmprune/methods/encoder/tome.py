@@ -11,6 +11,7 @@ from torch import Tensor
 
 from vlmprune.errors import ParameterError
 from vlmprune.kernels.bipartite_match import bipartite_match
+from vlmprune.methods.batch import TowerFacts
 from vlmprune.methods.checks import check_flag, check_int, check_number
 from vlmprune.methods.encoder_method import BlockBatch, BlockShape, EncoderMethod, Reading, Reduction
 from vlmprune.methods.shared.merge_schedule import counts_after, plan_for_keep
@@ -77,8 +78,9 @@ class ToMe(EncoderMethod):
         """As `proportional_attention` says."""
         return self.proportional_attention
 
-    def plan(self, patches: int, blocks: int) -> tuple[int, ...]:
+    def plan(self, patches: int, tower: TowerFacts) -> tuple[int, ...]:
         """Return how many patches leave each block."""
+        blocks = tower.feature_layer + 1
         if self.r is None:
             assert self.keep is not None
             return plan_for_keep(self.keep, self.output == "merged", patches, blocks)
