@@ -206,11 +206,19 @@ class LayerProbe:
 
     def _probed(self, run: LayerRun, layer: int, embeddings: tuple[Tensor, Tensor], **parts: Any) -> ProbedLayer:
         model: Any = self.family.language_model
-        attention = self._attention(layer)
+        attention, key, states = self._attention(layer), parts["key"], parts["key_states"]
+
+        def counted_key() -> Tensor:
+            if run.padding_before is None:
+                return key[:, key.shape[1] - run.width :]
+            tables = model.rotary_emb(states, run.current_positions(layer).clamp(min=0))
+            return rotate(attention, states, tables, "k_norm")
+
         return ProbedLayer(
             scale=attention.scaling,
             inverse_frequencies=getattr(model.rotary_emb, "inv_freq", None),
             read_positions=partial(run.current_positions, layer),
+            read_counted_key=counted_key,
             read_rotation=lambda states: rotate_heads(attention, states, embeddings),
             **parts,
         )

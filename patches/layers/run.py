@@ -47,6 +47,7 @@ class LayerRun:
         captured: projections and rotary positions by what they are and their layer, until they are read.
         projected_keys: a layer and its keys before rotation, which that layer need not project again.
         observed: fp32 `[batch, columns]` per signal of the layers run so far.
+        padding_before: int64 `[batch]`, by how much positions count padding before a row's first token; None if they do not.
         embeddings: what entered the first layer, `[batch, entry width, dim]`.
         groups_by_cut: after each cut per image where its tokens went, int64 `[alive before]`, None where that can be told from
             what is kept.
@@ -75,6 +76,7 @@ class LayerRun:
     captured: dict[tuple[str, int], Any] = field(default_factory=dict)
     projected_keys: tuple[int, Tensor] | None = None
     observed: dict[LayerSignal, Tensor] = field(default_factory=dict)
+    padding_before: Tensor | None = None
     embeddings: Tensor | None = None
     groups_by_cut: list[tuple[int, list[Tensor | None]]] = field(default_factory=list)
     memory: dict[Any, Any] = field(default_factory=dict)
@@ -234,8 +236,9 @@ class LayerRun:
         return self.compaction.index >= 0 if self.compaction.ragged else None
 
     def current_positions(self, layer: int) -> Tensor:
-        """Return the position ids of the current sequence in `layer`, int64 `[..., batch, width]`."""
-        return self._positions(self.state.group(layer) if self.state is not None else None)[0]
+        """Return the position ids of the current sequence in `layer`, int64 `[..., batch, width]`, padding not counted."""
+        positions, _, _ = self._positions(self.state.group(layer) if self.state is not None else None)
+        return positions if self.padding_before is None else positions - self.padding_before[:, None]
 
     def in_callers_columns(self, values: Tensor) -> Tensor:
         """Spread `values [batch, width]` over the caller's columns; 0 at dropped tokens."""

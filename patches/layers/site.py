@@ -32,7 +32,7 @@ from .observer import LayerObserver
 from .probe import LayerProbe
 from .run import LayerRun
 from .scores import check_decoder
-from .text_spans import find_text_spans
+from .text_spans import find_text_spans, padding_before
 from .visual_tokens import VisualTokens
 
 
@@ -152,6 +152,7 @@ class LayerSite:
             entry=cut.compaction,
             last_column=last.to(device, non_blocking=True),
             embeddings=arguments.get("inputs_embeds"),
+            padding_before=padding_before(call),
         )
         run.group_inputs(0, call.past)
         call.layer_run = run

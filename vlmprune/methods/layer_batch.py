@@ -80,6 +80,7 @@ class ProbedLayer:
     inverse_frequencies: Tensor | None = None
     read_queries: Callable[[int, Tensor], Tensor] | None = None
     read_positions: Callable[[], Tensor] | None = None
+    read_counted_key: Callable[[], Tensor] | None = None
     read_rotation: Callable[[Tensor], Tensor] | None = None
 
     def queries(self, row: int, columns: Tensor) -> Tensor:
@@ -92,10 +93,19 @@ class ProbedLayer:
 
     @cached_property
     def positions(self) -> Tensor:
-        """Position ids of the probed layer, int64 `[..., batch, tokens]`."""
+        """Position ids of the probed layer, int64 `[..., batch, tokens]`; padding before a row's first token does not count."""
         if self.read_positions is None:
             raise RuntimeError("There are no positions.")
         return self.read_positions()
+
+    @cached_property
+    def counted_key(self) -> Tensor:
+        """Keys of this call's tokens, rotated at `positions`: `[batch, tokens, kv_heads, head_dim]`.
+
+        What depends on absolute positions is the same in a padded batch as alone with these, and not always with `key`: a plain
+        forward counts padding on the left too.
+        """
+        return self.key if self.read_counted_key is None else self.read_counted_key()
 
     def rotate(self, states: Tensor) -> Tensor:
         """Apply the layer's rotary positions to `states [batch, tokens, heads, head_dim]`."""

@@ -1,5 +1,6 @@
 """Methods that drop visual tokens between the layers of the language model, one line each, in the order of tables."""
 
+from .dart import DART as DART
 from .fastv import FastV as FastV
 from .pyramiddrop import PyramidDrop as PyramidDrop
 from .todre_relevance import ToDRERelevance as ToDRERelevance

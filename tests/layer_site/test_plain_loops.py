@@ -1,0 +1,32 @@
+"""What a pruned model keeps and answers, against each method in plain loops over an unpatched model's own layers."""
+
+import pytest
+import torch
+from layer_site.by_hand import DEEP_LLAVA
+
+import vlmprune
+from support.plain_language import run_row
+from support.plain_methods.dart import dart
+from vlmprune.methods import DART
+
+ROWS = {"single": [[3, "A", 6]], "three rows": [[3, "A", 6], [2, "B", 3, "C", 7], [2, "D", 5]]}
+METHODS = {
+    "dart": (DART(layer=2, tokens=16), dart(2, 20)),
+    "dart-keep": (DART(layer=1, keep=0.3), dart(1, 7)),
+    "dart-few": (DART(layer=3, keep=14), dart(3, 1)),
+}
+
+
+@pytest.mark.parametrize("rows", ROWS.values(), ids=ROWS)
+@pytest.mark.parametrize("name", METHODS)
+def test_kept_tokens_and_answers_are_those_of_plain_loops(name, rows):
+    method, cut = METHODS[name]
+    model, inputs = DEEP_LLAVA.build(torch.float32), DEEP_LLAVA.inputs(rows)
+    with torch.no_grad(), vlmprune.pruned(model, method):
+        logits = model(**inputs).logits
+        record = vlmprune.last_run(model)
+    for index in range(len(rows)):
+        mine = [image for image in record.images if image.batch_index == index]
+        row, expected = run_row(model, inputs, index, [image.total for image in mine], cut)
+        assert [image.kept.tolist() for image in mine] == row.numbers
+        torch.testing.assert_close(logits[index, -1], expected[-1], atol=2e-4, rtol=2e-4)
