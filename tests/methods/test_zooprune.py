@@ -37,6 +37,18 @@ def test_equals_differences_of_the_module(case, h, monkeypatch):
     torch.testing.assert_close(found, torch.stack(lengths).mean(0).float(), rtol=tolerance, atol=tolerance)
 
 
+def test_both_orders_of_the_product_give_the_same(monkeypatch):
+    """With fewer rows than tokens the second layer is scaled along each direction, else every token's change is."""
+    layers = find_family(FAMILY_CASES[0].build(torch.float32)).projector_layers()
+    directions, sketch = random_rows(9, 32, 12, 32, 0)
+    features = torch.randn(40, 32, generator=torch.Generator().manual_seed(1))
+    monkeypatch.setattr(zooprune_sensitivity, "CHUNK_ELEMENTS", 1000)
+    with torch.no_grad():
+        together = sensitivity(features, layers, directions, 0.0, sketch)
+        few = torch.cat([sensitivity(some, layers, directions, 0.0, sketch) for some in features.split(10)])
+    torch.testing.assert_close(together, few)
+
+
 def test_projections_estimate_the_lengths():
     layers = find_family(FAMILY_CASES[0].build(torch.float32)).projector_layers()
     directions, sketch = random_rows(64, 32, 400, 32, 0)

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from vlmprune.methods.projector import ProjectorLayers
 
-# Elements of the largest intermediate, tokens times directions times hidden width, that are held at once.
+# Elements of the largest intermediate, tokens (or rows of the second layer) times directions times hidden width, that are
+# held at once.
 CHUNK_ELEMENTS = 2**22
 
 
@@ -30,19 +31,42 @@ def sensitivity(
     second = projector.second.float()
     if sketch is not None:
         second = sketch @ second
+    if h == 0 and projector.norm is None and len(second) < len(features):
+        return _lengths_by_direction(features.float(), projector, directions, second)
     lengths = []
     for change in _hidden_changes(features.float(), projector, directions, h):
         lengths.append((change @ second.T).norm(dim=-1).mean(-1))
     return torch.cat(lengths) if lengths else features.new_zeros(0, dtype=torch.float32)
 
 
+def _lengths_by_direction(features: Tensor, projector: ProjectorLayers, directions: Tensor, second: Tensor) -> Tensor:
+    """Return what `sensitivity` does for `h=0` and no norm, as products of tokens with the second layer along each direction.
+
+    The second layer has fewer rows than there are tokens: scaling them by a direction's slopes, not every token's change,
+    leaves matrix products and little else.
+    """
+    columns, bias = _first_layer(projector)
+    base = torch.einsum("npd,hpd->nh", features.unflatten(1, (projector.patches, -1)), columns) + bias
+    derivative, slopes = _derivative(projector, base), directions.float() @ columns.sum(1).T
+    total = features.new_zeros(len(features))
+    for some in slopes.split(max(1, CHUNK_ELEMENTS // second.numel())):
+        along = (some[:, None] * second).flatten(0, 1)
+        total += (derivative @ along.T).view(len(features), len(some), -1).norm(dim=-1).sum(-1)
+    return total / len(slopes)
+
+
+def _first_layer(projector: ProjectorLayers) -> tuple[Tensor, Tensor]:
+    """Return the first layer's weight as `[hidden, patches, dim]`, each patch of a token with its own columns, and its bias."""
+    first = projector.first.float()
+    bias = first.new_zeros(len(first)) if projector.first_bias is None else projector.first_bias.float()
+    return first.view(len(first), projector.patches, -1), bias
+
+
 def _hidden_changes(features: Tensor, projector: ProjectorLayers, directions: Tensor, h: float) -> Iterator[Tensor]:
     """Yield, for some tokens at a time, the change behind the activation per step: `[tokens, directions, hidden]`."""
-    first, patches = projector.first.float(), projector.patches
-    hidden = first.shape[0]
-    bias = first.new_zeros(hidden) if projector.first_bias is None else projector.first_bias.float()
-    # Each patch of a token has its own columns of the first layer.
-    columns = first.view(hidden, patches, -1)
+    patches = projector.patches
+    columns, bias = _first_layer(projector)
+    hidden = len(bias)
     rows, moves = features.unflatten(1, (patches, -1)), directions.float()
     if projector.norm == "layer":
         rows, moves = rows - rows.mean(-1, keepdim=True), moves - moves.mean(-1, keepdim=True)
