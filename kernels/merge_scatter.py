@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn.functional import embedding_bag
 
 from vlmprune.kernels.shared.compile_cases import CompileCase, Like
 from vlmprune.kernels.shared.implementation import choose_implementation, tl, triton
@@ -70,13 +71,19 @@ def merge_scatter_reference(
     rows = destination_index.masked_fill(destination_index < 0, num_outputs) if drops else destination_index
     total = weights.new_zeros(num_outputs + drops).scatter_add_(0, rows, weights)
     # Each token's share of its row, so that no second pass over the rows is needed.
-    share = (weights / total.masked_fill(total == 0, 1.0)[rows])[:, None]
+    share = weights / total.masked_fill(total == 0, 1.0)[rows]
+    if source.dtype == torch.float32 and source.is_contiguous() and source.numel():
+        # The tokens of each row in their order: a weighted sum over bags of them writes no products.
+        members, counts = rows.argsort(stable=True), torch.bincount(rows, minlength=num_outputs + drops)
+        bags = counts.cumsum(0) - counts
+        merged = embedding_bag(members, source, bags, mode="sum", per_sample_weights=share[members])
+        return merged[:num_outputs], total[:num_outputs]
     merged = weights.new_zeros(num_outputs + drops, dim)
     # A block at a time: fresh memory for all products costs more than the products.
     block = max(1, BLOCK_ELEMENTS // max(1, dim))
     for begin in range(0, tokens, block):
         part = slice(begin, begin + block)
-        merged.index_add_(0, rows[part], source[part].to(torch.float32) * share[part])
+        merged.index_add_(0, rows[part], source[part].to(torch.float32) * share[part, None])
     return merged[:num_outputs], total[:num_outputs]
 
 
