@@ -80,7 +80,7 @@ def coverage_reference(
             continue
         rows, last = unit_rows(features[begin:end])
         weight = None if weights is None else weights[begin:end].to(torch.float32)
-        values_of: Callable[[Tensor], Tensor] = partial(_cosines, rows)
+        values_of: Callable[[Tensor | slice], Tensor] = partial(_cosines, rows)
         if 4 * (end - begin) ** 2 <= limit_bytes:
             matrix = rows @ rows.T
             values_of = matrix.__getitem__
@@ -91,7 +91,7 @@ def coverage_reference(
     return torch.cat(picks)
 
 
-def _cosines(rows: Tensor, some: Tensor) -> Tensor:
+def _cosines(rows: Tensor, some: Tensor | slice) -> Tensor:
     return rows[some] @ rows.T
 
 
