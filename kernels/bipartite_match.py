@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from itertools import pairwise
 
@@ -14,7 +15,7 @@ from vlmprune.kernels.shared.implementation import choose_implementation, dot_ne
 from vlmprune.kernels.shared.segments import check_offsets, on_device
 
 # Elements of the similarity matrix that the reference holds at a time: they stay in the cache until their row is read.
-BLOCK_ELEMENTS = 2**20
+BLOCK_ELEMENTS = 2**21
 
 # Side of the tiles, and how many destinations one program looks at.
 TILE, SPAN = 64, 512
@@ -71,6 +72,12 @@ def bipartite_match_reference(
     # The best of a row does not depend on its length: only its score is divided by it.
     rows = sources.to(torch.float32)
     norms = torch.linalg.vector_norm(rows, dim=1)
+    if len(bounds) == 2 and 0 < len(rows) * len(destinations) <= BLOCK_ELEMENTS:
+        units = destinations.to(torch.float32)
+        lengths = torch.linalg.vector_norm(units, dim=1, keepdim=True)
+        if _proper(norms) and _proper(lengths):
+            scores, partners = (rows @ (units / lengths).T).max(1)
+            return partners, scores.div_(norms)
     columns, hidden = unit_rows(destinations)
     best = []
     for (begin, end), (first, last) in zip(pairwise(bounds), pairwise(ends), strict=True):
@@ -92,6 +99,12 @@ def bipartite_match_reference(
     broken = ~norms.isfinite()
     scores = scores.div_(norms.masked_fill_(norms == 0, 1.0)).masked_fill_(broken, -torch.inf)
     return partners.masked_fill_(broken, 0), scores
+
+
+def _proper(norms: Tensor) -> bool:
+    """Whether no row is zero and none has NaN or inf, so that nothing must be masked."""
+    low, high = norms.aminmax()
+    return float(low) > 0 and float(high) < math.inf
 
 
 def bipartite_match_triton(
