@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -128,6 +129,8 @@ class LayerSite:
             )
         if any(schedule) and self.method.trims_cache(self.family.decoder_layers) is not None:
             check_can_trim(call.cache, self.method.name)
+        spans = self._text_spans(call, visuals)
+        self._check_text(spans, visuals.spans.rows, schedule)
         run = self.layer_run(call)
         device = cut.columns.device
         prompt = call.columns - call.drafts
@@ -142,7 +145,7 @@ class LayerSite:
             text_lengths=call.text.sum(1).tolist(),
             visual_lengths=call.visual.sum(1).tolist(),
             totals=visuals.spans.counts,
-            spans=self._text_spans(call, visuals, device),
+            spans=[TextSpans(*(part.to(device, non_blocking=True) for part in around)) for around in spans],
             vision=self._vision(visuals, device),
             carried=cut.carried(visuals.spans),
         )
@@ -169,11 +172,20 @@ class LayerSite:
             return state
         return trim_cache(call.cache, state, first)
 
-    def _text_spans(self, call: LanguageModelCall, visuals: PrefillVisuals, device: torch.device) -> list[TextSpans]:
+    def _text_spans(self, call: LanguageModelCall, visuals: PrefillVisuals) -> list[TextSpans]:
         prompt = torch.arange(call.columns) < call.columns - call.drafts
         columns = visuals.spans.flat.split(list(visuals.spans.counts))
-        found = find_text_spans(call.text & prompt, visuals.spans.rows, columns)
-        return [TextSpans(*(part.to(device, non_blocking=True) for part in spans)) for spans in found]
+        return find_text_spans(call.text & prompt, visuals.spans.rows, columns)
+
+    def _check_text(
+        self, spans: Sequence[TextSpans], rows: Sequence[int], schedule: Sequence[dict[int, int | None]]
+    ) -> None:
+        for row, around, cuts in zip(rows, spans, schedule, strict=True):
+            if not len(around.after) and any(self.probe.need(cut).rows == "text" for cut in cuts):
+                raise UnsupportedCallError(
+                    f"Row {row} ends with an image, and {self.method.name!r} scores by the text behind it; allowed: a question "
+                    "behind the images, or a method that does not score by text."
+                )
 
     def _vision(self, visuals: PrefillVisuals, device: torch.device) -> dict[VisionSignal, list[Tensor]]:
         """Return what the method reads of the vision tower, per image as it is shown."""

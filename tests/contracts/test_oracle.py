@@ -5,9 +5,8 @@ import torch
 
 import vlmprune
 from support.layerwise import check_greedy, default_positions, language_model_inputs, row_by_layers
-from support.matrix import LAYER_METHODS, METHOD_PARAMETERS, few_tokens, over_matrix
+from support.matrix import LAYER_METHODS, MERGE_BEFORE, METHOD_PARAMETERS, few_tokens, over_matrix
 from support.merging import COMBINED, entering, given_as_entered, given_merged
-from vlmprune.methods.registry import get_method
 
 ROWS = {
     "single": [[3, "A", 4]],
@@ -57,7 +56,7 @@ def test_pruned_forward_equals_the_layers_by_hand_in_bf16(method, family):
 def given_to_layers(model, method, inputs, run, entered):
     """What the host hands to its language model, with the visual tokens of a merging method merged."""
     given = language_model_inputs(model, inputs)
-    if not get_method(method).merges:
+    if method not in MERGE_BEFORE:
         return given
     if method in COMBINED:
         return given_merged(given, inputs, run, model.config.image_token_id)

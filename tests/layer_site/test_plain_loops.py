@@ -7,12 +7,19 @@ from layer_site.by_hand import DEEP_LLAVA
 import vlmprune
 from support.plain_language import run_row
 from support.plain_methods.dart import dart
-from vlmprune.methods import DART
+from support.plain_methods.sparsevlm import sparsevlm
+from vlmprune.methods import DART, SparseVLM
 
 ROWS = {"single": [[3, "A", 6]], "three rows": [[3, "A", 6], [2, "B", 3, "C", 7], [2, "D", 5]]}
 METHODS = {
     "dart": (DART(layer=2, tokens=16), dart(2, 20)),
     "dart-keep": (DART(layer=1, keep=0.3), dart(1, 7)),
+    "sparsevlm": (SparseVLM(layers=(1, 3), tokens=(20, 8)), sparsevlm((1, 3), (20, 8))),
+    "sparsevlm-few": (SparseVLM(layers=(2,), tokens=(1,)), sparsevlm((2,), (1,))),
+    "sparsevlm-v2": (
+        SparseVLM(layers=(1, 3), tokens=(20, 8), variant="v2", heads=3),
+        sparsevlm((1, 3), (20, 8), heads=3),
+    ),
     "dart-few": (DART(layer=3, keep=14), dart(3, 1)),
 }
 

@@ -61,16 +61,69 @@ def placeholders(model: Any, ids: Tensor) -> Tensor:
 
 
 def alive_columns(model: Any, inputs: dict[str, Tensor], record: Any, row: int, layer: int) -> Tensor:
-    """Return the columns of a row that reach `layer`, ascending."""
+    """Return the columns of a row that reach `layer`, in the order in which it sees them."""
     ids, mask = inputs["input_ids"][row], inputs["attention_mask"][row].bool()
     visual = placeholders(model, ids)
     columns, mine = [(mask & ~visual).nonzero().flatten()], visual.nonzero().flatten()
+    places = list(columns)
     for image in record.images:
         if image.batch_index == row:
             kept = [stage for first, stage in image.stages if first <= layer][-1]
             columns.append(mine[: image.total][kept])
+            places.append(columns[-1].sort().values)
             mine = mine[image.total :]
-    return torch.cat(columns).sort().values
+    return torch.cat(columns)[torch.cat(places).argsort()]
+
+
+def rows_of(columns: Tensor, alive: Tensor) -> Tensor:
+    """Return where each of `alive` stands in `columns`."""
+    order = columns.argsort()
+    return order[torch.searchsorted(columns[order], alive)]
+
+
+def mean_of_group(values: Tensor, members: Tensor, target: int) -> Tensor:
+    """The mean of all that went into a token."""
+    return values[members].mean(0)
+
+
+def target_plus_mean(values: Tensor, members: Tensor, target: int) -> Tensor:
+    """A token plus the mean of the others that went into it."""
+    others = members[members != target]
+    return values[target] + (values[others].mean(0) if len(others) else 0)
+
+
+# How methods that merge between layers make one token of several.
+MERGED_INSIDE = {"sparsevlm": mean_of_group, "visiondrop": target_plus_mean}
+
+
+def merged_between(
+    values: Tensor, columns: Tensor, alive: Tensor, record: Any, row: int, layer: int, mine: list[Tensor]
+) -> Tensor:
+    """Return the values `[alive, dim]` of the columns that go on at `layer`, merged where the record says so.
+
+    Args:
+        values: `[columns, dim]` of what came so far.
+        columns: the columns before.
+        alive: those behind.
+        record: what was kept.
+        row: which row.
+        layer: the layer that begins.
+        mine: per image of the row its placeholders.
+    """
+    merged = values[rows_of(columns, alive)]
+    combine = next((MERGED_INSIDE[name] for name in record.method.split("+") if name in MERGED_INSIDE), None)
+    images = [image for image in record.images if image.batch_index == row]
+    for image, places in zip(images, mine, strict=True):
+        for number, (first, groups) in enumerate(image.stage_groups):
+            if combine is None or first != layer:
+                continue
+            before, after = (rows_of(columns, places[image.stages[number + step][1]]) for step in (0, 1))
+            kept = rows_of(alive, places[image.stages[number + 1][1]])
+            for place, target in enumerate(after.tolist()):
+                members = before[groups == place]
+                if len(members) > 1:
+                    merged[kept[place]] = combine(values, members, target)
+    return merged
 
 
 def close_gaps(ids: Tensor, before: Tensor, after: Tensor) -> Tensor:
@@ -119,14 +172,25 @@ def row_by_layers(
     deep = given.get("deepstack_visual_embeds") or []
     deep_row = visual[row].cumsum(0) - 1 + int(visual[:row].sum())
 
+    sizes = [image.total for image in record.images if image.batch_index == row]
+    mine = list(visual[row].nonzero().flatten().split(sizes)) if sizes else []
     columns, hidden = entry, table[entry]
+    deep_planes = []
+    for features in deep:
+        plane = table.new_zeros(table.shape)
+        plane[visual[row].nonzero().flatten()] = features[deep_row[visual[row]]].to(plane)
+        deep_planes.append(plane[entry])
     for layer, module in enumerate(language_model.layers):
         alive = torch.cat([alive_columns(model, inputs, record, row, layer), after])
-        hidden = hidden[torch.isin(columns, alive)]
+        hidden, *deep_planes = (
+            merged_between(values, columns, alive, record, row, layer, mine) for values in (hidden, *deep_planes)
+        )
         columns = alive
+        # A token in another place than its own has the position of that place, where positions have no gaps.
+        placed = columns.sort().values if positions.layers and len(ids) == 1 else columns
         first = torch.cat([valid, after]) if positions.entry else entry
         last = columns if positions.layers else entry
-        ids_here = close_gaps(ids[:, columns], ids[:, first], ids[:, last])
+        ids_here = close_gaps(ids[:, placed], ids[:, first], ids[:, last])
         rotary_ids = ids_here[:, None] if len(ids) == 3 else ids_here
         mask = create_causal_mask(language_model.config, hidden[None], None, None)
         if positions.trimmed is not None and layer >= positions.trimmed and len(later):
@@ -138,9 +202,8 @@ def row_by_layers(
             attention_mask=mask,
             position_embeddings=language_model.rotary_emb(hidden[None], rotary_ids),
         )[0]
-        if layer < len(deep):
-            is_visual = torch.isin(columns, visual[row].nonzero().flatten())
-            hidden[is_visual] += deep[layer][deep_row[columns[is_visual]]]
+        if layer < len(deep_planes):
+            hidden = hidden + deep_planes[layer]
     return HandRow(columns, model.lm_head(language_model.norm(hidden)))
 
 

@@ -48,6 +48,11 @@ LAYER_METHODS = frozenset(name for name, parts in _PARTS.items() if any(part.sit
 # They reduce tokens between the blocks of the vision tower, so they get the variant with more of them.
 ENCODER_METHODS = frozenset(name for name, parts in _PARTS.items() if any(part.site == "encoder" for part in parts))
 
+# What enters the language model is already merged.
+MERGE_BEFORE = frozenset(
+    name for name, parts in _PARTS.items() if any(part.site == "input" and part.merges for part in parts)
+)
+
 # They score by the last prompt token or other text, inside the language model.
 BY_THE_LAST_TOKEN = frozenset(
     name

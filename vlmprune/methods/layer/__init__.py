@@ -3,5 +3,6 @@
 from .dart import DART as DART
 from .fastv import FastV as FastV
 from .pyramiddrop import PyramidDrop as PyramidDrop
+from .sparsevlm import SparseVLM as SparseVLM
 from .todre_relevance import ToDRERelevance as ToDRERelevance
 from .transprune import TransPrune as TransPrune
