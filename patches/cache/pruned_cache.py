@@ -135,8 +135,13 @@ class PrunedCache:
 
     def _change_rows(self, change: Any) -> None:
         state = self.__dict__.get(_STATE)
-        if state is not None:
-            self.__dict__[_STATE] = state.with_rows(change)
+        if state is None:
+            return
+        self.__dict__[_STATE] = state.with_rows(change)
+        for layer in self.layers:  # type: ignore[attr-defined]
+            # The host leaves layers without entries as they are; here that is a row of which only padding is left.
+            if isinstance(layer, DynamicLayer) and layer.is_initialized and not layer.get_seq_length():
+                layer.keys, layer.values = change(layer.keys), change(layer.values)
 
     def _forget(self) -> None:
         for name in (_STATE, _RUNNING, _PREPARED, _TRUSTED):

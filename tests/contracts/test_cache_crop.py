@@ -212,3 +212,23 @@ def test_quantised_entries_are_not_cropped():
         model(**LLAVA_CLIP_GQA.inputs([ROWS[0]]), past_key_values=cache)
         with pytest.raises(UnsupportedCallError, match="RoundedLayer"):
             cache.crop(-2)
+
+
+def test_rows_of_which_only_padding_is_left_are_repeated_too():
+    model = LLAVA_CLIP_GQA.build(torch.float32)
+    inputs = LLAVA_CLIP_GQA.inputs([[1, "A", 1], [2, "B", 1, "A", 1]])
+    padding = int((inputs["attention_mask"][0] == 0).sum())
+    mask = torch.cat([torch.zeros(2, padding), torch.ones(2, QUESTION.shape[1])], 1).long()
+    positions = torch.arange(QUESTION.shape[1]).expand(2, -1)
+    with torch.no_grad():
+        expected = model(input_ids=QUESTION).logits
+        with vlmprune.pruned(model, "uniform", keep=0.4):
+            cache = model(**inputs, use_cache=True).past_key_values
+            cache.batch_select_indices(torch.tensor([0]))
+            cache.crop(padding - cache.get_seq_length())
+            assert cache.get_seq_length() == padding
+            assert lengths(cache) == [0] * len(cache.layers)
+            cache.batch_repeat_interleave(2)
+            question = {"input_ids": QUESTION.expand(2, -1), "attention_mask": mask, "position_ids": positions}
+            logits = model(**question, past_key_values=cache).logits
+    torch.testing.assert_close(logits, expected.expand(2, -1, -1), atol=2e-5, rtol=1e-4)
