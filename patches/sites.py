@@ -23,6 +23,7 @@ from .prefill.site import InputSite
 from .prefill.visuals import PrefillVisuals
 from .run_records import entry_record, finished_record
 from .tower.tower_tokens import tower_groups
+from .tracing import never_compiled
 
 # Not on the sites, which are copied along with their model.
 _PREPARING = threading.Lock()
@@ -93,6 +94,7 @@ class Sites:
             if len(hooks) != before:
                 forget_compiled()
 
+    @never_compiled
     def prefill(self, call: LanguageModelCall, visuals: PrefillVisuals, pipelines: RowPipelines) -> dict[str, Any]:
         """Return the language model's arguments of a prefill with images; `call.record` says what enters it."""
         encoder = pipelines.pipelines[0].at_encoder
@@ -121,6 +123,7 @@ class Sites:
             call.continued_layers = self.layer.continued_layers(call, state)
         return arguments
 
+    @never_compiled
     def finish(self, call: LanguageModelCall) -> PrunedCacheState | None:
         """Complete `call.record`, and return what later calls with the same cache must know, or None."""
         run = call.layer_run

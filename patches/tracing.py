@@ -2,9 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import ParamSpec, TypeVar
+
 import torch
 
 from vlmprune.errors import UnsupportedCallError
+
+_Arguments = ParamSpec("_Arguments")
+_Result = TypeVar("_Result")
+
+
+def never_compiled(function: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Result]:
+    """Decorate what `torch.compile` is to run as it is: a method's selection follows values, and no compiler knows its code."""
+    disabled: Callable[_Arguments, _Result] = torch.compiler.disable(function)
+    return disabled
 
 
 def check_not_exported() -> None:

@@ -27,6 +27,7 @@ from ..prefill.entry_cut import EntryCut
 from ..prefill.packing import packed_prompts
 from ..prefill.sequence_bounds import SEQUENCE_BOUNDS
 from ..prefill.visuals import PrefillVisuals
+from ..tracing import never_compiled
 from .continued import ContinuedLayers, follows_length, rotary_positions
 from .deepstack import add_deepstack, hold_back_deepstack
 from .observer import LayerObserver
@@ -293,6 +294,7 @@ class LayerSite:
     def _gapless(self, run: LayerRun) -> bool:
         return run.compact_layers and (run.entry is None or run.compact_entry)
 
+    @never_compiled
     def _cut(
         self, run: LayerRun, layer: int, chosen: list[int], hidden: Tensor, kwargs: dict[str, Any]
     ) -> tuple[Tensor, bool]:
