@@ -50,7 +50,7 @@ def test_pruned_forward_equals_the_layers_by_hand_in_bf16(method, family):
         by_hand = row_by_layers(model, inputs, run, row, positions, given=given)
         # The padded row and the row alone are rounded differently; where that sends a token to another expert it is far off.
         error = (logits[row, by_hand.columns] - by_hand.logits).float().norm(dim=-1)
-        assert (error / by_hand.logits.float().norm(dim=-1)).median() < 0.03
+        assert (error / by_hand.logits.float().norm(dim=-1)).median() < 0.05
 
 
 def given_to_layers(model, method, inputs, run, entered):
