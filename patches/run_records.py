@@ -93,7 +93,7 @@ def finished_record(run: LayerRun, signal: str) -> RunRecord:
         raise RuntimeError("A prefill without a record of what entered it.")
     if run.scored:
         record = replace(record, signal=", ".join(name for name in (record.signal, signal) if name))
-    if not run.cuts:
+    if not run.kept_by_cut:
         return record
     images = run.cut_images
     per_layer = [list(row) for row in record.visual_tokens_per_layer]

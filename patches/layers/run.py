@@ -52,6 +52,7 @@ class LayerRun:
         groups_by_cut: after each cut per image where its tokens went, int64 `[alive before]`, None where that can be told from
             what is kept.
         memory: what the method keeps from cut to cut.
+        masked: bool `[batch, width]`, tokens that are no longer seen, of a method that masks and takes nothing out.
     """
 
     positions: Tensor
@@ -80,6 +81,7 @@ class LayerRun:
     embeddings: Tensor | None = None
     groups_by_cut: list[tuple[int, list[Tensor | None]]] = field(default_factory=list)
     memory: dict[Any, Any] = field(default_factory=dict)
+    masked: Tensor | None = None
 
     def __post_init__(self) -> None:
         self.compaction = self.entry
@@ -164,6 +166,18 @@ class LayerRun:
             self.projected_keys = (layer, keys[rows, source.clamp(min=0)])
         return shorter
 
+    def mask_out(self, layer: int, chosen: Sequence[int], selection: Selection) -> None:
+        """Let the layers from `layer` on no longer see what `cut` would take out; it stays in the sequence."""
+        images = self.cut_images
+        before = torch.cat([images.columns[image] for image in chosen])
+        images.keep(chosen, selection)
+        left = torch.cat([images.columns[image] for image in chosen])
+        masked = ~self._ones() if self.masked is None else self.masked
+        masked = masked.flatten().index_fill(0, self.current(before), True).index_fill(0, self.current(left), False)
+        self.masked = masked.view(self.batch, self.width)
+        self.kept_by_cut.append((layer, list(images.index)))
+        self.groups_by_cut.append((layer, [None] * len(images.rows)))
+
     def _groups(self, chosen: Sequence[int], selection: Selection, counts: list[int]) -> list[Tensor | None]:
         groups: list[Tensor | None] = [None] * len(self.cut_images.rows)
         if selection.groups is not None:
@@ -230,10 +244,14 @@ class LayerRun:
         )
 
     def present(self) -> Tensor | None:
-        """Return bool `[batch, width]`, False at padding of the current sequence; None if there is none."""
+        """Return bool `[batch, width]`, False at padding of the current sequence and what is masked; None if there is none."""
         if self.compaction is None:
-            return None if self.mask is None else self.mask[:, -self.width :]
-        return self.compaction.index >= 0 if self.compaction.ragged else None
+            present = None if self.mask is None else self.mask[:, -self.width :]
+        else:
+            present = self.compaction.index >= 0 if self.compaction.ragged else None
+        if self.masked is None:
+            return present
+        return ~self.masked if present is None else present & ~self.masked
 
     def current_positions(self, layer: int) -> Tensor:
         """Return the position ids of the current sequence in `layer`, int64 `[..., batch, width]`, padding not counted."""

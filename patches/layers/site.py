@@ -303,4 +303,7 @@ class LayerSite:
             selection = self.method.select_at_layer(batch)
         if selection.counts == batch.counts and selection.features is None:
             return hidden, False
+        if self.method.masks:
+            run.mask_out(layer, chosen, selection)
+            return hidden, True
         return run.cut(layer, chosen, selection, hidden, keys), True

@@ -5,9 +5,10 @@ import torch
 from layer_site.by_hand import DEEP_LLAVA
 
 import vlmprune
+from support.plain_methods.aim import aim_merge, aim_pagerank
 from support.plain_methods.plain_layers import plain_row
 from support.plain_methods.transprune import transprune
-from vlmprune.methods import TransPrune
+from vlmprune.methods import AIM, TransPrune
 
 LAYERS = 8
 ROWS = {"single": [[3, "A", 4, 7]], "three rows": [[3, "A", 4], [2, "B", 1, "C", 6], [9, 5, "D", 2, 8, 1]]}
@@ -31,4 +32,29 @@ def test_transprune(rows, keep):
             plain = plain_row(model, DEEP_LLAVA, row, compact=True)
             counts = [dict(method.schedule(len(image), LAYERS)) for image in plain.images]
             transprune(plain, {layer: [count[layer] for count in counts] for layer in counts[0]}, LAYERS)
+        assert [image.kept.tolist() for image in mine] == [plain.local(image) for image in range(len(plain.images))]
+
+
+@over_rows
+@pytest.mark.parametrize(
+    "method", [AIM(keep=0.2), AIM(keep=0.8), AIM(keep=9), AIM(merge_rounds=1, layers=(2, 6))], ids=repr
+)
+def test_aim(rows, method):
+    model = DEEP_LLAVA.build(torch.float32)
+    kept = records(model, method, rows)
+    _, inside = method.parts()
+    for row, mine in zip(rows, kept, strict=True):
+        with torch.no_grad():
+            plain = plain_row(model, DEEP_LLAVA, row, compact=True)
+            totals = [len(image) for image in plain.images]
+            for image in range(len(plain.images)):
+                places, values = aim_merge(plain.hidden[plain.alive(image)], method.budget(totals[image]))
+                assert mine[image].stages[0][1].tolist() == places
+                columns = plain.images[image][torch.tensor(places)]
+                plain.keep(image, torch.isin(plain.columns, columns).nonzero().flatten())
+                plain.hidden[plain.alive(image)] = values
+            # What enters the first layer closes its gaps, and nothing does after that.
+            plain.close_gaps()
+            counts = [dict(inside.schedule(method.budget(total), LAYERS)) for total in totals]
+            aim_pagerank(plain, {layer: [count[layer] for count in counts] for layer in counts[0]}, LAYERS)
         assert [image.kept.tolist() for image in mine] == [plain.local(image) for image in range(len(plain.images))]

@@ -67,7 +67,7 @@ FOLLOW_THE_QUESTION = BY_THE_LAST_TOKEN | {
 }
 
 # They score by what all tokens of a call do; those of earlier turns are no longer there to be seen.
-BY_ALL_TOKENS_OF_A_CALL = frozenset({"transprune"})
+BY_ALL_TOKENS_OF_A_CALL = frozenset({"transprune", "aim"})
 
 
 def few_tokens(method: str, family: FamilyCase) -> int:

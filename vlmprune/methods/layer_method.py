@@ -53,6 +53,11 @@ class LayerMethod(Method):
             object.__setattr__(self, "keep", check_keep(self.keep))
 
     @property
+    def masks(self) -> bool:
+        """Whether dropped tokens stay in the sequence, unseen as keys: nothing gets faster, and nobody merges."""
+        return False
+
+    @property
     def reading(self) -> LayerNeed:
         """What the method reads of the language model, the one such row of its needs."""
         (reading,) = (need for need in self.needs if isinstance(need, LayerNeed))

@@ -19,3 +19,4 @@ from .mmtok import MMTok as MMTok
 from .tokencorr import TokenCorr as TokenCorr
 from .recoverable_compression import RecoverableCompression as RecoverableCompression
 from .hawk import HAWK as HAWK
+from .aim import AIM as AIM
