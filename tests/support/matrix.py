@@ -61,13 +61,13 @@ BY_THE_LAST_TOKEN = frozenset(
     if any(isinstance(need, LayerNeed) and need.rows != "all tokens" for need in part.needs)
 )
 
-# They score by the prompt's words: the same image is cut otherwise once more text follows it.
-FOLLOW_THE_QUESTION = BY_THE_LAST_TOKEN | {
-    name for name, parts in _PARTS.items() for part in parts if {INSTRUCTION, FIRST_LAYER} & part.needs
-}
-
 # They score by what all tokens of a call do; those of earlier turns are no longer there to be seen.
 BY_ALL_TOKENS_OF_A_CALL = frozenset({"transprune", "aim"})
+
+# They score by the prompt's words: the same image is cut otherwise once more text follows it.
+FOLLOW_THE_QUESTION = BY_THE_LAST_TOKEN | BY_ALL_TOKENS_OF_A_CALL | {
+    name for name, parts in _PARTS.items() for part in parts if {INSTRUCTION, FIRST_LAYER} & part.needs
+}
 
 
 def few_tokens(method: str, family: FamilyCase) -> int:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from support.layerwise import alive_columns
+from support.layerwise import alive_columns, placeholders
 
 
 def given_merged(given: dict[str, Any], inputs: dict[str, Tensor], record: Any, token: int) -> dict[str, Any]:
@@ -83,14 +83,21 @@ def given_as_entered(
 ) -> dict[str, Any]:
     """Return what the host hands to its language model, with the kept visual tokens as they entered the pruned one.
 
-    For methods whose merging is compared with plain loops elsewhere, and cannot be told from groups; without deep features.
+    For methods whose merging is compared with plain loops elsewhere, and cannot be told from groups.
     """
-    assert not given.get("deepstack_visual_embeds")
     embeddings, width = given["inputs_embeds"].clone(), entered["inputs_embeds"].shape[1]
+    kept = torch.zeros_like(embeddings[..., 0], dtype=torch.bool)
     for row in range(len(embeddings)):
         columns = alive_columns(model, inputs, record, row, 0)
         embeddings[row, columns] = entered["inputs_embeds"][row, width - len(columns) :]
-    return {**given, "inputs_embeds": embeddings}
+        kept[row, columns] = True
+    deep = given.get("deepstack_visual_embeds") or []
+    if not deep:
+        return {**given, "inputs_embeds": embeddings}
+    kept = kept[placeholders(model, inputs["input_ids"])]
+    planes = zip(deep, entered["deepstack_visual_embeds"], strict=True)
+    deep = [features.index_copy(0, kept.nonzero().flatten(), those) for features, those in planes]
+    return {**given, "inputs_embeds": embeddings, "deepstack_visual_embeds": deep}
 
 
 # How merging methods, with the parameters of the matrix, make one token of several, by name.
