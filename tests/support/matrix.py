@@ -65,9 +65,11 @@ BY_THE_LAST_TOKEN = frozenset(
 BY_ALL_TOKENS_OF_A_CALL = frozenset({"transprune", "aim"})
 
 # They score by the prompt's words: the same image is cut otherwise once more text follows it.
-FOLLOW_THE_QUESTION = BY_THE_LAST_TOKEN | BY_ALL_TOKENS_OF_A_CALL | {
-    name for name, parts in _PARTS.items() for part in parts if {INSTRUCTION, FIRST_LAYER} & part.needs
-}
+FOLLOW_THE_QUESTION = (
+    BY_THE_LAST_TOKEN
+    | BY_ALL_TOKENS_OF_A_CALL
+    | {name for name, parts in _PARTS.items() for part in parts if {INSTRUCTION, FIRST_LAYER} & part.needs}
+)
 
 
 def few_tokens(method: str, family: FamilyCase) -> int:
