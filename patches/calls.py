@@ -16,7 +16,6 @@ from vlmprune.record import RunRecord
 
 if TYPE_CHECKING:
     from .cache.state import PrunedCacheState
-    from .encoder.run import TowerReduction
     from .layers.continued import ContinuedLayers
     from .layers.run import LayerRun
     from .prefill.compaction import Compaction
@@ -31,11 +30,12 @@ class TowerCall:
 
     Attributes:
         captured: by what it is ("q_proj", say) and layer.
-        reduction: what an encoder method makes of the tokens in this run; None where there is none, or it has nothing to do.
+        reduction: what an encoder method makes of the tokens in this run, a `TowerReduction` or, of a packed tower, a
+            `PackedReduction`; None where there is none, or it has nothing to do.
     """
 
     captured: dict[tuple[str, int], Any] = field(default_factory=dict)
-    reduction: TowerReduction | None = None
+    reduction: Any = None
 
 
 @dataclass(eq=False)

@@ -15,6 +15,7 @@ from .cache.continuation import continued_inputs
 from .cache.state import PrunedCacheState
 from .call_options import OptionsInForce, RowPipelines
 from .calls import CallStack, LanguageModelCall
+from .encoder.packed_site import PackedEncoderSite
 from .encoder.site import EncoderSite
 from .families.family import Family
 from .hooks import HookSet, forget_compiled
@@ -47,9 +48,10 @@ class Sites:
         self.calls = calls
         self.positions = positions or ("original" if family.mrope else "compact")
         self._asked_positions = positions
-        self.encoder = None
+        self.encoder: EncoderSite | PackedEncoderSite | None = None
         if pipeline.at_encoder is not None:
-            self.encoder = EncoderSite(family, pipeline.at_encoder, calls, options)
+            site = PackedEncoderSite if family.tower_kind == "packed" else EncoderSite
+            self.encoder = site(family, pipeline.at_encoder, calls, options)
         later = () if pipeline.at_layers is None else pipeline.at_layers.vision_signals(family.tower_facts)
         self.input = InputSite(family, pipeline.at_input, calls, self.positions == "compact", later)
         self.layer = None if pipeline.at_layers is None else self._layer_site(pipeline.at_layers)

@@ -9,15 +9,29 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 from vlmprune.methods.batch import TowerFacts
+from vlmprune.methods.encoder_method import EncoderMethod
 from vlmprune.patches.families.facts import PictureKind, TowerKind
 from vlmprune.patches.families.registry import family_of_config
 
-from .tower_macs_dense import dense_projector_hidden, dense_projector_macs, dense_segments, dense_tower_macs
-from .tower_macs_packed import packed_projector_hidden, packed_projector_macs, packed_segments, packed_tower_macs
+from .tower_macs_dense import (
+    dense_projector_hidden,
+    dense_projector_macs,
+    dense_segments,
+    dense_tiles,
+    dense_tower_macs,
+)
+from .tower_macs_packed import (
+    packed_projector_hidden,
+    packed_projector_macs,
+    packed_segments,
+    packed_tiles,
+    packed_tower_macs,
+)
 from .vision_work import VisionWork, grids, one_crop_each, tiles, tiles_of_single_images
 
 Work = Callable[[PreTrainedConfig, Mapping[str, Any], Sequence[int]], list[VisionWork]]
-Macs = Callable[[PreTrainedConfig, VisionWork], tuple[int, int]]
+Macs = Callable[[PreTrainedConfig, VisionWork, EncoderMethod | None], tuple[int, int]]
+Tiles = Callable[[PreTrainedConfig, VisionWork], list[tuple[int, int]]]
 Segments = Callable[[PreTrainedConfig, VisionWork, int], list[int]]
 Projector = Callable[[PreTrainedConfig], int]
 
@@ -27,9 +41,9 @@ WORK: dict[PictureKind, Work] = {
     "tiles of single pictures": tiles_of_single_images,
     "grids": grids,
 }
-TOWERS: dict[TowerKind, tuple[Macs, Segments, Projector, Projector]] = {
-    "dense": (dense_tower_macs, dense_segments, dense_projector_macs, dense_projector_hidden),
-    "packed": (packed_tower_macs, packed_segments, packed_projector_macs, packed_projector_hidden),
+TOWERS: dict[TowerKind, tuple[Macs, Tiles, Segments, Projector, Projector]] = {
+    "dense": (dense_tower_macs, dense_tiles, dense_segments, dense_projector_macs, dense_projector_hidden),
+    "packed": (packed_tower_macs, packed_tiles, packed_segments, packed_projector_macs, packed_projector_hidden),
 }
 
 
@@ -40,7 +54,8 @@ class VisionCost:
     Attributes:
         work: `work(config, inputs, images)` reads from the processor's `inputs` of a batch, with `images` pictures in each
             row, what every row gives the tower.
-        macs: `macs(config, work)` gives MACs of tower and projector.
+        macs: `macs(config, work, method)` gives MACs of tower and projector, with what reduces tokens in the tower or None.
+        tiles: `tiles(config, work)` gives how many tiles or frames there are of how many tokens that an encoder method reduces.
         segments: `segments(config, work, layer)` gives the numbers of tower tokens that attend to each other.
         projector: `projector(config)` gives the projector's MACs for one visual token.
         projector_hidden: `projector_hidden(config)` gives the width between the projector's layers.
@@ -49,6 +64,7 @@ class VisionCost:
 
     work: Work
     macs: Macs
+    tiles: Tiles
     segments: Segments
     projector: Projector
     projector_hidden: Projector

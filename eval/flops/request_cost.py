@@ -12,7 +12,6 @@ from vlmprune.methods.base import Method
 from .families import vision_cost
 from .language import LanguageShape
 from .selection import encoder_part, selection_macs
-from .tower_macs_dense import dense_tower_macs
 from .vision_work import VisionWork
 
 STAGES = ("vision", "projector", "selection", "prefill", "head", "decode")
@@ -71,11 +70,7 @@ def request_cost(
     Raises:
         UnknownNameError: the model type is not supported.
     """
-    encoder = encoder_part(method)
-    if encoder is None:
-        vision, projector = vision_cost(config).macs(config, work)
-    else:
-        vision, projector = dense_tower_macs(config, work, encoder)
+    vision, projector = vision_cost(config).macs(config, work, encoder_part(method))
     shape = LanguageShape.from_config(config)
     tokens = [n + text_tokens for n in visual_tokens]
     return Cost(

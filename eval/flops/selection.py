@@ -21,7 +21,6 @@ from vlmprune.patches.families.facts import tower_width
 
 from .families import vision_cost
 from .language import LanguageShape
-from .tower_macs_dense import dense_patches
 from .vision_work import VisionWork
 
 
@@ -61,21 +60,22 @@ def encoder_part(method: Method | None) -> EncoderMethod | None:
 
 def _encoder_macs(config: PreTrainedConfig, method: EncoderMethod, work: VisionWork) -> int | None:
     """Reductions of all tiles, and projections ahead of a block of what a method reads before its attention."""
-    facts, hidden, patches = vision_cost(config).facts(config), tower_width(config), dense_patches(config)
-    before, total = patches, 0
-    for after in method.plan(patches, facts):
-        if after < before:
-            more = int(facts.has_cls) + method.trailing(facts)
-            own = method.reduction_macs(
-                BlockShape(before + more, after + more, hidden, facts.heads, leading=int(facts.has_cls))
-            )
-            if own is None:
-                return None
-            total += own
-            if method.place == "before attention":
-                total += len(method.reads) * (before + more) * hidden * hidden
-        before = after
-    return work.crops * total
+    family, hidden, total = vision_cost(config), tower_width(config), 0
+    facts = family.facts(config)
+    for tiles, before in family.tiles(config, work):
+        for after in method.plan(before, facts):
+            if after < before:
+                more = int(facts.has_cls) + method.trailing(facts)
+                own = method.reduction_macs(
+                    BlockShape(before + more, after + more, hidden, facts.heads, leading=int(facts.has_cls))
+                )
+                if own is None:
+                    return None
+                total += tiles * own
+                if method.place == "before attention":
+                    total += tiles * len(method.reads) * (before + more) * hidden * hidden
+            before = after
+    return total
 
 
 def _input_macs(

@@ -68,3 +68,8 @@ def dense_segments(config: PreTrainedConfig, work: VisionWork, layer: int) -> li
     """Tokens of every picture: each attends to itself."""
     vision = config.vision_config
     return work.crops * [(vision.image_size // vision.patch_size) ** 2 + has_cls(config)]
+
+
+def dense_tiles(config: PreTrainedConfig, work: VisionWork) -> list[tuple[int, int]]:
+    """All pictures, and the patches of each."""
+    return [(work.crops, dense_patches(config))]

@@ -7,7 +7,10 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedConfig
 
-from vlmprune.patches.families.facts import tower_width
+from vlmprune.methods.batch import TowerFacts
+from vlmprune.methods.encoder_method import EncoderMethod, block_tokens
+from vlmprune.patches.encoder.packed_run import EXTRA
+from vlmprune.patches.families.facts import packed_tower_facts, tower_width
 
 from .vision_work import VisionWork
 
@@ -58,14 +61,39 @@ class PackedTower:
                 for width in _steps(columns, side):
                     yield from frames * [height * width]
 
-    def macs(self, work: VisionWork) -> tuple[int, int]:
-        """MACs of the tower, and of all its mergers."""
+    def macs(
+        self, work: VisionWork, method: EncoderMethod | None = None, facts: TowerFacts | None = None
+    ) -> tuple[int, int]:
+        """MACs of the tower, and of all its mergers.
+
+        Windows lose tokens as the picture has it; here each loses the same share. Attention with a bias is wider.
+
+        Args:
+            work: what the tower is given.
+            method: what reduces tokens in its blocks, if anything.
+            facts: facts of the tower, beside a method.
+        """
         patches = sum(frames * rows * columns for frames, rows, columns in work.grids)
         tower = patches * self.patch_values * self.hidden
-        tower += self.layers * patches * (4 * self.hidden**2 + self.ffn_weights)
-        for layer in range(self.layers):
-            tower += sum(2 * length**2 * self.hidden for length in self.segments(work, layer))
+        for grid in work.grids:
+            frames, rows, columns = grid
+            whole = rows * columns
+            for layer, (attended, wide) in enumerate(self._left(whole, method, facts)):
+                tower += frames * (attended * 4 * self.hidden**2 + wide * self.ffn_weights)
+                runs = self.segments(VisionWork(grids=(grid,)), layer)
+                width = self.hidden
+                if method is not None and facts is not None and method.proportional and attended < whole:
+                    width += facts.heads * 2 * EXTRA
+                tower += sum(2 * (length * attended // whole) ** 2 * width for length in runs)
         return tower, self.mergers * (patches // self.merge**2) * self.merger_macs
+
+    def _left(self, patches: int, method: EncoderMethod | None, facts: TowerFacts | None) -> list[tuple[int, int]]:
+        """Patches of a frame that go through attention and through the MLP of each block."""
+        if method is None or facts is None:
+            return self.layers * [(patches, patches)]
+        merged = self.merge**2
+        counts = block_tokens(method, patches // merged, facts)
+        return [(attended * merged, wide * merged) for attended, wide in counts]
 
     @property
     def merger_macs(self) -> int:
@@ -78,9 +106,11 @@ def _steps(size: int, step: int) -> list[int]:
     return [min(step, size - start) for start in range(0, size, step)]
 
 
-def packed_tower_macs(config: PreTrainedConfig, work: VisionWork) -> tuple[int, int]:
-    """MACs of a Qwen tower and its mergers for the pictures and videos of `work.grids`."""
-    return PackedTower.from_config(config).macs(work)
+def packed_tower_macs(
+    config: PreTrainedConfig, work: VisionWork, method: EncoderMethod | None = None
+) -> tuple[int, int]:
+    """MACs of a Qwen tower and its mergers for the pictures and videos of `work.grids`; `method` reduces tokens in its blocks."""
+    return PackedTower.from_config(config).macs(work, method, packed_tower_facts(config))
 
 
 def packed_projector_macs(config: PreTrainedConfig) -> int:
@@ -97,3 +127,9 @@ def packed_projector_hidden(config: PreTrainedConfig) -> int:
 def packed_segments(config: PreTrainedConfig, work: VisionWork, layer: int) -> list[int]:
     """Runs of patches that attend to each other."""
     return list(PackedTower.from_config(config).segments(work, layer))
+
+
+def packed_tiles(config: PreTrainedConfig, work: VisionWork) -> list[tuple[int, int]]:
+    """The frames of each picture or video, and the visual tokens of one."""
+    merged = PackedTower.from_config(config).merge ** 2
+    return [(frames, rows * columns // merged) for frames, rows, columns in work.grids]

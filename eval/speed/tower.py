@@ -28,8 +28,12 @@ from vlmprune.eval.run.csv_lines import add_to_csv, flattened, this_run
 from vlmprune.eval.run.table_style import cost_style
 from vlmprune.methods.encoder_method import EncoderMethod
 from vlmprune.methods.registry import METHODS, make_method
+from vlmprune.patches.families.registry import family_of_config
 
 from .rounds import clocked, run_rounds, spread
+
+# Patches along a side of the picture that a tower over pictures of any size is given: about 672 pixels.
+SIDE = 48
 
 
 @dataclass(frozen=True)
@@ -71,9 +75,8 @@ def measure_towers(
     model: PreTrainedModel, methods: Sequence[EncoderMethod], dtype: str, seconds: float, most: int = 30
 ) -> list[TowerTime]:
     """Encode one picture with and without each method, in rounds; the model is as before afterwards."""
-    vision = model.config.vision_config
-    side = int(vision.image_size)
-    pixels = torch.randn(1, 3, side, side, generator=torch.Generator().manual_seed(0)).to(model.device, model.dtype)
+    inputs, work = _one_picture(model)
+    encode: Any = model.model.get_image_features
     chosen: list[EncoderMethod | None] = [None, *methods]
     times: dict[int, list[float]] = {index: [] for index in range(len(chosen))}
 
@@ -81,7 +84,7 @@ def measure_towers(
         method = chosen[index]
         applied: AbstractContextManager[Any] = nullcontext() if method is None else vlmprune.pruned(model, method)
         with applied:
-            took = clocked(lambda: _encode(model, pixels), model.device)
+            took = clocked(lambda: encode(**inputs), model.device)
         if counts:
             times[index].append(took)
         return True
@@ -91,7 +94,7 @@ def measure_towers(
     visual = [1] * int(model.config.get_text_config().num_hidden_layers)
     found = []
     for index, method in enumerate(chosen):
-        cost = request_cost(model.config, VisionWork(crops=1), visual, 1, method=method)
+        cost = request_cost(model.config, work, visual, 1, method=method)
         ratios = [full / own for full, own in zip(times[0], times[index], strict=True)]
         found.append(
             TowerTime(
@@ -108,12 +111,26 @@ def measure_towers(
     return found
 
 
-def _encode(model: Any, pixels: Tensor) -> Any:
-    return model.model.get_image_features(
-        pixel_values=pixels,
-        vision_feature_layer=model.config.vision_feature_layer,
-        vision_feature_select_strategy=model.config.vision_feature_select_strategy,
-    )
+def _one_picture(model: Any) -> tuple[dict[str, Any], VisionWork]:
+    """Arguments of `get_image_features` for a picture of noise: a tile, or `SIDE` x `SIDE` patches."""
+    config, generator = model.config, torch.Generator().manual_seed(0)
+    vision = config.vision_config
+    if family_of_config(config).tower_kind == "packed":
+        values = (
+            (getattr(vision, "in_channels", None) or vision.in_chans)
+            * vision.temporal_patch_size
+            * vision.patch_size**2
+        )
+        pixels, grid = torch.randn(SIDE * SIDE, values, generator=generator), (1, SIDE, SIDE)
+        inputs = {"pixel_values": _placed(pixels, model), "image_grid_thw": torch.tensor([grid], device=model.device)}
+        return inputs, VisionWork(grids=(grid,))
+    pixels = torch.randn(1, 3, vision.image_size, vision.image_size, generator=generator)
+    chosen = {name: getattr(config, name) for name in ("vision_feature_layer", "vision_feature_select_strategy")}
+    return {"pixel_values": _placed(pixels, model), **chosen}, VisionWork(crops=1)
+
+
+def _placed(pixels: Tensor, model: Any) -> Tensor:
+    return pixels.to(model.device, model.dtype)
 
 
 def tower_table(rows: Sequence[TowerTime]) -> Table:

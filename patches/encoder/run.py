@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from vlmprune.methods.batch import TowerFacts
 from vlmprune.methods.encoder_method import BlockBatch, EncoderMethod, Reduction
 
+from ..tower.tower_tokens import MergedPlaces, TowerTokens
 from .reduced_tokens import ReducedTokens
 
 
@@ -87,11 +88,25 @@ class TowerReduction:
             biased=self.method.proportional,
         )
         reduction = self.method.reduce(batch)
-        _check(self.method, batch, reduction)
+        check_reduction(self.method, batch, reduction)
         self.tokens.reduce(hidden, reduction, self.method.drops)
         self.grid = None
         self.attention = reduction.attention
         return reduction.values
+
+    def tower_tokens(self) -> TowerTokens:
+        """Return what the run hands on, after its last reducing block."""
+        leading, outputs = self.leading, self.plan[-1]
+        groups = self.tokens.groups[:, leading : leading + self.patches] - leading
+        groups = torch.where((groups < 0) | (groups >= outputs), -1, groups)
+        taken = self.tokens.positions[:, leading : leading + outputs] - leading
+        numbers = torch.arange(outputs, device=taken.device).expand_as(taken)
+        places, order = taken.sort(1)
+        if self.method.order == "official":
+            order = numbers
+        rank = torch.empty_like(order).scatter_(1, order, numbers)
+        groups = torch.where(groups < 0, -1, rank.gather(1, groups.clamp(min=0)))
+        return TowerTokens(groups, MergedPlaces(places, order) if self.method.output == "merged" else None)
 
     def project(self, hidden: Tensor, block: nn.Module) -> None:
         """Project the keys and queries that the method reads of a block's input, ahead of the block."""
@@ -107,7 +122,7 @@ def _square(patches: int) -> tuple[int, int] | None:
     return (side, side) if side * side == patches else None
 
 
-def _check(method: EncoderMethod, batch: BlockBatch, reduction: Reduction) -> None:
+def check_reduction(method: EncoderMethod, batch: BlockBatch, reduction: Reduction) -> None:
     """Raise RuntimeError where a method's answer does not fit what it was asked, as a method from outside may have it."""
     tiles, tokens, dim = batch.hidden.shape
     outputs = tokens - batch.remove

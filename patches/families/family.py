@@ -210,6 +210,11 @@ class Family:
         return False
 
     @property
+    def has_packed_blocks(self) -> bool:
+        """Whether the vision tower packs pictures, and tokens can be reduced in its blocks; False unless the family says so."""
+        return False
+
+    @property
     def has_free_order(self) -> bool:
         """Whether every image is one tile, whose visual tokens may be fewer and need no grid; False unless the family says so."""
         return False

@@ -12,7 +12,7 @@ from vlmprune.errors import LayoutError
 from vlmprune.layout import VisualLayout, raster_layout
 
 from ..calls import PIXELS
-from ..parts import Part
+from ..parts import Part, missing_parts
 from ..tower.encoded_visuals import EncodedVisuals
 from ..tower.packed import PackedTowerReader
 from ..tower.reader import TowerReader
@@ -26,6 +26,18 @@ _MARKERS = {
     "<|vision_start|>": ("vision_start_token_id", "vision_bos_token"),
     "<|vision_end|>": ("vision_end_token_id", "vision_eos_token"),
 }
+
+
+BLOCK_PARTS = (
+    Part("vision_tower", ("grid_thw",)),
+    Part("vision_tower.spatial_merge_size"),
+    Part("vision_tower.blocks.*", ("cu_seqlens", "position_embeddings")),
+    *(
+        Part(f"vision_tower.blocks.*.{name}")
+        for name in ("norm1", "attn.qkv", "attn.proj", "attn.scaling", "norm2", "mlp")
+    ),
+)
+"""What reducing tokens in a block of the vision tower relies on."""
 
 
 def qwen_preparation(processor: str, video_processor: str = "Qwen2VLVideoProcessor") -> Preparation:
@@ -73,6 +85,16 @@ class QwenVL(Family):
     def projector(self) -> nn.Module:
         """The patch merger."""
         return self.vision_tower.merger  # type: ignore[return-value]
+
+    @property
+    def has_packed_blocks(self) -> bool:
+        """True where the blocks are built as those that reducing tokens in them relies on."""
+        return not missing_parts(self, BLOCK_PARTS)
+
+    def tile_counts(self, visuals: EncodedVisuals) -> tuple[int, ...]:
+        """Return the frames of each image or video."""
+        grids: Any = visuals.inputs[f"{visuals.modality}_grid_thw"].tolist()
+        return tuple(frames for frames, _, _ in grids)
 
     @property
     def has_grid(self) -> bool:

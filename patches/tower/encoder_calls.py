@@ -14,7 +14,6 @@ from ..calls import PIXELS, CallStack, TowerCall
 from ..hooks import HookSet
 from ..tracing import break_graph, check_not_exported
 from .encoded_visuals import EncodedVisuals, LiveEncodings, encoded_visuals, set_encoded_visuals
-from .tower_tokens import tower_tokens
 
 if TYPE_CHECKING:
     from ..families.family import Family
@@ -69,7 +68,7 @@ class EncoderCall:
         if features is None:
             return output
         inner = encoded_visuals(output)
-        tower = None if call.reduction is None else tower_tokens(call.reduction)
+        tower = None if call.reduction is None else call.reduction.tower_tokens()
         if inner is not None:
             tower = inner.tower
         visuals = EncodedVisuals(

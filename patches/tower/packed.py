@@ -95,11 +95,15 @@ class PackedTowerReader(TowerReader):
     def _keep_arguments(self, layer: int, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         if self.calls.tower:
             names = ("position_embeddings", "cu_seqlens", "max_seqlen")
-            self.calls.tower[-1].captured["arguments", layer] = {name: kwargs.get(name) for name in names}
+            call = self.calls.tower[-1]
+            given = kwargs if call.reduction is None else call.reduction.read_arguments()
+            call.captured["arguments", layer] = {name: given.get(name) for name in names}
 
     def _keep_projection(self, layer: int, module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
         if self.calls.tower:
-            self.calls.tower[-1].captured["qkv", layer] = output
+            call = self.calls.tower[-1]
+            # As many rows as a token stands for, so that each of them gets its share of the token's attention.
+            call.captured["qkv", layer] = output if call.reduction is None else call.reduction.read_projection()
 
 
 class WindowedTowerReader(PackedTowerReader):

@@ -12,9 +12,26 @@ from torch import Tensor
 from vlmprune.methods.batch import Selection
 
 if TYPE_CHECKING:
-    from ..encoder.run import TowerReduction
     from ..families.family import Family
     from ..prefill.visuals import PrefillVisuals
+
+
+@dataclass(frozen=True, eq=False)
+class MergedPlaces:
+    """The places of the tokens that the language model gets.
+
+    Attributes:
+        places: int64 `[tiles, outputs]`, the patches whose places are taken, ascending.
+        order: int64 `[tiles, outputs]`, for each place the token of the tower that takes it.
+    """
+
+    places: Tensor
+    order: Tensor
+
+    def sources(self, groups: Tensor) -> Tensor:
+        """Return the place, by its number, whose token stands where a patch was, int64 `[tiles, patches]`."""
+        numbers = torch.arange(self.places.shape[1], device=self.places.device).expand_as(self.places)
+        return groups.scatter(1, self.places, numbers)
 
 
 @dataclass(frozen=True, eq=False)
@@ -22,38 +39,13 @@ class TowerTokens:
     """The patches of all tiles of one encoding, and what they were reduced to.
 
     Attributes:
-        groups: int64 `[tiles, patches]`, the token that each patch went into, -1 where it was dropped.
-        places: int64 `[tiles, outputs]`, the patches whose places are taken, ascending.
-        order: int64 `[tiles, outputs]`, for each place the token of the tower that takes it.
-        merged: whether the language model gets `outputs` tokens of a tile, or one for every patch.
+        groups: int64 `[tiles, patches]`, the token that each patch went into, -1 where it was dropped; a sequence of such rows
+            where tiles differ in size.
+        merged: where the tokens stand that the language model gets; None where it gets one for every patch.
     """
 
-    groups: Tensor
-    places: Tensor
-    order: Tensor
-    merged: bool
-
-    @property
-    def sources(self) -> Tensor:
-        """int64 `[tiles, patches]`: the place, by its number, whose token stands where a patch was."""
-        outputs = self.places.shape[1]
-        numbers = torch.arange(outputs, device=self.places.device).expand_as(self.places)
-        return self.groups.scatter(1, self.places, numbers)
-
-
-def tower_tokens(run: TowerReduction) -> TowerTokens:
-    """Return what a run of the tower hands on, after its last reducing block."""
-    leading, outputs = run.leading, run.plan[-1]
-    groups = run.tokens.groups[:, leading : leading + run.patches] - leading
-    groups = torch.where((groups < 0) | (groups >= outputs), -1, groups)
-    taken = run.tokens.positions[:, leading : leading + outputs] - leading
-    numbers = torch.arange(outputs, device=taken.device).expand_as(taken)
-    places, order = taken.sort(1)
-    if run.method.order == "official":
-        order = numbers
-    rank = torch.empty_like(order).scatter_(1, order, numbers)
-    groups = torch.where(groups < 0, -1, rank.gather(1, groups.clamp(min=0)))
-    return TowerTokens(groups, places, order, run.method.output == "merged")
+    groups: Tensor | Sequence[Tensor]
+    merged: MergedPlaces | None = None
 
 
 def merged_selection(visuals: PrefillVisuals) -> Selection | None:
@@ -61,9 +53,10 @@ def merged_selection(visuals: PrefillVisuals) -> Selection | None:
     kept: list[Tensor] = []
     groups: list[Tensor] = []
     counts: list[int] = []
+    merged = False
     for shown in visuals.encoded:
         tower = shown.visuals.tower
-        if tower is None or not tower.merged:
+        if tower is None or tower.merged is None:
             for image in shown.images:
                 whole = torch.arange(shown.visuals.counts[image])
                 kept.append(whole)
@@ -71,10 +64,11 @@ def merged_selection(visuals: PrefillVisuals) -> Selection | None:
                 counts.append(len(whole))
             continue
         for image in shown.images:
-            kept.append(tower.places[image])
+            kept.append(tower.merged.places[image])
             groups.append(tower.groups[image])
-            counts.append(tower.places.shape[1])
-    if not any(shown.visuals.tower is not None and shown.visuals.tower.merged for shown in visuals.encoded):
+            counts.append(tower.merged.places.shape[1])
+            merged = True
+    if not merged:
         return None
     device = _device(kept)
     return Selection(
@@ -91,7 +85,8 @@ def tower_groups(family: Family, visuals: PrefillVisuals) -> list[Tensor]:
         tower = shown.visuals.tower
         if tower is None:
             return []
-        parts = tower.groups.split(list(family.tile_counts(shown.visuals)))
+        tiles = iter(tower.groups)
+        parts = [torch.stack([next(tiles) for _ in range(count)]) for count in family.tile_counts(shown.visuals)]
         found += [parts[image] for image in shown.images]
     return found
 

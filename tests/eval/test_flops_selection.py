@@ -85,6 +85,9 @@ def test_pruned_requests_of_every_family_match_the_counter(model_type):
     names = {"uniform", "tome", "fastervlm", "vtc_cls", "hired", "divprune", "pyramiddrop"} & set(
         vlmprune.list_methods(model)
     )
+    if hasattr(config.vision_config, "window_size"):
+        # What its windows lose depends on the picture.
+        names.discard("tome")
     assert len(names) >= 5
     for name in names:
         method = make_method(name, keep=0.7 if name == "tome" else 0.5)

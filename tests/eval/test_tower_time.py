@@ -3,6 +3,7 @@
 import torch
 
 from support.deeper_tower import deeper_tower
+from support.families import qwen2_vl
 from support.tiny_models import LLAVA_CLIP_GQA
 from vlmprune.eval.speed.tower import measure_towers, tower_config, tower_table
 from vlmprune.methods import ToMe
@@ -17,6 +18,13 @@ def test_the_full_tower_and_a_method():
     assert tome.rounds == full.rounds >= 3
     assert tower_table([full, tome]).row_count == 2
     assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+def test_a_tower_over_packed_pictures(monkeypatch):
+    monkeypatch.setattr("vlmprune.eval.speed.tower.SIDE", 16)
+    model = deeper_tower(qwen2_vl.CASES[0]).build(torch.float32)
+    full, tome = measure_towers(model, [ToMe(keep=0.6)], "float32", 0.0)
+    assert tome.gflops < full.gflops
 
 
 def test_a_preset_keeps_its_tower():

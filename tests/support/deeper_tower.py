@@ -22,7 +22,8 @@ def deeper_tower(case: FamilyCase, blocks: int = BLOCKS) -> FamilyCase:
     def build(dtype: torch.dtype) -> Any:
         shallow = case.build(torch.float32)
         config = copy.deepcopy(shallow.config)
-        config.vision_config.num_hidden_layers = blocks
+        vision = config.vision_config
+        setattr(vision, "depth" if hasattr(vision, "depth") else "num_hidden_layers", blocks)
         model = spread_weights(type(shallow)(config)).to(dtype).eval()
         model.generation_config = copy.deepcopy(shallow.generation_config)
         return model

@@ -29,6 +29,10 @@ class FamilyFacts(Protocol):
         """Whether tokens can be reduced in the blocks of the vision tower."""
 
     @property
+    def has_packed_blocks(self) -> bool:
+        """Whether the vision tower packs pictures of any size, and tokens can be reduced in its blocks."""
+
+    @property
     def has_free_order(self) -> bool:
         """Whether every image is one tile, whose visual tokens may be fewer and need no grid."""
 
@@ -154,6 +158,12 @@ TOWER_BLOCKS = Need(
     "the hooks on its blocks, as `BlockBatch`",
     met_by=lambda family: family.has_tower_blocks,
 )
+ANY_TOWER_BLOCKS = Need(
+    "any_tower_blocks",
+    "a vision tower of blocks with attention and MLP",
+    "the hooks on its blocks, as `BlockBatch`, in which a token of a tower over packed pictures is a whole visual token",
+    met_by=lambda family: family.has_tower_blocks or family.has_packed_blocks,
+)
 FREE_ORDER = Need(
     "free_order",
     "for output='merged' one tile an image whose tokens need no grid (output='full' needs none)",
@@ -241,6 +251,7 @@ NEEDS: tuple[Need, ...] = (
     WHOLE_TILES,
     TILES,
     TOWER_BLOCKS,
+    ANY_TOWER_BLOCKS,
     FREE_ORDER,
     INSTRUCTION,
     FIRST_LAYER,

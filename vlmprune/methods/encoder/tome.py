@@ -14,6 +14,7 @@ from vlmprune.kernels.bipartite_match import bipartite_match
 from vlmprune.methods.batch import TowerFacts
 from vlmprune.methods.checks import check_flag, check_int, check_number
 from vlmprune.methods.encoder_method import BlockBatch, BlockShape, EncoderMethod, Reading, Reduction
+from vlmprune.methods.needs import ANY_TOWER_BLOCKS, Need
 from vlmprune.methods.shared.merge_schedule import counts_after, plan_for_keep
 from vlmprune.methods.shared.merged_tokens import merge_tokens
 
@@ -24,6 +25,9 @@ class ToMe(EncoderMethod):
 
     It happens between attention and MLP of every block before the features; tokens are compared by their keys, averaged over
     heads, and weigh as many tokens as they stand for. Later attention counts them as often (`proportional_attention`).
+
+    In a tower over packed pictures (Qwen2-VL and later) a token is a whole visual token, merged within its picture or frame and
+    compared by the keys of its patches before their rotary positions; it takes its destination's positions and window.
 
     With `keep` the same number is removed in every block, one more in some of them so that `keep` is met exactly; 0.5 if
     nothing is given. The paper sets `r`, 7 or 8 for ViT-L, and with `inflection=-1` decreases it linearly to 0.
@@ -45,6 +49,7 @@ class ToMe(EncoderMethod):
     proportional_attention: bool = True
 
     name: ClassVar[str] = "tome"
+    needs: ClassVar[frozenset[Need]] = frozenset({ANY_TOWER_BLOCKS})
     symbols: ClassVar[Mapping[str, str]] = {"prop_attn": "proportional_attention=prop_attn"}
 
     def __post_init__(self) -> None:
