@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 VENV_OLDEST ?= .venv-oldest
 PYTHON_OLDEST ?= python3.10
 OLDEST := torch==2.8.0 torchvision==0.23.0 transformers==5.17.0
-OLDEST_TESTS ?= tests/contracts tests/api tests/layer_site
+OLDEST_TESTS ?= tests/contracts tests/api tests/calls tests/families tests/layer_site tests/methods tests/patches
 TYPED := build/typed/vlmprune
 
 .PHONY: help setup test test-whole test-oldest fuzz compatibility test-gpu lint format demo tiny bench-gpu clean

@@ -219,13 +219,17 @@ def selection_cost(
 @app.command()
 def report(
     folders: Annotated[list[Path], typer.Argument(help="Result folders of bench and latency.")],
-    out: Annotated[Path, typer.Option(help="The page to write.")] = Path("report.html"),
+    out: Annotated[Path, typer.Option(help="The page to write; a table of bench runs if it ends in .md.")] = Path(
+        "report.html"
+    ),
 ) -> None:
-    """Put the results of several runs on one self-contained HTML page."""
+    """Put the results of several runs on one self-contained HTML page, or of several models in one Markdown table."""
     with _clear_errors():
         from vlmprune.eval.reports.html_page import write_report
+        from vlmprune.eval.reports.models_compared import write_comparison
 
-        typer.echo(f"Written to {write_report(folders, out)}")
+        write = write_comparison if out.suffix == ".md" else write_report
+        typer.echo(f"Written to {write(folders, out)}")
 
 
 def main() -> None:

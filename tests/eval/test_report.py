@@ -5,6 +5,7 @@ import json
 import pytest
 
 from vlmprune.eval.reports.html_page import ReportError, write_report
+from vlmprune.eval.reports.models_compared import ComparisonError, write_comparison
 from vlmprune.eval.run.result_folder import ResultFolderError
 
 MACHINE = {
@@ -58,3 +59,33 @@ def test_folders_without_results_and_damaged_files_are_named(tmp_path):
     with pytest.raises(ReportError, match="no result file of vlmprune"):
         write_report([tmp_path], tmp_path / "page.html")
     assert not (tmp_path / "page.html").exists()
+
+
+def bench_folder(folder, model, cells, against):
+    stored = [{"title": title, "keep": keep, "relative": share, "average": 0.8} for title, keep, share in cells]
+    pairs = [{"method": m, "baseline": b, "keep": k, "verdict": v} for m, b, k, v in against]
+    content = {"configuration": {"model": {"source": model}}, "cells": stored, "against_baselines": pairs}
+    folder.mkdir()
+    (folder / "results.json").write_text(json.dumps(content))
+    return folder
+
+
+def test_several_models_in_one_table(tmp_path):
+    against = [("good", "random", 0.5, "better"), ("good", "pool", 0.5, "better"), ("bad", "random", 0.5, "worse")]
+    cells = [("full", None, 1.0), ("random", 0.5, 0.7), ("good", 0.5, 0.9), ("bad", 0.5, 0.6)]
+    first = bench_folder(tmp_path / "a", "tiny-a", cells, against)
+    second = bench_folder(tmp_path / "b", "hub/tiny-b", [("full", None, 1.0), ("good", 0.1, 0.4)], [])
+    table = write_comparison([first, second], tmp_path / "table.md").read_text()
+    assert table.splitlines()[2:] == [
+        "| model | tiny-a | tiny-b |",
+        "| --- | ---: | ---: |",
+        "| keep | 0.5 | 0.1 |",
+        "| `random` | 70 | - |",
+        "| `good` | **90** | 40 |",
+        "| `bad` | *60* | - |",
+    ]
+
+
+def test_a_folder_without_a_bench_is_no_row(tmp_path):
+    with pytest.raises(ComparisonError, match=r"holds no results.json"):
+        write_comparison([tmp_path], tmp_path / "table.md")

@@ -1,0 +1,81 @@
+"""One Markdown table of several benchmarks: what every method keeps of each model's accuracy, and what it beats."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from vlmprune.errors import VlmpruneError
+from vlmprune.eval.run.result_folder import read_json
+
+LEGEND = (
+    "Accuracy in per cent of the unpruned model's, mean of tasks. **Bold**: better than every baseline that the model serves at "
+    "this budget; *italic*: worse than at least one; plain: these items do not tell (exact sign tests on the same items, "
+    "5 % false discovery rate over all comparisons of a model)."
+)
+
+
+class ComparisonError(VlmpruneError, ValueError):
+    """A folder holds no benchmark, or the table cannot be written."""
+
+
+def write_comparison(folders: Sequence[str | Path], file: str | Path) -> Path:
+    """Write the Markdown table of several finished benchmarks to `file`.
+
+    Raises:
+        ComparisonError: a folder holds no results of a benchmark of this version, or the file cannot be written.
+    """
+    runs = [_read(Path(folder)) for folder in folders]
+    columns = [(run, keep) for run in runs for keep in _keeps(run)]
+    methods = list(dict.fromkeys(cell["title"] for run in runs for cell in run["cells"] if cell["keep"] is not None))
+    names = [_name(run) for run in runs]
+    first = [
+        "model",
+        *(name for run, name in zip(runs, names, strict=True) for name in (name, *[""] * (len(_keeps(run)) - 1))),
+    ]
+    lines = [first, ["---", *["---:"] * len(columns)], ["keep", *(f"{keep:g}" for _, keep in columns)]]
+    lines += [[f"`{method}`", *(_entry(run, method, keep) for run, keep in columns)] for method in methods]
+    unpruned = "; ".join(
+        f"{name} {100 * run['cells'][0]['average']:.1f} %" for run, name in zip(runs, names, strict=True)
+    )
+    body = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    target = Path(file)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_text(f"{LEGEND} Unpruned: {unpruned}.\n\n{body}\n", encoding="utf-8")
+    except OSError as error:
+        raise ComparisonError(f"The table {str(file)!r} cannot be written: {error}") from error
+    return target
+
+
+def _read(folder: Path) -> dict[str, Any]:
+    file = folder / "results.json"
+    if not file.is_file():
+        raise ComparisonError(f"{str(folder)!r} holds no results.json; name folders of finished `vlmprune bench` runs.")
+    run: dict[str, Any] = read_json(file)
+    if "against_baselines" not in run:
+        raise ComparisonError(
+            f"{str(file)!r} was written by an older version; run the same `vlmprune bench` once more."
+        )
+    return run
+
+
+def _name(run: Mapping[str, Any]) -> str:
+    return str(run["configuration"]["model"]["source"]).rstrip("/").split("/")[-1]
+
+
+def _keeps(run: Mapping[str, Any]) -> list[float]:
+    return list(dict.fromkeys(cell["keep"] for cell in run["cells"] if cell["keep"] is not None))
+
+
+def _entry(run: Mapping[str, Any], method: str, keep: float) -> str:
+    cell = next((cell for cell in run["cells"] if (cell["title"], cell["keep"]) == (method, keep)), None)
+    if cell is None or cell["relative"] is None:
+        return "-"
+    text = f"{100 * cell['relative']:.0f}"
+    pairs = [pair for pair in run["against_baselines"] if (pair["method"], pair["keep"]) == (method, keep)]
+    verdicts = {pair["verdict"] for pair in pairs}
+    if "worse" in verdicts:
+        return f"*{text}*"
+    return f"**{text}**" if verdicts == {"better"} else text
