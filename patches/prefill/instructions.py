@@ -63,10 +63,16 @@ def read_instructions(
                 "method that does not score by words."
             )
         columns = columns.to(call.device, non_blocking=True)
+        text = call.text[row] & (places < call.columns - call.drafts) & (of_prompt[row] == prompt)
+        end = min((place for other, place in begins if other == row and place > column), default=call.columns)
+        behind = text & (places > column)
+        following = next(some for some in (behind & (places < end), behind, text) if bool(some.any()))
+        following_columns = following.nonzero().flatten().to(call.device, non_blocking=True)
         found.append(
             Instruction(
                 ids=None if ids is None else ids[row, columns.to(ids.device)],
                 embeddings=call.tokens[row, columns].detach(),
+                following=call.tokens[row, following_columns].detach(),
             )
         )
     return tuple(found)

@@ -40,7 +40,7 @@ def recoverable_compression(params: Mapping[str, Any], inputs: Tensors) -> dict[
         features=features,
         vision=vision,
         project=lambda rows: rows,
-        instructions=(Instruction(None, torch.ones(1, features.shape[1])),),
+        instructions=(Instruction(None, *[torch.ones(1, features.shape[1])] * 2),),
     )
     chosen = choose_in_tile(attention[:, 0], keys, similarity, features.shape[1], None, code=True)
     selection = method.select(batch)

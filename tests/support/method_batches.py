@@ -62,9 +62,8 @@ def random_batch(
         ]
         vision[signal] = torch.cat(picked).masked_fill(newline[:, None], 0)
         tile_vision[signal] = tuple(maps)
-    instructions = tuple(
-        Instruction(torch.arange(2 + layout.total % 3), values(2 + layout.total % 3, 8)) for layout in images
-    )
+    words = [2 + layout.total % 3 for layout in images]
+    instructions = tuple(Instruction(torch.arange(count), values(count, 8), values(count, 8)) for count in words)
     questions = tuple(values(1 + layout.total % 3, 8) for layout in images)
     more = {"tile_vision": tile_vision, "instructions": instructions, "questions": questions, **PROJECTOR}
     return make_batch(method, images, values(total, 8), vision, tower, **more)

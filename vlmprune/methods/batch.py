@@ -74,10 +74,13 @@ class Instruction(NamedTuple):
     Attributes:
         ids: int64 `[words]`; None where the call has embeddings in their place.
         embeddings: `[words, dim]`, as they enter the language model.
+        following: `[words, dim]`, the same of all text between the image and the next one or the end, special tokens
+            included; of all text behind the image where there is none between them, of all text where none is behind it.
     """
 
     ids: Tensor | None
     embeddings: Tensor
+    following: Tensor
 
 
 @dataclass(frozen=True, eq=False)

@@ -20,3 +20,4 @@ from .tokencorr import TokenCorr as TokenCorr
 from .recoverable_compression import RecoverableCompression as RecoverableCompression
 from .hawk import HAWK as HAWK
 from .aim import AIM as AIM
+from .catp import CATP as CATP

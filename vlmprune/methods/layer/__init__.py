@@ -1,6 +1,7 @@
 """Methods that drop visual tokens between the layers of the language model, one line each, in the order of tables."""
 
 from .aim_pagerank import AIMPageRank as AIMPageRank
+from .catp_stages import CATPStages as CATPStages
 from .dart import DART as DART
 from .fastv import FastV as FastV
 from .pyramiddrop import PyramidDrop as PyramidDrop
