@@ -8,7 +8,7 @@ import torch
 import vlmprune
 from support.layerwise import check_greedy, default_positions, language_model_inputs
 from support.matrix import BY_ALL_TOKENS_OF_A_CALL, FOLLOW_THE_QUESTION, MERGE_BEFORE, METHOD_PARAMETERS, over_matrix
-from support.merging import entering, given_as_entered
+from support.merging import COMBINED, entering, given_as_entered, given_merged
 from support.oracle import suppressed
 
 
@@ -60,7 +60,9 @@ def test_second_turn_continues_the_returned_cache(method, family, rows):
         assert torch.equal(continued, from_scratch)
         return
     given = language_model_inputs(model, first)
-    if method in MERGE_BEFORE:
+    if method in COMBINED:
+        given = given_merged(given, first, run, model.config.image_token_id)
+    elif method in MERGE_BEFORE:
         given = given_as_entered(model, given, entered[0], first, run)
     for row in range(len(rows)):
         new = continued[row, first["input_ids"].shape[1] :]

@@ -14,7 +14,8 @@ from vlmprune.methods.registry import get_method
 def test_one_selection_a_prefill_and_none_at_decode(method, family, monkeypatch):
     model = family.build(torch.float32)
     cls, calls = get_method(method), []
-    entry = "select_at_layer" if method in BY_THE_LAST_TOKEN else "reduce" if method in ENCODER_METHODS else "select"
+    at_layers = cls.site == "layer" and method in BY_THE_LAST_TOKEN
+    entry = "select_at_layer" if at_layers else "reduce" if method in ENCODER_METHODS else "select"
     original = getattr(cls, entry)
 
     def noted(self, batch):
@@ -26,7 +27,7 @@ def test_one_selection_a_prefill_and_none_at_decode(method, family, monkeypatch)
     with torch.no_grad(), vlmprune.pruned(model, method, keep=0.3, **METHOD_PARAMETERS[method]):
         model.generate(**inputs, max_new_tokens=6, do_sample=False, num_beams=2)
         cuts = len(vlmprune.last_run(model).images[0].stages) - 1
-    if method in BY_THE_LAST_TOKEN:
+    if at_layers:
         assert calls == [6] * cuts, "one call a stage for the images of all rows"
     else:
         # Older hosts encode the images that they have repeated for the beams.

@@ -19,7 +19,7 @@ from transformers import DynamicCache
 
 import vlmprune
 from support.families.qwen_case import QwenCase, token_types
-from support.layerwise import Positions, default_positions, language_model_inputs, placeholders
+from support.layerwise import MERGED_INSIDE, Positions, default_positions, language_model_inputs, placeholders
 from support.matrix import MATRIX, METHOD_PARAMETERS, REQUIRED, few_tokens
 from support.merging import COMBINED, given_merged
 from support.oracle import suppressed
@@ -32,7 +32,7 @@ DTYPE = torch.float64
 CASES = {
     parameter.id: parameter.values
     for parameter in MATRIX
-    if not get_method(parameter.values[0]).merges or parameter.values[0] in COMBINED
+    if not get_method(parameter.values[0]).merges or parameter.values[0] in COMBINED.keys() - MERGED_INSIDE.keys()
 }
 IMAGES = ("A", "B", "small", "large")
 VIDEOS = ("video small", "video large")

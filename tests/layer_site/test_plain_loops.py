@@ -8,7 +8,8 @@ import vlmprune
 from support.plain_language import run_row
 from support.plain_methods.dart import dart
 from support.plain_methods.sparsevlm import sparsevlm
-from vlmprune.methods import DART, SparseVLM
+from support.plain_methods.visiondrop_stages import visiondrop_stages
+from vlmprune.methods import DART, SparseVLM, VisionDropStages
 
 ROWS = {"single": [[3, "A", 6]], "three rows": [[3, "A", 6], [2, "B", 3, "C", 7], [2, "D", 5]]}
 METHODS = {
@@ -19,6 +20,10 @@ METHODS = {
     "sparsevlm-v2": (
         SparseVLM(layers=(1, 3), tokens=(20, 8), variant="v2", heads=3),
         sparsevlm((1, 3), (20, 8), heads=3),
+    ),
+    "visiondrop": (
+        VisionDropStages(layers=(2, 4, 6), counts=((18, 3), (10, 3), (5, 1))),
+        visiondrop_stages((2, 4, 6), ((18, 3), (10, 3), (5, 1))),
     ),
     "dart-few": (DART(layer=3, keep=14), dart(3, 1)),
 }

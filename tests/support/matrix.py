@@ -27,6 +27,7 @@ HARDER: dict[str, dict[str, object]] = {
     "hiprune": {"alpha": 0.5},
     "holov": {"beta": 1.0},
     "visionzip": {"merge_at": "projected", "cls_token": False},
+    "visiondrop": {"merge_at": "projected", "cls_token": False},
     "fastv": {"layer": 1},
     "tome": {"output": "merged"},
     "expedite": {"output": "merged"},

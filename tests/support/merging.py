@@ -39,7 +39,7 @@ def merged_by_hand(embeddings: Tensor, inputs: dict[str, Tensor], record: Any, i
         placeholders, start = (inputs["input_ids"][row] == image_token).nonzero().flatten(), 0
         for image in (image for image in record.images if image.batch_index == row):
             mine = placeholders[start : start + image.total]
-            for number, token in enumerate(image.kept.tolist()):
+            for number, token in enumerate(image.stages[0][1].tolist()):
                 merged[row, mine[token]] = combine(embeddings[row, mine], image, number)
             start += image.total
     return merged
@@ -60,7 +60,7 @@ def cell_average(values: Tensor, image: Any, number: int) -> Tensor:
 
 def target_plus_mean(values: Tensor, image: Any, number: int) -> Tensor:
     """A kept token plus the mean of those that the groups say went into it."""
-    target = int(image.kept[number])
+    target = int(image.stages[0][1][number])
     members = [token for token in (image.groups == number).nonzero().flatten().tolist() if token != target]
     return values[target] + (values[members].mean(0) if members else 0)
 
@@ -101,4 +101,4 @@ def given_as_entered(
 
 
 # How merging methods, with the parameters of the matrix, make one token of several, by name.
-COMBINED = {"pool": cell_average, "visionzip": target_plus_mean}
+COMBINED = {"pool": cell_average, "visionzip": target_plus_mean, "visiondrop": target_plus_mean}

@@ -11,6 +11,7 @@ from .hiprune import HiPrune as HiPrune
 from .holov import HoloV as HoloV
 from .textmonkey import TextMonkey as TextMonkey
 from .vispruner import VisPruner as VisPruner
+from .visiondrop import VisionDrop as VisionDrop
 from .visionzip import VisionZip as VisionZip
 from .scope import SCOPE as SCOPE
 from .zooprune import ZOOPrune as ZOOPrune

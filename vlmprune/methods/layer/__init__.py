@@ -8,3 +8,4 @@ from .pyramiddrop import PyramidDrop as PyramidDrop
 from .sparsevlm import SparseVLM as SparseVLM
 from .todre_relevance import ToDRERelevance as ToDRERelevance
 from .transprune import TransPrune as TransPrune
+from .visiondrop_stages import VisionDropStages as VisionDropStages
