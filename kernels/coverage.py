@@ -12,6 +12,7 @@ from torch import Tensor
 from vlmprune.kernels.shared.compile_cases import CompileCase, Like
 from vlmprune.kernels.shared.cosine_matrix import (
     MATRIX_LIMIT_BYTES,
+    all_cosines,
     cosine_matrices,
     groups_that_fit,
     row_scales,
@@ -82,7 +83,7 @@ def coverage_reference(
         weight = None if weights is None else weights[begin:end].to(torch.float32)
         values_of: Callable[[Tensor | slice], Tensor] = partial(_cosines, rows)
         if 4 * (end - begin) ** 2 <= limit_bytes:
-            matrix = rows @ rows.T
+            matrix = all_cosines(rows)
             values_of = matrix.__getitem__
             gains = matrix.clamp(min=0).sum(1)
         else:

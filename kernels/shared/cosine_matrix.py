@@ -19,6 +19,9 @@ MATRIX_LIMIT_BYTES = 768 * 2**20
 # Side of the square tiles of the matrix.
 TILE = 128
 
+# Rows of a symmetric product that a CPU computes at a time, from the diagonal on.
+MIRROR_ROWS = 192
+
 # Rows of a kept matrix begin at multiples of this many elements, so that the loads of a row are wide.
 ROW_ALIGNMENT = 32
 
@@ -64,7 +67,20 @@ def cosine_matrix(rows: Tensor, picks: int, limit_bytes: int, whole: bool = Fals
     """
     tokens = rows.shape[0]
     # A product with one chosen row reads all features; past about one pick in sixteen the whole matrix is cheaper.
-    return rows @ rows.T if (whole or picks * 16 > tokens) and 4 * tokens**2 <= limit_bytes else None
+    return all_cosines(rows) if (whole or picks * 16 > tokens) and 4 * tokens**2 <= limit_bytes else None
+
+
+def all_cosines(rows: Tensor) -> Tensor:
+    """Return `rows rows^T` of unit rows `[tokens, dim]`, fp32; on a CPU one half is computed and mirrored."""
+    tokens = rows.shape[0]
+    if rows.device.type != "cpu" or tokens < 2 * MIRROR_ROWS or rows.requires_grad:
+        return rows @ rows.T
+    cosines = rows.new_empty(tokens, tokens)
+    for begin in range(0, tokens, MIRROR_ROWS):
+        end = min(begin + MIRROR_ROWS, tokens)
+        torch.mm(rows[begin:end], rows[begin:].T, out=cosines[begin:end, begin:])
+        cosines[end:, begin:end] = cosines[begin:end, end:].T
+    return cosines
 
 
 def cosines_to(rows: Tensor, matrix: Tensor | None) -> Callable[[int], Tensor]:

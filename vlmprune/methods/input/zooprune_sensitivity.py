@@ -105,6 +105,8 @@ def _hidden_changes(features: Tensor, projector: ProjectorLayers, directions: Te
 
 
 def _derivative(projector: ProjectorLayers, values: Tensor) -> Tensor:
-    """Return the activation's derivative at `values`: a difference in double, which is exact to fp32."""
-    at, step = values.double(), 1e-4
-    return ((projector.activation(at + step) - projector.activation(at - step)) / (2 * step)).float()
+    """Return the activation's derivative at `values`, fp32."""
+    with torch.inference_mode(False), torch.enable_grad():
+        at = values.clone().requires_grad_()
+        (derivative,) = torch.autograd.grad(projector.activation(at).sum(), at)
+    return derivative
