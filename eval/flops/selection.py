@@ -59,19 +59,24 @@ def encoder_part(method: Method | None) -> EncoderMethod | None:
 
 
 def _encoder_macs(config: PreTrainedConfig, method: EncoderMethod, work: VisionWork) -> int | None:
-    """Reductions of all tiles, and projections ahead of a block of what a method reads before its attention."""
+    """Reductions of all tiles, what gives values back to all patches, and projections of what is read before an attention.
+
+    Values are given back behind the block that makes the features, and behind the last one, which the host reads too.
+    """
     family, hidden, total = vision_cost(config), tower_width(config), 0
     facts = family.facts(config)
+    restored = {facts.feature_layer, facts.layers - 1}
     for tiles, before in family.tiles(config, work):
-        for after in method.plan(before, facts):
+        for block, after in enumerate(method.plan(before, facts)):
             if after < before:
                 more = int(facts.has_cls) + method.trailing(facts)
-                own = method.reduction_macs(
-                    BlockShape(before + more, after + more, hidden, facts.heads, leading=int(facts.has_cls))
+                shape = BlockShape(
+                    before + more, after + more, hidden, facts.heads, int(facts.has_cls), block=block, layers=facts.layers
                 )
+                own = method.reduction_macs(shape)
                 if own is None:
                     return None
-                total += tiles * own
+                total += tiles * (own + method.restoring_macs(shape) * len(restored))
                 if method.place == "before attention":
                     total += tiles * len(method.reads) * (before + more) * hidden * hidden
             before = after

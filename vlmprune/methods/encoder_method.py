@@ -111,6 +111,8 @@ class BlockShape:
         dim: width of the tower.
         heads: its attention heads.
         leading: tokens in front of the patches.
+        block: 0-based block.
+        layers: all blocks of the tower.
     """
 
     tokens: int
@@ -118,6 +120,8 @@ class BlockShape:
     dim: int
     heads: int
     leading: int = 0
+    block: int = 0
+    layers: int = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -197,6 +201,10 @@ class EncoderMethod(Method):
     def reduction_macs(self, shape: BlockShape) -> int | None:
         """Return the multiply-accumulates of `reduce` for one tile, queries and keys of the block apart; None if not declared."""
         return None
+
+    def restoring_macs(self, shape: BlockShape) -> int:
+        """Return those of one call of `Reduction.restore` for one tile; 0 where values are copied."""
+        return 0
 
 
 def block_tokens(method: EncoderMethod, patches: int, tower: TowerFacts) -> tuple[tuple[int, int], ...]:

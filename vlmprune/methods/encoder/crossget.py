@@ -103,9 +103,11 @@ class CrossGET(EncoderMethod):
         return Reduction(values, groups, match.kept, sizes=sizes)
 
     def reduction_macs(self, shape: BlockShape) -> int:
-        """Cosines of all keys, and the attention received."""
-        pairs = shape.tokens * shape.tokens
-        return pairs * (shape.dim // shape.heads) + (pairs * shape.dim if self.variant == "llava" else 0)
+        """Cosines of all keys, and the attention received; with a cross token that which it gives, or its query's cosines."""
+        pairs, width = shape.tokens * shape.tokens, shape.dim // shape.heads
+        received = self.variant == "llava" or (self.variant == "clip" and not shape.leading)
+        one_row = {"llava": shape.dim, "clip": width, "matching": 0}[self.variant] * bool(shape.leading)
+        return pairs * width + (pairs * shape.dim if received else 0) + shape.tokens * one_row
 
     def _importance(self, batch: BlockBatch) -> Tensor | None:
         if self.variant == "matching":

@@ -167,9 +167,13 @@ class Expedite(EncoderMethod):
         )
 
     def reduction_macs(self, shape: BlockShape) -> int:
-        """Distances and means of every round, those of `tau` and of the nearest clusters, and the mixtures behind the tower."""
-        passes = 2 * self.iterations + 1 + (self.tau is None) + 2 * (self.output == "full")
-        return passes * shape.tokens * shape.outputs * shape.dim
+        """Distances and means of every round, distances for `tau`, and those that the record tells the nearest clusters by."""
+        passes = 2 * self.iterations + 1 + (self.tau is None)
+        return passes * (shape.tokens - shape.leading) * (shape.outputs - shape.leading) * shape.dim
+
+    def restoring_macs(self, shape: BlockShape) -> int:
+        """Distances and mixtures."""
+        return 2 * (shape.tokens - shape.leading) * (shape.outputs - shape.leading) * shape.dim
 
     def _exact_count(self, patches: int, side: int) -> int:
         assert self.keep is not None

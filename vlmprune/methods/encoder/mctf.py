@@ -137,7 +137,10 @@ class MCTF(EncoderMethod):
         )
 
     def reduction_macs(self, shape: BlockShape) -> int:
-        """Cosines of even with odd tokens, the attention, and its fusion."""
-        pairs = shape.tokens * shape.tokens
-        fusing = shape.heads * shape.outputs * shape.tokens * (shape.tokens + shape.outputs)
-        return pairs * shape.dim // 4 + pairs * shape.dim + (fusing if self.mode == "one_step_ahead" else 0)
+        """Cosines of even with odd tokens, the attention, its fusion, and its product with the values, which replaces the own."""
+        odd = shape.tokens // 2
+        total = ((shape.tokens - odd) * odd + shape.tokens * shape.tokens) * shape.dim
+        if self.mode == "one_step_ahead":
+            total += shape.heads * shape.outputs * shape.tokens * (shape.tokens + shape.outputs)
+            total += shape.outputs * shape.outputs * shape.dim
+        return total

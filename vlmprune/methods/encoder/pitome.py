@@ -132,6 +132,11 @@ class PiToMe(EncoderMethod):
         return Reduction(values, groups, targets, sizes=sums if self.weights == "size" else None)
 
     def reduction_macs(self, shape: BlockShape) -> int:
-        """The cosines of all tokens; ToMe's blocks look at a quarter of them."""
+        """The cosines of all tokens with all, but for "bsm", and of those that may merge with those they may merge into."""
         width = shape.dim // shape.heads if self.metric == "keys" else shape.dim
-        return shape.tokens * shape.tokens * width
+        variant, r = self.variant(shape.block, shape.layers), shape.tokens - shape.outputs
+        if variant == "bsm":
+            return (shape.tokens - shape.tokens // 2) * (shape.tokens // 2) * width
+        patches = shape.tokens - shape.leading
+        pairs = r * r if variant != "bsm_pitome" else (patches - patches // 2) * (patches // 2)
+        return (patches * patches + pairs) * width

@@ -111,5 +111,10 @@ class TokenTransforming(EncoderMethod):
         )
 
     def reduction_macs(self, shape: BlockShape) -> int:
-        """The cosines, the merge and its way back, and the attention of the scores."""
-        return (3 if self.output == "full" else 2) * shape.tokens * shape.outputs * shape.dim + shape.tokens * shape.dim
+        """The cosines and the merge, and the attention of the scores."""
+        queries = 1 if shape.leading else shape.tokens
+        return 2 * self.restoring_macs(shape) + queries * shape.tokens * shape.dim
+
+    def restoring_macs(self, shape: BlockShape) -> int:
+        """The transposed matrix."""
+        return (shape.tokens - shape.leading) * (shape.outputs - shape.leading) * shape.dim

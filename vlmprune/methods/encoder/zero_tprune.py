@@ -148,7 +148,11 @@ class ZeroTPrune(EncoderMethod):
         return Reduction(values, groups, kept)
 
     def reduction_macs(self, shape: BlockShape) -> int:
-        """Both attention matrices, and the cosines of one half of the keys to the other; votes are matrix times vector."""
-        return 2 * shape.tokens * shape.tokens * shape.dim + shape.tokens * shape.tokens * shape.dim // (
-            4 * shape.heads
-        )
+        """Both attention matrices and the votes on them, and the cosines of one half of the keys to the other."""
+        patches = shape.tokens - shape.leading
+        half = patches // 2
+        left = shape.tokens - min(self.redundant, shape.tokens - shape.outputs, half)
+        total = half * (patches - half) * (shape.dim // shape.heads)
+        for tokens, rounds in ((shape.tokens, 1), (left, self.rounds(shape.block, shape.layers))):
+            total += tokens * tokens * (shape.dim + shape.heads * rounds)
+        return total
