@@ -32,10 +32,12 @@ class TowerCall:
         captured: by what it is ("q_proj", say) and layer.
         reduction: what an encoder method makes of the tokens in this run, a `TowerReduction` or, of a packed tower, a
             `PackedReduction`; None where there is none, or it has nothing to do.
+        modality: "image" or "video", what is encoded.
     """
 
     captured: dict[tuple[str, int], Any] = field(default_factory=dict)
     reduction: Any = None
+    modality: str = "image"
 
 
 @dataclass(eq=False)

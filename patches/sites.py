@@ -6,9 +6,9 @@ import threading
 from dataclasses import replace
 from typing import Any
 
-from vlmprune.errors import UnsupportedCallError
+from vlmprune.errors import UnsupportedCallError, UnsupportedMethodError
 from vlmprune.methods.layer_method import LayerMethod
-from vlmprune.methods.needs import FIRST_LAYER, INSTRUCTION
+from vlmprune.methods.needs import FIRST_LAYER, INSTRUCTION, PIXELS
 from vlmprune.methods.pipeline import Pipeline
 
 from .cache.continuation import continued_inputs
@@ -23,6 +23,7 @@ from .layers.site import LayerSite
 from .prefill.site import InputSite
 from .prefill.visuals import PrefillVisuals
 from .run_records import entry_record, finished_record
+from .tower.pixel_choice import PixelChoice
 from .tower.tower_tokens import tower_groups
 from .tracing import never_compiled
 
@@ -37,6 +38,7 @@ class Sites:
         encoder: reduces in the blocks of the vision tower, or None.
         input: selects at the entry of the language model; there always, with a method that passes everything if need be.
         layer: drops between layers, or None.
+        pixels: has the vision tower run on what the input method chose by its pixels, or None.
         positions: "compact" or "original", for what is dropped at the entry.
     """
 
@@ -52,7 +54,16 @@ class Sites:
         if pipeline.at_encoder is not None:
             site = PackedEncoderSite if family.tower_kind == "packed" else EncoderSite
             self.encoder = site(family, pipeline.at_encoder, calls, options)
+        self.pixels = None
+        if PIXELS in pipeline.at_input.needs:
+            self.pixels = PixelChoice(family, pipeline.at_input, calls, options)
         later = () if pipeline.at_layers is None else pipeline.at_layers.vision_signals(family.tower_facts)
+        if self.pixels is not None and later:
+            assert pipeline.at_layers is not None
+            raise UnsupportedMethodError(
+                f"{pipeline.at_layers.name!r} reads all patches in the vision tower, and {pipeline.at_input.name!r} drops some "
+                "before it; allowed: one of them."
+            )
         self.input = InputSite(family, pipeline.at_input, calls, self.positions == "compact", later)
         self.layer = None if pipeline.at_layers is None else self._layer_site(pipeline.at_layers)
 
@@ -75,6 +86,8 @@ class Sites:
             self.encoder.install(
                 hooks, [signal.layer for signal in self.input.watched_signals if signal.kind == "states"]
             )
+        if self.pixels is not None:
+            self.pixels.install(hooks)
         self.input.install(hooks, None if self.encoder is None else self.encoder.check_inputs)
 
     def prepare(self, pipelines: RowPipelines, hooks: HookSet) -> None:

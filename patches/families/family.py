@@ -215,6 +215,18 @@ class Family:
         return False
 
     @property
+    def pixel_statistics(self) -> tuple[Sequence[float], Sequence[float]]:
+        """Mean and deviation by colour that the processor of a family with packed patches takes pixels by."""
+        raise NotImplementedError
+
+    def tower_order(self, tower: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+        """Return the raster place of the visual token at each place of a packed tower's order, by the arguments of its call.
+
+        None where they are the same.
+        """
+        return None
+
+    @property
     def has_free_order(self) -> bool:
         """Whether every image is one tile, whose visual tokens may be fewer and need no grid; False unless the family says so."""
         return False

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from functools import cached_property
-from typing import ClassVar
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
 
 from ..parts import Part
-from ..tower.packed import WindowedTowerReader
+from ..tower.packed import WindowedTowerReader, window_order
 from ..tower.reader import TowerReader
 from .facts import Preparation
 from .qwen_base import QwenVL, qwen_preparation
@@ -29,6 +31,10 @@ class Qwen25VL(QwenVL):
         Part("vision_tower.window_size"),
         Part("vision_tower.patch_size"),
     )
+
+    def tower_order(self, tower: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        """Return the order by windows."""
+        return window_order(tower, args, kwargs)
 
     @cached_property
     def tower_reader(self) -> TowerReader:

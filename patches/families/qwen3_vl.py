@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import ClassVar
+
+from transformers.image_utils import IMAGENET_STANDARD_MEAN, IMAGENET_STANDARD_STD
 
 from ..parts import Part
 from .facts import Preparation
@@ -27,3 +30,8 @@ class Qwen3VL(QwenVL):
         *QwenVL.parts,
         Part("language_model", ("visual_pos_masks", "deepstack_visual_embeds")),
     )
+
+    @property
+    def pixel_statistics(self) -> tuple[Sequence[float], Sequence[float]]:
+        """One half of everything."""
+        return IMAGENET_STANDARD_MEAN, IMAGENET_STANDARD_STD

@@ -7,6 +7,7 @@ from functools import cached_property
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
+from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from vlmprune.errors import LayoutError
 from vlmprune.layout import VisualLayout, raster_layout
@@ -95,6 +96,11 @@ class QwenVL(Family):
         """Return the frames of each image or video."""
         grids: Any = visuals.inputs[f"{visuals.modality}_grid_thw"].tolist()
         return tuple(frames for frames, _, _ in grids)
+
+    @property
+    def pixel_statistics(self) -> tuple[Sequence[float], Sequence[float]]:
+        """Mean and deviation by colour that the family's processor takes pixels by."""
+        return OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
     @property
     def has_grid(self) -> bool:

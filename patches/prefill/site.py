@@ -20,6 +20,7 @@ from ..families.family import Family
 from ..hooks import HookSet
 from ..tower.encoded_visuals import LiveEncodings
 from ..tower.encoder_calls import watch_encoders
+from ..tower.pixel_choice import KEPT_PIXELS
 from ..tower.tower_tokens import merged_selection
 from .entry_cut import EntryCut, plan_entry, whole_entry
 from .first_layer import first_layer, read_questions
@@ -123,6 +124,7 @@ class InputSite:
             for row, count in zip(spans.rows, spans.counts, strict=True)
         )
         if budgets == spans.counts:
+            self._check_whole(visuals)
             return whole_entry(call, spans)
         call.check_mask()
         # Methods that differ by row differ in their budgets alone, which the batch carries.
@@ -134,6 +136,15 @@ class InputSite:
         with torch.no_grad():
             selection = method.select(self._batch(call, visuals, budgets))
         return plan_entry(call, spans, selection)
+
+    def _check_whole(self, visuals: PrefillVisuals) -> None:
+        for shown in visuals.encoded:
+            kept = shown.visuals.vision.get(KEPT_PIXELS)
+            if kept is not None and not bool(kept.all()):
+                raise UnsupportedCallError(
+                    f"The images were encoded without the tokens that {self.method.name!r} dropped before the tower, and this "
+                    "call asks for all of them. Encode and call the model with the same keep."
+                )
 
     def _check_layers(self, method: InputMethod, visuals: PrefillVisuals) -> None:
         for shown in visuals.encoded if self.signals else ():

@@ -56,7 +56,7 @@ class EncoderCall:
         if self.check_inputs is not None:
             self.check_inputs(inputs)
         self.hooks.check_in_place()
-        call = TowerCall()
+        call = TowerCall(modality=self.modality)
         # Some hosts encode videos by the call for images.
         nested = bool(self.calls.tower)
         self.calls.tower.append(call)

@@ -53,7 +53,7 @@ class PackedTowerReader(TowerReader):
                     f"{type(tower).__name__} has no CLS token, so there is no {signal.kind!r}; allowed: "
                     "'received_attention', 'keys', 'features'."
                 )
-            if signal.kind != "features":
+            if signal.kind not in ("features", "kept_pixels"):
                 self.layers[signal.layer] = family.vision_attention(signal.layer)
         for layer, attention in sorted(self.layers.items()):
             if _rotary_function(attention) is None:
@@ -67,6 +67,8 @@ class PackedTowerReader(TowerReader):
 
     def read(self, signal: VisionSignal, call: TowerCall) -> Tensor:
         """Return `[visual tokens, channels]`, raster order in each image or frame, images one after the other."""
+        if signal.kind == "kept_pixels":
+            return call.captured[signal]  # type: ignore[no-any-return]
         if signal.kind == "features":
             features = call.captured["projector input", 0].detach().float()
             return self.raster_order(features.reshape(-1, self.merged_patches * features.shape[-1]), call)
@@ -125,14 +127,18 @@ class WindowedTowerReader(PackedTowerReader):
         return torch.empty_like(tokens).index_copy_(0, order, tokens)
 
     def _keep_order(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if not self.calls.tower:
-            return
-        # Callers may bring both along; the host then takes theirs.
-        order = kwargs.get("window_index") if kwargs.get("cu_window_seqlens") is not None else None
-        if order is None:
-            grid = kwargs["grid_thw"] if "grid_thw" in kwargs else args[1]
-            order, _ = get_vision_window_index(grid, module.spatial_merge_size, module.window_size, module.patch_size)
-        self.calls.tower[-1].captured["window_index", 0] = order
+        if self.calls.tower:
+            self.calls.tower[-1].captured["window_index", 0] = window_order(module, args, kwargs)
+
+
+def window_order(tower: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """Return the raster place of the visual token at each place of a windowed tower's order, by the arguments of its call."""
+    # Callers may bring both along; the host then takes theirs.
+    order: Tensor | None = kwargs.get("window_index") if kwargs.get("cu_window_seqlens") is not None else None
+    if order is None:
+        grid = kwargs["grid_thw"] if "grid_thw" in kwargs else args[1]
+        order, _ = get_vision_window_index(grid, tower.spatial_merge_size, tower.window_size, tower.patch_size)
+    return order
 
 
 def _rotary_function(attention: nn.Module) -> Callable[..., tuple[Tensor, Tensor]] | None:

@@ -25,6 +25,7 @@ from vlmprune.kernels.shared import implementation
 from vlmprune.kernels.shared.implementation import KernelUnavailableError, choose_implementation
 from vlmprune.kernels.token_transition import token_transition
 from vlmprune.kernels.unmerge import unmerge
+from vlmprune.kernels.unpredicted_tokens import unpredicted_tokens
 from vlmprune.kernels.windowed_topk import windowed_topk
 
 ROWS, ONE = torch.ones(4, 8), torch.ones(1, dtype=torch.int64)
@@ -43,6 +44,7 @@ CALLS = {
     "coverage_from_values": lambda name: coverage_from_values(ROWS, 2, implementation=name),
     "bipartite_match": lambda name: bipartite_match(ROWS, ROWS, [0, 4], [0, 4], implementation=name),
     "merge_to_targets": lambda name: merge_to_targets(ROWS, ROWS, [0, 4], ONE, [0, 1], implementation=name),
+    "unpredicted_tokens": lambda name: unpredicted_tokens(ROWS, [(2, 2)], implementation=name),
     "unmerge": lambda name: unmerge(ROWS[None], ONE[None], implementation=name),
     "chosen_attention": lambda name: chosen_attention(ROWS[:, None], ROWS[:, None], ONE, implementation=name),
     "token_transition": lambda name: token_transition(ROWS, ROWS, implementation=name),

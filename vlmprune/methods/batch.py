@@ -16,7 +16,7 @@ from .first_layer import FirstLayer
 from .projector import ProjectorLayers
 
 AttentionKind = Literal["cls_attention", "cls_attention_one_head", "cls_logits", "received_attention"]
-VisionSignalKind = AttentionKind | Literal["keys", "states", "features", "cls_features"]
+VisionSignalKind = AttentionKind | Literal["keys", "states", "features", "cls_features", "kept_pixels"]
 
 ATTENTION_KINDS: frozenset[str] = frozenset(get_args(AttentionKind))
 # Signals that have a row a tile and not one a token.
@@ -38,6 +38,7 @@ class VisionSignal(NamedTuple):
             "states": output of the layer, `[dim]`; of towers that encode equally large tiles.
             "features": what the projector gets, `[patches_per_token * dim]`; `layer` is the feature layer.
             "cls_features": the same of the CLS token, `[dim]`, one row a tile.
+            "kept_pixels": whether the method chose the token before the tower, `[1]`; `layer` is 0.
         layer: 0-based index of the encoder layer.
     """
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from torch import Tensor
+
 from ..budget import Keep, check_keep, token_budget
 from .base import Method, Site
 from .batch import Selection, TowerFacts, VisionSignal, VisualBatch
@@ -36,6 +38,18 @@ class InputMethod(Method):
     def vision_signals(self, tower: TowerFacts) -> tuple[VisionSignal, ...]:
         """Return the vision tower attention that `select` reads; nothing by default."""
         return ()
+
+    def choose_pixels(self, pixels: Tensor, grids: list[tuple[int, int]]) -> Tensor:
+        """Choose the visual tokens that the vision tower sees, of a method with the need "pixels"; `select` keeps the same.
+
+        Args:
+            pixels: fp32 `[tokens, values]` in [0, 1], what each visual token shows, image after image, row by row.
+            grids: rows and columns of each image.
+
+        Returns:
+            Bool `[tokens]`, one token of every image at least.
+        """
+        raise NotImplementedError
 
     def select(self, batch: VisualBatch) -> Selection:
         """Choose the tokens of every image in `batch`; called once a prefill, and only if something is to be dropped."""

@@ -146,6 +146,12 @@ WHOLE_TILES = Need(
     "the signals on whole tiles, padding included, as `VisualBatch.tile_vision`",
     met_by=lambda family: family.has_equal_tiles,
 )
+PIXELS = Need(
+    "pixels",
+    "a vision tower over packed patches, which can run on some of them",
+    "the hooks on the tower, by `choose_pixels`",
+    met_by=lambda family: family.has_packed_blocks,
+)
 TILES = Need(
     "tiles",
     "images cut in a thumbnail and crops",
@@ -249,6 +255,7 @@ NEEDS: tuple[Need, ...] = (
     CLS_TOKEN,
     GRID,
     WHOLE_TILES,
+    PIXELS,
     TILES,
     TOWER_BLOCKS,
     ANY_TOWER_BLOCKS,

@@ -10,7 +10,7 @@ from .base import Method
 from .encoder_method import EncoderMethod
 from .input_method import InputMethod
 from .layer_method import LayerMethod
-from .needs import ordered
+from .needs import PIXELS, ordered
 from .pass_through import PassThrough
 
 
@@ -89,6 +89,10 @@ def make_pipeline(methods: Sequence[Method]) -> Pipeline:
         raise UnsupportedMethodError(
             f"{at_encoder.name!r} with output='merged' leaves the language model's entry no other choice than its tokens, and "
             f"{at_input.name!r} chooses there too; allowed: output='full' beside it."
+        )
+    if at_encoder is not None and at_input is not None and PIXELS in at_input.needs:
+        raise UnsupportedMethodError(
+            f"{at_input.name!r} drops patches before the vision tower, whose blocks {at_encoder.name!r} acts in; allowed: one of them."
         )
     at_input = at_input or PassThrough()
     assert isinstance(at_input, InputMethod)

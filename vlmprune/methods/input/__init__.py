@@ -22,3 +22,4 @@ from .recoverable_compression import RecoverableCompression as RecoverableCompre
 from .hawk import HAWK as HAWK
 from .aim import AIM as AIM
 from .catp import CATP as CATP
+from .pixelprune import PixelPrune as PixelPrune
