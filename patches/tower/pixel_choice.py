@@ -102,7 +102,7 @@ class PixelChoice:
             hooks.after(f"vision merger {number} tokens", merger, self._fill)
 
     def _choose(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if not self.calls.tower or self.calls.tower[0].modality != "image":
+        if not self.calls.tower:
             return
         method = self._method_in_force()
         pixels = args[0] if args else kwargs["hidden_states"]
@@ -111,7 +111,7 @@ class PixelChoice:
         grids = [(rows // side, columns // side) for frames, rows, columns in grid.tolist() for _ in range(frames)]
         counts = [frames * rows * columns // side**2 for frames, rows, columns in grid.tolist()]
         call = self.calls.tower[-1]
-        if all(method.budget(count) == count for count in counts):
+        if self.calls.tower[0].modality != "image" or all(method.budget(count) == count for count in counts):
             call.captured[KEPT_PIXELS] = torch.ones(sum(counts), 1, device=pixels.device)
             return
         frames = int(self.family.config.vision_config.temporal_patch_size)

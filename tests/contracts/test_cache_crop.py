@@ -7,7 +7,7 @@ from transformers import DynamicCache
 import vlmprune
 from support.caches import rounded_cache
 from support.layerwise import default_positions, language_model_inputs, placeholders, row_by_layers
-from support.matrix import FOLLOW_THE_QUESTION, METHOD_PARAMETERS, over_matrix, over_sites
+from support.matrix import FOLLOW_THE_QUESTION, MERGE_BEFORE, METHOD_PARAMETERS, over_matrix, over_sites
 from support.tiny_models import LLAVA_CLIP_GQA
 from vlmprune.errors import UnsupportedCallError
 from vlmprune.methods.registry import get_method
@@ -65,7 +65,9 @@ def by_hand(model, method, inputs, given, record, length):
 
 
 # A merged token stands for several, so by hand it cannot be cut in two.
-SELECTING = [case for case in over_matrix.args[1] if not get_method(case.values[0]).merges]
+SELECTING = [
+    case for case in over_matrix.args[1] if not get_method(case.values[0]).merges and case.values[0] not in MERGE_BEFORE
+]
 
 
 @pytest.mark.parametrize(("method", "family"), SELECTING)

@@ -11,7 +11,16 @@ from support.matrix import REQUIRED
 from support.tiny_models import LLAVA_CLIP_GQA
 from vlmprune.errors import UnsupportedMethodError
 from vlmprune.methods import InputMethod
-from vlmprune.methods.needs import NEEDS, STILL_IMAGES, TOWER_ATTENTION, TOWER_FEATURES, LayerNeed, Need, ordered
+from vlmprune.methods.needs import (
+    NEEDS,
+    PIXELS,
+    STILL_IMAGES,
+    TOWER_ATTENTION,
+    TOWER_FEATURES,
+    LayerNeed,
+    Need,
+    ordered,
+)
 from vlmprune.methods.pass_through import PassThrough
 from vlmprune.methods.pipeline import make_pipeline
 from vlmprune.methods.registry import METHODS, make_method
@@ -34,7 +43,8 @@ def test_what_a_method_reads_is_among_its_needs(part):
         assert {part.reading_at(cut, 32) for cut in part.cut_layers(32)} <= set(readings)
     if part.site == "input":
         signals = [signal for tower in (build.WITH_CLS, build.WITHOUT_CLS) for signal in part.vision_signals(tower)]
-        features = {signal.kind.endswith("features") for signal in signals}
+        assert (PIXELS in part.needs) == ("kept_pixels" in {signal.kind for signal in signals})
+        features = {signal.kind.endswith("features") for signal in signals if signal.kind != "kept_pixels"}
         assert TOWER_ATTENTION in part.needs or False not in features
         assert TOWER_FEATURES in part.needs or True not in features
 

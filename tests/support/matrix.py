@@ -10,7 +10,7 @@ from support.deeper_tower import deeper_tower, one_tile
 from support.families import llava_next, qwen3_vl
 from support.family_cases import FAMILY_CASES
 from support.tiny_models import LLAVA_CLIP_GQA, FamilyCase
-from vlmprune.methods.needs import FIRST_LAYER, INSTRUCTION, LayerNeed
+from vlmprune.methods.needs import FIRST_LAYER, INSTRUCTION, PIXELS, LayerNeed
 from vlmprune.methods.registry import METHODS, make_method
 from vlmprune.patches.families.registry import find_family
 
@@ -49,9 +49,11 @@ LAYER_METHODS = frozenset(name for name, parts in _PARTS.items() if any(part.sit
 # They reduce tokens between the blocks of the vision tower, so they get the variant with more of them.
 ENCODER_METHODS = frozenset(name for name, parts in _PARTS.items() if any(part.site == "encoder" for part in parts))
 
-# What enters the language model is already merged.
+# What enters the language model is already merged, or comes of a tower that ran on fewer tokens.
 MERGE_BEFORE = frozenset(
-    name for name, parts in _PARTS.items() if any(part.site == "input" and part.merges for part in parts)
+    name
+    for name, parts in _PARTS.items()
+    if any((part.merges and part.site != "layer") or PIXELS in part.needs for part in parts)
 )
 
 # They score by the last prompt token or other text, inside the language model.

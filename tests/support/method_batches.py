@@ -48,6 +48,10 @@ def random_batch(
     newline = torch.cat([layout.newline for layout in images])
     vision, tile_vision = {}, {}
     for signal in method.vision_signals(tower):
+        if signal.kind == "kept_pixels":
+            grids = [layout.grid or (1, layout.total) for layout in images]
+            vision[signal] = method.choose_pixels(values(total, 6), grids)[:, None].float()
+            continue
         maps = []
         for layout in images:
             crops = layout.crops or (0, 0)
