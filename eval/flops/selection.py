@@ -71,7 +71,13 @@ def _encoder_macs(config: PreTrainedConfig, method: EncoderMethod, work: VisionW
             if after < before:
                 more = int(facts.has_cls) + method.trailing(facts)
                 shape = BlockShape(
-                    before + more, after + more, hidden, facts.heads, int(facts.has_cls), block=block, layers=facts.layers
+                    before + more,
+                    after + more,
+                    hidden,
+                    facts.heads,
+                    int(facts.has_cls),
+                    block=block,
+                    layers=facts.layers,
                 )
                 own = method.reduction_macs(shape)
                 if own is None:

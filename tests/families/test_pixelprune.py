@@ -10,7 +10,7 @@ from support.families import qwen2_5_vl, qwen2_vl, qwen3_vl
 from support.merging import entering
 from support.tiny_models import IMAGE_TOKEN, LLAVA_CLIP_GQA
 from vlmprune.errors import ParameterError, UnknownNameError, UnsupportedCallError, UnsupportedMethodError
-from vlmprune.methods import PixelPrune
+from vlmprune.methods import PixelPrune, ToMe
 
 FAMILIES = [qwen2_vl.CASES[0], qwen2_5_vl.CASES[0], *qwen3_vl.CASES]
 ROWS = [[3, "A", 4], [2, "small", 1, "large", 6], [9]]
@@ -179,6 +179,8 @@ def test_what_cannot_be_served_is_refused():
         model(**inputs)
         with pytest.raises(UnsupportedMethodError, match="video"):
             model(**family.inputs([[3, "video", 4]]))
+    with pytest.raises(UnsupportedMethodError, match="'tome' acts in"):
+        vlmprune.apply(model, [PixelPrune(), ToMe(keep=0.9)])
     with pytest.raises(UnsupportedMethodError, match="packed patches"):
         vlmprune.apply(LLAVA_CLIP_GQA.build(torch.float32), "pixelprune")
     with pytest.raises(ParameterError, match="tau=2"):

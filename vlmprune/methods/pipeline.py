@@ -92,7 +92,8 @@ def make_pipeline(methods: Sequence[Method]) -> Pipeline:
         )
     if at_encoder is not None and at_input is not None and PIXELS in at_input.needs:
         raise UnsupportedMethodError(
-            f"{at_input.name!r} drops patches before the vision tower, whose blocks {at_encoder.name!r} acts in; allowed: one of them."
+            f"{at_input.name!r} drops patches before the vision tower, whose blocks {at_encoder.name!r} acts in; "
+            "allowed: one of them."
         )
     at_input = at_input or PassThrough()
     assert isinstance(at_input, InputMethod)
