@@ -68,7 +68,7 @@ class PackedTowerReader(TowerReader):
     def read(self, signal: VisionSignal, call: TowerCall) -> Tensor:
         """Return `[visual tokens, channels]`, raster order in each image or frame, images one after the other."""
         if signal.kind == "kept_pixels":
-            return call.captured[signal]  # type: ignore[no-any-return]
+            return call.captured[signal]
         if signal.kind == "features":
             features = call.captured["projector input", 0].detach().float()
             return self.raster_order(features.reshape(-1, self.merged_patches * features.shape[-1]), call)

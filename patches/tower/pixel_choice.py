@@ -101,7 +101,7 @@ class PixelChoice:
         for number, merger in enumerate((tower.merger, *getattr(tower, "deepstack_merger_list", ()))):
             hooks.after(f"vision merger {number} tokens", merger, self._fill)
 
-    def _choose(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _choose(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not self.calls.tower:
             return
         method = self._method_in_force()
