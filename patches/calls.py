@@ -15,6 +15,7 @@ from vlmprune.errors import UnsupportedCallError
 from vlmprune.record import RunRecord
 
 if TYPE_CHECKING:
+    from .attention.run import AttentionRun
     from .cache.state import PrunedCacheState
     from .layers.continued import ContinuedLayers
     from .layers.run import LayerRun
@@ -85,6 +86,7 @@ class LanguageModelCall:
         left_behind: what later calls with the same cache must know, or None.
         layer_run: the running sequence of a prefill where it differs from layer to layer, or None.
         continued_layers: what the layers are given where it differs and nothing is dropped any more, or None.
+        attention_run: what changes in its attention, or None.
         record: what a prefill kept before the first layer.
         drafts: how many of the last tokens are drafts of assisted decoding, which no method may look at.
     """
@@ -96,6 +98,7 @@ class LanguageModelCall:
     left_behind: PrunedCacheState | None = None
     layer_run: LayerRun | None = None
     continued_layers: ContinuedLayers | None = None
+    attention_run: AttentionRun | None = None
     record: RunRecord | None = None
     drafts: int = 0
 

@@ -61,6 +61,8 @@ class PruningEngine:
             hooks.after("language model exit", family.language_model, self._leave_language_model, always=True)
             if self.sites.layer is not None:
                 self.sites.layer.install(hooks)
+            if self.sites.attention is not None:
+                self.sites.attention.install(hooks)
             patch_generation(family.model, hooks, self.sites.prompt_reader)
             forget_compiled()
             refuse_continuous_batching(family.model, hooks)
@@ -117,10 +119,13 @@ class PruningEngine:
         if visuals is not None:
             self.hooks.check_in_place()
             arguments = self.sites.prefill(call, visuals, self.options.current.pipelines or self._applied)
+            self.sites.begin_attention(call, visuals)
             self.record = call.record
             return args, arguments
         if call.state is not None:
-            return args, self.sites.continued(call, call.state)
+            arguments = self.sites.continued(call, call.state)
+            self.sites.begin_attention(call, None)
+            return args, arguments
         if call.past == 0:
             self._tell_of_embeddings(call)
             self.record = text_record(self.pipeline.name, self.family.decoder_layers, call)
@@ -134,7 +139,7 @@ class PruningEngine:
             self._leave_model(module, args, kwargs, output)
         if output is None:
             return None
-        state = self.sites.finish(call)
+        state = self.sites.finish(call, getattr(output, "past_key_values", None))
         if state is None:
             return None
         self.record = call.record or self.record

@@ -11,6 +11,7 @@ from vlmprune.methods.layer_method import LayerMethod
 from vlmprune.methods.needs import FIRST_LAYER, INSTRUCTION, PIXELS
 from vlmprune.methods.pipeline import Pipeline
 
+from .attention.site import AttentionSite
 from .cache.continuation import continued_inputs
 from .cache.state import PrunedCacheState
 from .call_options import OptionsInForce, RowPipelines
@@ -39,6 +40,7 @@ class Sites:
         input: selects at the entry of the language model; there always, with a method that passes everything if need be.
         layer: drops between layers, or None.
         pixels: has the vision tower run on what the input method chose by its pixels, or None.
+        attention: changes what layers attend to, or None.
         positions: "compact" or "original", for what is dropped at the entry.
     """
 
@@ -66,17 +68,20 @@ class Sites:
             )
         self.input = InputSite(family, pipeline.at_input, calls, self.positions == "compact", later)
         self.layer = None if pipeline.at_layers is None else self._layer_site(pipeline.at_layers)
+        changes = pipeline.at_attention
+        self.attention = None if changes is None else AttentionSite(family, changes, calls)
 
     @property
     def signal(self) -> str | None:
         """What the methods score by, in words; the record of a prefill says what was read in it."""
-        names = [self.input.signal, self.layer.signal if self.layer is not None else None]
+        names = [self.input.signal, *(site.signal for site in (self.layer, self.attention) if site is not None)]
         return ", ".join(name for name in names if name) or None
 
     def prompt_reader(self) -> str | None:
         """Return the name of the method that scores with what follows the images in the prompt, or None."""
-        if self.layer is not None:
-            return self.layer.method.name
+        for site in (self.layer, self.attention):
+            if site is not None:
+                return site.method.name
         reads = {INSTRUCTION, FIRST_LAYER} & self.input.method.needs
         return self.input.method.name if reads else None
 
@@ -89,6 +94,11 @@ class Sites:
         if self.pixels is not None:
             self.pixels.install(hooks)
         self.input.install(hooks, None if self.encoder is None else self.encoder.check_inputs)
+
+    def begin_attention(self, call: LanguageModelCall, visuals: PrefillVisuals | None) -> None:
+        """Begin what changes in the attention of a call; `visuals` are the images of a prefill."""
+        if self.attention is not None:
+            self.attention.begin(call, visuals)
 
     def prepare(self, pipelines: RowPipelines, hooks: HookSet) -> None:
         """Register the hooks that the applied methods need once they run with these budgets.
@@ -116,7 +126,8 @@ class Sites:
         if self.encoder is not None and encoder is not None and not visuals.encoded:
             self.encoder.check_given(encoder)
         cut = self.input.begin_prefill(call, visuals, pipelines)
-        signal = None if cut.selection is None else self.input.signal
+        read = [None if cut.selection is None else self.input.signal, self.attention and self.attention.signal]
+        signal = ", ".join(name for name in read if name) or None
         groups = [] if self.encoder is None else tower_groups(self.family, visuals)
         call.record = entry_record(self.pipeline.name, signal, self.family.decoder_layers, call, visuals, cut, groups)
         arguments = call.arguments
@@ -139,16 +150,31 @@ class Sites:
         return arguments
 
     @never_compiled
-    def finish(self, call: LanguageModelCall) -> PrunedCacheState | None:
-        """Complete `call.record`, and return what later calls with the same cache must know, or None."""
+    def finish(self, call: LanguageModelCall, cache: Any) -> PrunedCacheState | None:
+        """Complete `call.record`, and return what later calls with the same cache must know, or None.
+
+        Args:
+            call: the call that ends.
+            cache: what it gives back, which the host may have made itself; None where there is none.
+        """
+        state = self._finish_dropping(call, cache)
+        return state if self.attention is None else self.attention.finish(call, state)
+
+    def _finish_dropping(self, call: LanguageModelCall, cache: Any) -> PrunedCacheState | None:
         run = call.layer_run
         if self.layer is None or run is None or run.images is None:
             return call.left_behind
         call.record = finished_record(run, self.layer.probe.signal(run.scored))
-        return self.layer.left_behind(call, run)
+        return self.layer.left_behind(run, cache)
 
     def check_continues(self, state: PrunedCacheState) -> None:
-        """Raise UnsupportedCallError unless the layers that hold other tokens than the first are watched."""
+        """Raise UnsupportedCallError unless layers that hold other tokens than the first, or attend otherwise, are watched."""
+        changed = () if self.attention is None else self.attention.layers
+        if (() if state.marks is None else state.marks.layers) != changed:
+            raise UnsupportedCallError(
+                f"The cache was made by {state.method!r}, and {self.pipeline.name!r} as it is applied now attends otherwise; "
+                "continue it with the method and the parameters that made it."
+            )
         if len(state.layer_groups) == 1:
             return
         first = state.layer_groups[1].first_layer

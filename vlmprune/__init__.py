@@ -17,9 +17,11 @@ if (_root := Path(__file__).resolve().parent.parent).joinpath("kernels", "segmen
 if TYPE_CHECKING:
     from . import errors, methods
     from .api import apply, describe, last_run, list_methods, options, pruned, remove
+    from .methods import AttentionMethod as AttentionMethod
     from .methods import InputMethod as InputMethod
     from .methods import LayerMethod as LayerMethod
     from .methods import Method as Method
+    from .methods.attention import *  # noqa: F403
     from .methods.baselines import *  # noqa: F403
     from .methods.input import *  # noqa: F403
     from .methods.layer import *  # noqa: F403

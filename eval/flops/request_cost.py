@@ -7,11 +7,12 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedConfig
 
+from vlmprune.methods.attention_method import AttentionMethod
 from vlmprune.methods.base import Method
 
 from .families import vision_cost
 from .language import LanguageShape
-from .selection import encoder_part, selection_macs
+from .selection import attention_macs, encoder_part, selection_macs
 from .vision_work import VisionWork
 
 STAGES = ("vision", "projector", "selection", "prefill", "head", "decode")
@@ -73,11 +74,18 @@ def request_cost(
     vision, projector = vision_cost(config).macs(config, work, encoder_part(method))
     shape = LanguageShape.from_config(config)
     tokens = [n + text_tokens for n in visual_tokens]
+    steps = max(0, new_tokens - 1)
+    changing = [part for part in method.parts() if isinstance(part, AttentionMethod)] if method is not None else []
+    changed = sum(
+        attention_macs(config, part, [n + 1 + step for n in tokens], visual_tokens, 1)
+        for part in changing
+        for step in range(steps)
+    )
     return Cost(
         vision=vision,
         projector=projector,
         selection=0 if method is None else selection_macs(config, method, work, images, visual_tokens, text_tokens),
         prefill=shape.prefill_macs(tokens),
         head=shape.head_macs(),
-        decode=shape.decode_macs(tokens, max(0, new_tokens - 1)),
+        decode=shape.decode_macs(tokens, steps) + changed,
     )

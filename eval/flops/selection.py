@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 from transformers import PreTrainedConfig
 
+from vlmprune.methods.attention_method import AttentionMethod
 from vlmprune.methods.base import Method
 from vlmprune.methods.batch import ATTENTION_KINDS
 from vlmprune.methods.encoder_method import BlockShape, EncoderMethod
@@ -42,6 +43,8 @@ def selection_macs(
         macs: int | None = 0
         if isinstance(part, EncoderMethod):
             macs = _encoder_macs(config, part, work)
+        elif isinstance(part, AttentionMethod):
+            macs = attention_macs(config, part, [n + text_tokens for n in visual_tokens], visual_tokens, text_tokens)
         elif isinstance(part, LayerMethod):
             macs = _layer_macs(config, part, [n + text_tokens for n in visual_tokens], text_tokens)
         elif isinstance(part, InputMethod) and any(kept < before for before, kept in images):
@@ -87,6 +90,18 @@ def _encoder_macs(config: PreTrainedConfig, method: EncoderMethod, work: VisionW
                     total += tiles * len(method.reads) * (before + more) * hidden * hidden
             before = after
     return total
+
+
+def attention_macs(
+    config: PreTrainedConfig, method: AttentionMethod, tokens: Sequence[int], visual_tokens: Sequence[int], rows: int
+) -> int:
+    """MACs of changing the attention of `rows` queries in a call whose layers hold `tokens`; all text of a prefill counts."""
+    shape = LanguageShape.from_config(config)
+    width = shape.heads * shape.head_dim
+    return sum(
+        method.change_macs(rows, tokens[layer], visual_tokens[layer], width)
+        for layer in method.changed_layers(shape.layers)
+    )
 
 
 def _input_macs(

@@ -50,7 +50,13 @@ def cases(op: str, device: str, quick: bool) -> list[Case]:
         ]
         target = [Case(1, 2880, 288, 4096, torch.float16, device)]
     shapes = [Case(batch, n, max(1, round(share * n)), dim, dtype, device) for batch, n, share, dim, dtype in chosen]
-    if op in ("row_attention", "received_attention", "attention_pagerank", "bipartite_match"):
+    if op in (
+        "row_attention",
+        "received_attention",
+        "attention_pagerank",
+        "bipartite_match",
+        "redistributed_attention",
+    ):
         # Nothing is kept here: one shape per length.
         shapes = [Case(c.batch, c.tokens, 0, HEAD_DIM, c.dtype, device) for c in shapes[:: len(SHARES)]]
     return shapes + (target if op == "max_min" else [])

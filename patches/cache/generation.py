@@ -55,8 +55,8 @@ class GenerationInputs:
 class GenerationMasks:
     """Stands in for `create_masks_for_generate`, with which `generate` makes a 4-D mask for static caches.
 
-    The engine prunes by the 2-D mask, so a prefill gets that. A step of decoding whose layers all hold the same tokens gets the
-    4-D mask of what they hold, and is prepared; otherwise each layer's mask is made in the forward.
+    The engine prunes by the 2-D mask, so a prefill gets that. A step of decoding whose layers all hold the same tokens, and
+    attend as ever, gets the 4-D mask of what they hold, and is prepared; otherwise each layer's mask is made in the forward.
     """
 
     def __init__(self, create: Callable[..., Any]) -> None:
@@ -66,7 +66,7 @@ class GenerationMasks:
         """Create as the host does."""
         state = cache_state(past_key_values)
         prefill = kwargs.get("is_first_iteration") or not past_key_values.is_initialized
-        if prefill or (state is not None and len(state.layer_groups) > 1):
+        if prefill or (state is not None and (len(state.layer_groups) > 1 or state.marks is not None)):
             return attention_mask
         if state is not None:
             later = None if attention_mask is None else attention_mask[:, state.caller_length :].bool()

@@ -12,6 +12,8 @@ from torch import Tensor
 
 from vlmprune.errors import UnsupportedCallError
 
+from .marks import AttentionMarks
+
 
 @dataclass(frozen=True, eq=False)
 class LayerGroup:
@@ -104,6 +106,7 @@ class PrunedCacheState:
             down and padding apart; -1 where there is only padding.
         tail_advances: whether every token after the latest prefill has a higher position than the one before.
         packed: whether rows hold several prompts; such a cache cannot be continued.
+        marks: what a method that changes attention knows of the prompts; None where there is no such method.
     """
 
     method: str
@@ -112,6 +115,7 @@ class PrunedCacheState:
     highest: Tensor
     packed: bool = False
     tail_advances: bool = True
+    marks: AttentionMarks | None = None
 
     @property
     def cache_length(self) -> int:
@@ -266,9 +270,11 @@ class PrunedCacheState:
             caller_length=caller_length,
             layer_groups=tuple(group.cropped(caller_length) for group in self.layer_groups),
             highest=self.highest[:, :caller_length],
+            marks=None if self.marks is None else self.marks.cropped(caller_length),
         )
 
     def with_rows(self, change: Callable[[Tensor], Tensor]) -> PrunedCacheState:
         """Return the state after `change` was made to the rows of the cache."""
         groups = tuple(group.with_rows(change) for group in self.layer_groups)
-        return replace(self, layer_groups=groups, highest=change(self.highest))
+        marks = None if self.marks is None else self.marks.with_rows(change)
+        return replace(self, layer_groups=groups, highest=change(self.highest), marks=marks)

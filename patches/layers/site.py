@@ -166,12 +166,12 @@ class LayerSite:
         """Return what the layers are given in a call without images whose cache holds other tokens in later layers."""
         return ContinuedLayers(call, state, self.family, self.compact, self.together)
 
-    def left_behind(self, call: LanguageModelCall, run: LayerRun) -> PrunedCacheState:
-        """Return what later calls must know after a prefill with images, whose cache is trimmed if the method says so."""
+    def left_behind(self, run: LayerRun, cache: Any) -> PrunedCacheState:
+        """Return what later calls must know after a prefill with images; `cache` is trimmed if the method says so."""
         state, first = run.left_behind(), self.method.trims_cache(self.family.decoder_layers)
-        if first is None or call.cache is None or not run.cuts:
+        if first is None or cache is None or not run.cuts:
             return state
-        return trim_cache(call.cache, state, first)
+        return trim_cache(cache, state, first)
 
     def _text_spans(self, call: LanguageModelCall, visuals: PrefillVisuals) -> list[TextSpans]:
         prompt = torch.arange(call.columns) < call.columns - call.drafts

@@ -66,8 +66,10 @@ def test_all_methods():
     labels = [cell.label for cell in make_cells(parse_methods("all,fastv:layer=1"), [0.5], 0)]
     expected = ["full"]
     for name in method_names():
-        # Those that can find their own budget are run with that too.
-        expected += [name] * issubclass(get_method(name), AdaptiveMethod) + [f"{name} keep=0.5"]
+        # Those that can find their own budget are run with that too; one that changes attention has none.
+        cls = get_method(name)
+        expected += [name] * (issubclass(cls, AdaptiveMethod) or cls.site == "attention")
+        expected += [f"{name} keep=0.5"] * (cls.site != "attention")
     assert labels == [*expected, "fastv:layer=1 keep=0.5"]
 
 
@@ -79,8 +81,9 @@ def test_what_the_model_cannot_give_is_left_out_with_the_reason(toy):
     notes = {(item.title, item.keep): item for item in left_out}
     assert set(notes) == {
         *(("globalcom2", None), ("fastv", 0.5), ("fastv", 0.2), ("pyramiddrop", 0.2)),
-        *(("cdpruner", None), ("recoverable_compression", None)),
+        *(("cdpruner", None), ("recoverable_compression", None), ("var", None), ("tome", 0.2), ("transprune", 0.2)),
     }
+    assert "tau=20 cannot be exceeded" in notes["var", None].reason
     assert "text_tower=None" in notes["cdpruner", None].reason
     assert notes["fastv", 0.5].kind == "not reachable"
     assert "fastv keep=0.5: not reachable. " in notes["fastv", 0.5].note

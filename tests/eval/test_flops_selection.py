@@ -13,6 +13,7 @@ from vlmprune.eval.accuracy.request_records import entering_images
 from vlmprune.eval.flops import VisionWork, request_cost, selection_macs, vision_cost
 from vlmprune.eval.models.random_weights import preset_config
 from vlmprune.eval.models.synthetic_request import synthetic_request
+from vlmprune.methods.attention_method import AttentionMethod
 from vlmprune.methods.encoder_method import BlockShape, EncoderMethod
 from vlmprune.methods.layer_method import LayerMethod
 from vlmprune.methods.registry import make_method, method_names
@@ -24,6 +25,9 @@ pytest.importorskip("lmms_eval")
 def test_every_method_says_what_it_computes():
     for name in method_names():
         for part in make_method(name).parts():
+            if isinstance(part, AttentionMethod):
+                assert part.change_macs(1, 9, 8, 16) > 0
+                continue
             if isinstance(part, EncoderMethod):
                 own = part.reduction_macs(BlockShape(tokens=65, outputs=49, dim=8, heads=2, leading=1))
             else:
@@ -142,6 +146,17 @@ def test_layer_methods_pay_for_one_row_and_for_keys_that_are_dropped():
     dropping = make_method("pyramiddrop", layers=(8,), ratios=(0.5,))
     expected = 616 * 4096 + 4096 * 4096 + 288 * 4096 * 4096
     assert selection_macs(config, dropping, VisionWork(crops=1), [], [576] * 8 + [288] * 24, 40) == expected
+
+
+def test_changing_attention_costs_in_prefill_and_in_every_step():
+    config = preset_config("llava-1.5-7b")
+    var = make_method("var")
+    tokens, width = 616, 4096
+    cost = request_cost(config, VisionWork(crops=1), [576] * 32, 40, 3, var, [(576, 576)])
+    plain = request_cost(config, VisionWork(crops=1), [576] * 32, 40, 3)
+    assert cost.selection == 30 * 40 * (tokens + 576) * width
+    assert cost.decode - plain.decode == 30 * (2 * (tokens + 576) + 3) * width
+    assert (cost.prefill, plain.selection) == (plain.prefill, 0)
 
 
 def test_rows_of_beams_are_counted_once(toy):

@@ -5,7 +5,8 @@ Each folder's `__init__` names its methods; all of them are reachable from here,
 
 from typing import TYPE_CHECKING
 
-from . import baselines, encoder, input, layer
+from . import attention, baselines, encoder, input, layer
+from .attention_method import AttentionMethod as AttentionMethod
 from .base import Method as Method
 from .encoder_method import EncoderMethod as EncoderMethod
 from .input_method import InputMethod as InputMethod
@@ -13,6 +14,7 @@ from .layer_method import LayerMethod as LayerMethod
 from .registry import register as register
 
 if TYPE_CHECKING:
+    from .attention import *  # noqa: F403
     from .baselines import *  # noqa: F403
     from .encoder import *  # noqa: F403
     from .input import *  # noqa: F403
@@ -20,9 +22,9 @@ if TYPE_CHECKING:
 
 _classes = {
     cls.__name__: cls
-    for folder in (baselines, encoder, input, layer)
+    for folder in (baselines, encoder, input, layer, attention)
     for cls in vars(folder).values()
     if isinstance(cls, type) and issubclass(cls, Method)
 }
 globals().update(_classes)
-__all__ = sorted([*_classes, "EncoderMethod", "InputMethod", "LayerMethod", "Method", "register"])
+__all__ = sorted([*_classes, "AttentionMethod", "EncoderMethod", "InputMethod", "LayerMethod", "Method", "register"])

@@ -187,6 +187,12 @@ FIRST_LAYER = Need(
     "the layer's own modules, as `VisualBatch.first_layer`, and the text behind the images, as `VisualBatch.questions`",
     met_by=lambda family: family.has_first_layer,
 )
+DECODER_ATTENTION = Need(
+    "decoder_attention",
+    "decoder layers whose queries, keys and values can be read",
+    "hooks on the layers' projections, as the arguments of `AttentionMethod.change`",
+    met_by=lambda family: family.has_first_layer,
+)
 LAST_TOKEN_AT_CUT = LayerNeed(
     "last_token_at_cut",
     "the last prompt token's attention in the layer that is cut",
@@ -262,6 +268,7 @@ NEEDS: tuple[Need, ...] = (
     FREE_ORDER,
     INSTRUCTION,
     FIRST_LAYER,
+    DECODER_ATTENTION,
     LAST_TOKEN_AT_CUT,
     LAST_TOKEN_BEFORE_CUT,
     ALL_TOKENS_BEFORE_CUT,

@@ -6,6 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from ..errors import ParameterError, UnsupportedMethodError, unknown
+from .attention_method import AttentionMethod
 from .base import Method
 from .encoder_method import EncoderMethod
 from .input_method import InputMethod
@@ -23,12 +24,14 @@ class Pipeline:
         at_encoder: the method that reduces in the vision tower, or None.
         at_input: the method that selects before the first layer; `PassThrough` where there is none.
         at_layers: the method that drops inside the language model, or None.
+        at_attention: the method that changes attention inside the language model, or None.
     """
 
     methods: tuple[Method, ...]
     at_encoder: EncoderMethod | None
     at_input: InputMethod
     at_layers: LayerMethod | None
+    at_attention: AttentionMethod | None = None
 
     @property
     def name(self) -> str:
@@ -73,7 +76,9 @@ def make_pipeline(methods: Sequence[Method]) -> Pipeline:
         UnsupportedMethodError: no method, or two at the same site.
     """
     if not methods:
-        raise UnsupportedMethodError("An empty list of methods; allowed: one per site (encoder, input, layer).")
+        raise UnsupportedMethodError(
+            "An empty list of methods; allowed: one per site (encoder, input, layer, attention)."
+        )
     sites: dict[str, Method] = {}
     for method in methods:
         for part in method.parts():
@@ -81,9 +86,10 @@ def make_pipeline(methods: Sequence[Method]) -> Pipeline:
             if other is not part:
                 raise UnsupportedMethodError(
                     f"{part.name!r} and {other.name!r} both act at the {part.site} site; allowed: one per site "
-                    "(encoder, input, layer)."
+                    "(encoder, input, layer, attention)."
                 )
     at_encoder, at_input, at_layers = sites.get("encoder"), sites.get("input"), sites.get("layer")
+    at_attention = sites.get("attention")
     assert at_encoder is None or isinstance(at_encoder, EncoderMethod)
     if at_encoder is not None and at_encoder.output == "merged" and at_input is not None:
         raise UnsupportedMethodError(
@@ -98,7 +104,8 @@ def make_pipeline(methods: Sequence[Method]) -> Pipeline:
     at_input = at_input or PassThrough()
     assert isinstance(at_input, InputMethod)
     assert at_layers is None or isinstance(at_layers, LayerMethod)
-    return Pipeline(tuple(methods), at_encoder, at_input, at_layers)
+    assert at_attention is None or isinstance(at_attention, AttentionMethod)
+    return Pipeline(tuple(methods), at_encoder, at_input, at_layers, at_attention)
 
 
 def check_call(part: Method, modalities: Collection[str]) -> None:

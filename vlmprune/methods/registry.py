@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import TypeVar
 
 from ..errors import ParameterError, unknown
-from . import baselines, encoder, input, layer
+from . import attention, baselines, encoder, input, layer
+from .attention_method import AttentionMethod
 from .base import Method
 from .encoder_method import EncoderMethod
 from .input_method import InputMethod
@@ -34,9 +35,9 @@ def register(cls: type[MethodT]) -> type[MethodT]:
 
 def check_method_class(cls: type) -> None:
     """Raise ParameterError unless `cls` derives from one of the kinds of methods and has a name."""
-    if not (isinstance(cls, type) and issubclass(cls, (EncoderMethod, InputMethod, LayerMethod))):
+    if not (isinstance(cls, type) and issubclass(cls, (EncoderMethod, InputMethod, LayerMethod, AttentionMethod))):
         raise ParameterError(
-            f"{cls!r} is no method; derive it from vlmprune.methods.EncoderMethod, InputMethod or LayerMethod."
+            f"{cls!r} is no method; derive it from vlmprune.methods.EncoderMethod, InputMethod, LayerMethod or AttentionMethod."
         )
     if not isinstance(getattr(cls, "name", None), str):
         raise ParameterError(
@@ -44,7 +45,7 @@ def check_method_class(cls: type) -> None:
         )
 
 
-for _folder in (baselines, encoder, input, layer):
+for _folder in (baselines, encoder, input, layer, attention):
     for _cls in vars(_folder).values():
         if isinstance(_cls, type) and issubclass(_cls, Method) and not _cls.is_stage:
             register(_cls)

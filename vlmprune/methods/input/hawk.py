@@ -61,7 +61,7 @@ class HAWK(InputMethod):
 
     name: ClassVar[str] = "hawk"
     needs: ClassVar[frozenset[Need]] = frozenset({STILL_IMAGES, FIRST_LAYER})
-    symbols: ClassVar[Mapping[str, str]] = {"keep_ratio": "keep=keep_ratio", "r": "keep=r", "w": "head_weights=w"}
+    symbols: ClassVar[Mapping[str, str]] = {"keep_ratio": "keep=keep_ratio"}
 
     def __post_init__(self) -> None:
         super().__post_init__()

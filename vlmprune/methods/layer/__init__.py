@@ -4,6 +4,7 @@ from .aim_pagerank import AIMPageRank as AIMPageRank
 from .catp_stages import CATPStages as CATPStages
 from .dart import DART as DART
 from .fastv import FastV as FastV
+from .ivcprune import IVCPrune as IVCPrune
 from .pyramiddrop import PyramidDrop as PyramidDrop
 from .sparsevlm import SparseVLM as SparseVLM
 from .todre_relevance import ToDRERelevance as ToDRERelevance
