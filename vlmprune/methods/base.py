@@ -11,7 +11,7 @@ from ..budget import Keep
 from ..errors import unknown, unknown_parameter
 from .needs import STILL_IMAGES, Need
 
-Site = Literal["encoder", "input", "layer"]
+Site = Literal["encoder", "input", "layer", "attention"]
 
 
 @dataclass(frozen=True, kw_only=True)
