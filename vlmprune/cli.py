@@ -217,6 +217,31 @@ def selection_cost(
 
 
 @app.command()
+def calibrate(
+    model: Annotated[str, typer.Option(help="Shipped model (tiny-llava), local folder or hub name.")],
+    data: Annotated[Path, typer.Option(help="Your pictures (folder) or prompts (.jsonl), without labels.")],
+    out: Annotated[Path, typer.Option(help="File for the weights, which hawk:head_weights=FILE takes.")],
+    limit: Annotated[int | None, typer.Option(min=1, help="Prompts; all by default.")] = None,
+    layers: Annotated[str, typer.Option(help="Where a head is taken out: first (layer), or all.")] = "first",
+    dtype: Annotated[str, typer.Option(help="auto (as stored), float32, bfloat16 or float16.")] = "auto",
+    device: Annotated[str, typer.Option(help="auto (a GPU if there is one), cpu, cuda, cuda:1, ...")] = "auto",
+) -> None:
+    """Measure how much a model needs each head of its first layer: the weights that `hawk` ranks with."""
+    with _clear_errors():
+        if layers not in ("first", "all"):
+            from .errors import unknown
+
+            raise unknown("--layers", layers, ("first", "all"))
+        from vlmprune.eval.calibration.head_weights import run_calibration
+        from vlmprune.eval.models.loading import load_model
+
+        found = run_calibration(load_model(model, dtype, device), data, out, limit, layers)  # type: ignore[arg-type]
+        order = sorted(range(len(found.head_weights)), key=lambda head: -found.head_weights[head])
+        best = ", ".join(f"{head} ({found.head_weights[head]:.0%})" for head in order[:3])
+        typer.echo(f"{len(order)} heads, the heaviest: {best}. Written to {out}")
+
+
+@app.command()
 def report(
     folders: Annotated[list[Path], typer.Argument(help="Result folders of bench and latency.")],
     out: Annotated[Path, typer.Option(help="The page to write; a table of bench runs if it ends in .md.")] = Path(

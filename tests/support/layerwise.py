@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
@@ -173,7 +174,9 @@ def row_by_layers(
     deep_row = visual[row].cumsum(0) - 1 + int(visual[:row].sum())
 
     sizes = [image.total for image in record.images if image.batch_index == row]
-    mine = list(visual[row].nonzero().flatten().split(sizes)) if sizes else []
+    # Of a cropped prompt the last image may have fewer.
+    tokens, ends = visual[row].nonzero().flatten(), list(accumulate(sizes))
+    mine = [tokens[end - size : end] for size, end in zip(sizes, ends, strict=True)]
     columns, hidden = entry, table[entry]
     deep_planes = []
     for features in deep:

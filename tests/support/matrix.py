@@ -29,6 +29,7 @@ HARDER: dict[str, dict[str, object]] = {
     "visionzip": {"merge_at": "projected", "cls_token": False},
     "visiondrop": {"merge_at": "projected", "cls_token": False},
     "fastv": {"layer": 1},
+    "sink": {"layer": 1},
     "tome": {"output": "merged"},
     "expedite": {"output": "merged"},
     "pitome": {"output": "merged"},

@@ -6,6 +6,7 @@ from .dart import DART as DART
 from .fastv import FastV as FastV
 from .ivcprune import IVCPrune as IVCPrune
 from .pyramiddrop import PyramidDrop as PyramidDrop
+from .sink import Sink as Sink
 from .sparsevlm import SparseVLM as SparseVLM
 from .todre_relevance import ToDRERelevance as ToDRERelevance
 from .transprune import TransPrune as TransPrune
