@@ -19,6 +19,7 @@ from .tower_macs_dense import (
     dense_segments,
     dense_tiles,
     dense_tower_macs,
+    dense_unit,
 )
 from .tower_macs_packed import (
     packed_projector_hidden,
@@ -26,12 +27,13 @@ from .tower_macs_packed import (
     packed_segments,
     packed_tiles,
     packed_tower_macs,
+    packed_unit,
 )
 from .vision_work import VisionWork, grids, one_crop_each, tiles, tiles_of_single_images
 
 Work = Callable[[PreTrainedConfig, Mapping[str, Any], Sequence[int]], list[VisionWork]]
 Macs = Callable[[PreTrainedConfig, VisionWork, EncoderMethod | None], tuple[int, int]]
-Tiles = Callable[[PreTrainedConfig, VisionWork], list[tuple[int, int]]]
+Tiles = Callable[[PreTrainedConfig, VisionWork], list[tuple[int, tuple[int, int]]]]
 Segments = Callable[[PreTrainedConfig, VisionWork, int], list[int]]
 Projector = Callable[[PreTrainedConfig], int]
 
@@ -41,9 +43,16 @@ WORK: dict[PictureKind, Work] = {
     "tiles of single pictures": tiles_of_single_images,
     "grids": grids,
 }
-TOWERS: dict[TowerKind, tuple[Macs, Tiles, Segments, Projector, Projector]] = {
-    "dense": (dense_tower_macs, dense_tiles, dense_segments, dense_projector_macs, dense_projector_hidden),
-    "packed": (packed_tower_macs, packed_tiles, packed_segments, packed_projector_macs, packed_projector_hidden),
+TOWERS: dict[TowerKind, tuple[Macs, Tiles, Projector, Segments, Projector, Projector]] = {
+    "dense": (dense_tower_macs, dense_tiles, dense_unit, dense_segments, dense_projector_macs, dense_projector_hidden),
+    "packed": (
+        packed_tower_macs,
+        packed_tiles,
+        packed_unit,
+        packed_segments,
+        packed_projector_macs,
+        packed_projector_hidden,
+    ),
 }
 
 
@@ -55,7 +64,9 @@ class VisionCost:
         work: `work(config, inputs, images)` reads from the processor's `inputs` of a batch, with `images` pictures in each
             row, what every row gives the tower.
         macs: `macs(config, work, method)` gives MACs of tower and projector, with what reduces tokens in the tower or None.
-        tiles: `tiles(config, work)` gives how many tiles or frames there are of how many tokens that an encoder method reduces.
+        tiles: `tiles(config, work)` gives how many tiles or frames there are of how many rows and columns of tokens that an
+            encoder method reduces.
+        unit: `unit(config)` gives the patches of such a token.
         segments: `segments(config, work, layer)` gives the numbers of tower tokens that attend to each other.
         projector: `projector(config)` gives the projector's MACs for one visual token.
         projector_hidden: `projector_hidden(config)` gives the width between the projector's layers.
@@ -65,6 +76,7 @@ class VisionCost:
     work: Work
     macs: Macs
     tiles: Tiles
+    unit: Projector
     segments: Segments
     projector: Projector
     projector_hidden: Projector

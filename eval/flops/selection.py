@@ -68,16 +68,18 @@ def _encoder_macs(config: PreTrainedConfig, method: EncoderMethod, work: VisionW
     """
     family, hidden, total = vision_cost(config), tower_width(config), 0
     facts = family.facts(config)
+    unit = family.unit(config)
     restored = {facts.feature_layer, facts.layers - 1}
-    for tiles, before in family.tiles(config, work):
-        for block, after in enumerate(method.plan(before, facts)):
+    for tiles, grid in family.tiles(config, work):
+        before = grid[0] * grid[1]
+        for block, after in enumerate(method.plan_of_grid(grid, facts)):
             if after < before:
                 more = int(facts.has_cls) + method.trailing(facts)
                 shape = BlockShape(
                     before + more,
                     after + more,
-                    hidden,
-                    facts.heads,
+                    unit * hidden,
+                    unit * facts.heads,
                     int(facts.has_cls),
                     block=block,
                     layers=facts.layers,

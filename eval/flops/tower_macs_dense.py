@@ -70,6 +70,12 @@ def dense_segments(config: PreTrainedConfig, work: VisionWork, layer: int) -> li
     return work.crops * [(vision.image_size // vision.patch_size) ** 2 + has_cls(config)]
 
 
-def dense_tiles(config: PreTrainedConfig, work: VisionWork) -> list[tuple[int, int]]:
-    """All pictures, and the patches of each."""
-    return [(work.crops, dense_patches(config))]
+def dense_tiles(config: PreTrainedConfig, work: VisionWork) -> list[tuple[int, tuple[int, int]]]:
+    """All pictures, and rows and columns of patches of each."""
+    side = int(config.vision_config.image_size // config.vision_config.patch_size)
+    return [(work.crops, (side, side))]
+
+
+def dense_unit(config: PreTrainedConfig) -> int:
+    """Patches of a token: itself."""
+    return 1

@@ -78,7 +78,7 @@ class PackedTower:
         for grid in work.grids:
             frames, rows, columns = grid
             whole = rows * columns
-            for layer, (attended, wide) in enumerate(self._left(whole, method, facts)):
+            for layer, (attended, wide) in enumerate(self._left((rows, columns), method, facts)):
                 tower += frames * (attended * 4 * self.hidden**2 + wide * self.ffn_weights)
                 runs = self.segments(VisionWork(grids=(grid,)), layer)
                 width = self.hidden
@@ -87,12 +87,15 @@ class PackedTower:
                 tower += sum(2 * (length * attended // whole) ** 2 * width for length in runs)
         return tower, self.mergers * (patches // self.merge**2) * self.merger_macs
 
-    def _left(self, patches: int, method: EncoderMethod | None, facts: TowerFacts | None) -> list[tuple[int, int]]:
-        """Patches of a frame that go through attention and through the MLP of each block."""
+    def _left(
+        self, grid: tuple[int, int], method: EncoderMethod | None, facts: TowerFacts | None
+    ) -> list[tuple[int, int]]:
+        """Patches of a frame of that many rows and columns that go through attention and through the MLP of each block."""
+        patches = grid[0] * grid[1]
         if method is None or facts is None:
             return self.layers * [(patches, patches)]
         merged = self.merge**2
-        counts = block_tokens(method, patches // merged, facts)
+        counts = block_tokens(method, patches // merged, facts, (grid[0] // self.merge, grid[1] // self.merge))
         return [(attended * merged, wide * merged) for attended, wide in counts]
 
     @property
@@ -129,7 +132,12 @@ def packed_segments(config: PreTrainedConfig, work: VisionWork, layer: int) -> l
     return list(PackedTower.from_config(config).segments(work, layer))
 
 
-def packed_tiles(config: PreTrainedConfig, work: VisionWork) -> list[tuple[int, int]]:
-    """The frames of each picture or video, and the visual tokens of one."""
-    merged = PackedTower.from_config(config).merge ** 2
-    return [(frames, rows * columns // merged) for frames, rows, columns in work.grids]
+def packed_tiles(config: PreTrainedConfig, work: VisionWork) -> list[tuple[int, tuple[int, int]]]:
+    """The frames of each picture or video, and rows and columns of visual tokens of one."""
+    merge = PackedTower.from_config(config).merge
+    return [(frames, (rows // merge, columns // merge)) for frames, rows, columns in work.grids]
+
+
+def packed_unit(config: PreTrainedConfig) -> int:
+    """Patches of a visual token."""
+    return PackedTower.from_config(config).merge ** 2

@@ -72,10 +72,24 @@ def tower_config(preset: str) -> PreTrainedConfig:
 
 
 def measure_towers(
-    model: PreTrainedModel, methods: Sequence[EncoderMethod], dtype: str, seconds: float, most: int = 30
+    model: PreTrainedModel,
+    methods: Sequence[EncoderMethod],
+    dtype: str,
+    seconds: float,
+    most: int = 30,
+    side: int = SIDE,
 ) -> list[TowerTime]:
-    """Encode one picture with and without each method, in rounds; the model is as before afterwards."""
-    inputs, work = _one_picture(model)
+    """Encode one picture with and without each method, in rounds; the model is as before afterwards.
+
+    Args:
+        model: the model.
+        methods: what is compared with the unpatched tower.
+        dtype: of the weights, by name.
+        seconds: time for everything.
+        most: the highest number of rounds.
+        side: patches along a side of the picture, for towers that take any size.
+    """
+    inputs, work = _one_picture(model, side)
     encode: Any = model.model.get_image_features
     chosen: list[EncoderMethod | None] = [None, *methods]
     times: dict[int, list[float]] = {index: [] for index in range(len(chosen))}
@@ -111,8 +125,8 @@ def measure_towers(
     return found
 
 
-def _one_picture(model: Any) -> tuple[dict[str, Any], VisionWork]:
-    """Arguments of `get_image_features` for a picture of noise: a tile, or `SIDE` x `SIDE` patches."""
+def _one_picture(model: Any, side: int) -> tuple[dict[str, Any], VisionWork]:
+    """Arguments of `get_image_features` for a picture of noise: a tile, or `side` x `side` patches."""
     config, generator = model.config, torch.Generator().manual_seed(0)
     vision = config.vision_config
     if family_of_config(config).tower_kind == "packed":
@@ -121,7 +135,7 @@ def _one_picture(model: Any) -> tuple[dict[str, Any], VisionWork]:
             * vision.temporal_patch_size
             * vision.patch_size**2
         )
-        pixels, grid = torch.randn(SIDE * SIDE, values, generator=generator), (1, SIDE, SIDE)
+        pixels, grid = torch.randn(side * side, values, generator=generator), (1, side, side)
         inputs = {"pixel_values": _placed(pixels, model), "image_grid_thw": torch.tensor([grid], device=model.device)}
         return inputs, VisionWork(grids=(grid,))
     pixels = torch.randn(1, 3, vision.image_size, vision.image_size, generator=generator)
@@ -162,6 +176,9 @@ def main(
     dtype: Annotated[str, typer.Option(help="float32, bfloat16, by comma.")] = "float32,bfloat16",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, ...")] = "cpu",
     seconds: Annotated[float, typer.Option(min=0, help="Time to spend on each dtype.")] = 60.0,
+    side: Annotated[
+        int, typer.Option(min=2, help="Patches along a side of the picture, for towers of any size.")
+    ] = SIDE,
     threads: Annotated[int, typer.Option(min=0, help="Threads of torch; 0 leaves them.")] = 0,
     out: Annotated[Path | None, typer.Option(help="CSV file to which the lines are added.")] = None,
 ) -> None:
@@ -175,7 +192,7 @@ def main(
     console = Console(width=110)
     for each in dtype.split(","):
         model = build_random(tower_config(preset), each, device)
-        rows = measure_towers(model, chosen, each, seconds)
+        rows = measure_towers(model, chosen, each, seconds, side=side)
         console.print(tower_table(rows))
         if out is not None:
             about = {"model": preset, "device": model.device.type, **this_run()}

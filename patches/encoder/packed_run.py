@@ -108,7 +108,7 @@ class PackedReduction:
         found = []
         for grid, numbers in by_shape.items():
             first = torch.stack([parts[number] for number in numbers])
-            plan = method.plan(grid[0] * grid[1], tower)
+            plan = method.plan_of_grid(grid, tower)
             found.append(_Frames(numbers, grid, plan, first, first, first, ReducedTokens(first[..., None], 0)))
         if all(frames.plan[-1] == frames.first.shape[1] for frames in found):
             return None

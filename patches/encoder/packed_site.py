@@ -66,7 +66,8 @@ class PackedEncoderSite:
             hooks.before(f"{name} attention exit", hooks.child(attention, "proj"), partial(self._narrow, attention))
             hooks.before(f"{name} between", hooks.child(layer, "norm2"), partial(self._between, block, attention))
             hooks.after(f"{name} mlp", hooks.child(layer, "mlp"), self._keep_mlp)
-            hooks.after(f"{name} exit", layer, partial(self._leave, block in restored), first=True)
+            leave = partial(self._leave, block, attention, block in restored)
+            hooks.after(f"{name} exit", layer, leave, first=True)
 
     def check_inputs(self, inputs: Mapping[str, Any]) -> None:
         """Take any arguments of an encoder call."""
@@ -115,10 +116,12 @@ class PackedEncoderSite:
                 "without it, or the tower in eval mode."
             )
         run.given = {name: kwargs.get(name) for name in ("cu_seqlens", "position_embeddings", "max_seqlen")}
-        if not run.changed:
-            return None
         if run.goes_on is not None:
             hidden, run.goes_on = run.goes_on, None
+        if run.method.place == "before attention" and run.removes(block):
+            hidden = run.reduce(block, hidden, module.attn)
+        if not run.changed:
+            return None
         cos, sin = kwargs["position_embeddings"]
         changes = {
             "cu_seqlens": run.bounds(kwargs["cu_seqlens"]),
@@ -156,7 +159,7 @@ class PackedEncoderSite:
 
     def _between(self, block: int, attention: nn.Module, module: nn.Module, args: tuple[Any, ...], kwargs: Any) -> Any:
         run = self._reduction
-        if run is None or not run.removes(block):
+        if run is None or run.method.place != "after attention" or not run.removes(block):
             return None
         run.shorter = run.reduce(block, args[0], attention)
         return (run.shorter, *args[1:]), kwargs
@@ -169,14 +172,25 @@ class PackedEncoderSite:
         # What the host adds to its residual stream, which is longer.
         return output.new_zeros(())
 
-    def _leave(self, restored: bool, module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> Tensor | None:
+    def _leave(
+        self,
+        block: int,
+        attention: nn.Module,
+        restored: bool,
+        module: nn.Module,
+        args: Any,
+        kwargs: Any,
+        output: Tensor,
+    ) -> Tensor | None:
         run = self._reduction
         if run is None:
             return None
         hidden = output
-        run.projected = None
         if run.shorter is not None and run.mlp is not None:
             hidden, run.shorter, run.mlp = run.shorter + run.mlp, None, None
+        if run.method.place == "after block" and run.removes(block):
+            hidden = run.reduce(block, hidden, attention)
+        run.projected = None
         if restored and run.changed:
             run.goes_on = hidden
             hidden = run.restored(hidden)

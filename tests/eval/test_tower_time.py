@@ -20,10 +20,9 @@ def test_the_full_tower_and_a_method():
     assert not any(module._forward_pre_hooks for module in model.modules())
 
 
-def test_a_tower_over_packed_pictures(monkeypatch):
-    monkeypatch.setattr("vlmprune.eval.speed.tower.SIDE", 16)
+def test_a_tower_over_packed_pictures():
     model = deeper_tower(qwen2_vl.CASES[0]).build(torch.float32)
-    full, tome = measure_towers(model, [ToMe(keep=0.6)], "float32", 0.0)
+    full, tome = measure_towers(model, [ToMe(keep=0.6)], "float32", 0.0, side=16)
     assert tome.gflops < full.gflops
 
 

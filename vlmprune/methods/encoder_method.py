@@ -183,6 +183,10 @@ class EncoderMethod(Method):
         """
         raise NotImplementedError
 
+    def plan_of_grid(self, grid: tuple[int, int], tower: TowerFacts) -> tuple[int, ...]:
+        """Return the plan of a picture of `(rows, columns)` visual tokens, of a tower that takes pictures of any size."""
+        return self.plan(grid[0] * grid[1], tower)
+
     def trailing(self, tower: TowerFacts) -> int:
         """Return how many tokens `append` gives."""
         return 0
@@ -207,15 +211,19 @@ class EncoderMethod(Method):
         return 0
 
 
-def block_tokens(method: EncoderMethod, patches: int, tower: TowerFacts) -> tuple[tuple[int, int], ...]:
+def block_tokens(
+    method: EncoderMethod, patches: int, tower: TowerFacts, grid: tuple[int, int] | None = None
+) -> tuple[tuple[int, int], ...]:
     """Return how many tokens of a tile go through attention and through the MLP of each block, leading ones left out.
 
     Args:
         method: what reduces them.
         patches: patches of a tile.
         tower: the vision tower.
+        grid: rows and columns of the patches, where towers take pictures of any size.
     """
-    plan, trailing = method.plan(patches, tower), method.trailing(tower)
+    plan = method.plan(patches, tower) if grid is None else method.plan_of_grid(grid, tower)
+    trailing = method.trailing(tower)
     if plan[-1] == patches:
         return ((patches, patches),) * tower.layers
     counts = []

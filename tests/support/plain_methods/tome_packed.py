@@ -37,7 +37,7 @@ def tome_packed_tower(
 
     unit = tower.spatial_merge_size**2
     # In the order in which ToMe leaves the tokens of each frame, which decides who is compared with whom next.
-    frames = _frames(tower, grid)
+    frames = frames_of(tower, grid)
     values = {place: rows for place, rows in enumerate(given[0]["hidden"].split(unit))}
     members = {place: [place] for place in values}
     outputs = []
@@ -49,7 +49,7 @@ def tome_packed_tower(
         for begin, end in pairwise(bounds):
             places = [place for place in values if begin <= place < end]
             if places:
-                out, own = _attention(
+                out, own = attention_of(
                     block, values, members, places, arguments["position_embeddings"], unit, proportional
                 )
                 for place, change, key in zip(places, out, own, strict=True):
@@ -64,7 +64,7 @@ def tome_packed_tower(
     return outputs
 
 
-def _frames(tower: Any, grid: Tensor) -> list[list[int]]:
+def frames_of(tower: Any, grid: Tensor) -> list[list[int]]:
     """The visual tokens of each frame in raster order, each by its place in the tower's sequence."""
     from transformers.vision_utils import get_vision_window_index
 
@@ -85,7 +85,7 @@ def _split(items: list[int], sizes: list[int]) -> list[list[int]]:
     return parts
 
 
-def _attention(
+def attention_of(
     block: Any,
     values: dict[int, Tensor],
     members: dict[int, list[int]],

@@ -24,6 +24,7 @@ from vlmprune.methods.encoder.expedite_clusters import (
     suggested_tau,
 )
 from vlmprune.methods.encoder_method import BlockBatch, BlockShape, EncoderMethod, Place, Reduction
+from vlmprune.methods.needs import ANY_TOWER_BLOCKS, Need
 
 # Where the paper clusters most often: before layer 10 of the 24 of its Segmenter.
 DEPTH = 10 / 24
@@ -39,7 +40,9 @@ class Expedite(EncoderMethod):
     Every patch belongs to the clusters around its place, by `exp(-tau d)` of its squared distances d, in `iterations` rounds from
     the means of the coarser grid's cells on. With `output="full"` each patch becomes a mixture of the `k` nearest clusters again
     behind the tower, by the distances it had when they were made; with "merged" the clusters themselves go to the projector, on
-    their grid, row by row. The CLS token passes. All in fp32; attention is untouched.
+    their grid, row by row. The CLS token passes. All in fp32; attention is untouched. In a tower over packed pictures (Qwen2-VL
+    and later) whole visual tokens are clustered, frame by frame, and a cluster has the rotary positions and the window of the
+    token in the middle of its cell.
 
     `keep` fixes the clusters: with "merged" there are just so many, on the grid of rows and columns whose shape is nearest to the
     tower's (a number without two such factors is refused, and the nearest one named). With "full", where the average over the
@@ -73,6 +76,7 @@ class Expedite(EncoderMethod):
     weights: Literal["mean", "l2"] = "mean"
 
     name: ClassVar[str] = "expedite"
+    needs: ClassVar[frozenset[Need]] = frozenset({ANY_TOWER_BLOCKS})
     symbols: ClassVar[Mapping[str, str]] = {
         "alpha": "layer=, 0-based, before which patches are clustered",
         "location": "layer=, one more than Segmenter's and DPT's",
@@ -118,11 +122,18 @@ class Expedite(EncoderMethod):
 
     def plan(self, patches: int, tower: TowerFacts) -> tuple[int, ...]:
         """Return all patches up to `layer`, and the clusters from there on."""
-        blocks, side = tower.feature_layer + 1, math.isqrt(patches)
+        side = math.isqrt(patches)
+        if side * side == patches:
+            return self.plan_of_grid((side, side), tower)
+        if self.keep is not None and token_budget(self.keep, patches) == patches:
+            return (patches,) * (tower.feature_layer + 1)
+        raise ParameterError(f"method=expedite clusters square tiles; this tower's have {patches} patches.")
+
+    def plan_of_grid(self, grid: Grid, tower: TowerFacts) -> tuple[int, ...]:
+        """Return the same for a picture of `(rows, columns)` tokens."""
+        blocks, patches = tower.feature_layer + 1, grid[0] * grid[1]
         if self.keep is not None and token_budget(self.keep, patches) == patches:
             return (patches,) * blocks
-        if side * side != patches:
-            raise ParameterError(f"method=expedite clusters square tiles; this tower's have {patches} patches.")
         if self.layer is not None and self.layer >= blocks:
             raise ParameterError(
                 f"layer={self.layer}; allowed: 0..{blocks - 1}, the blocks before this tower's features; nearest: {blocks - 1}."
@@ -130,14 +141,14 @@ class Expedite(EncoderMethod):
         layer = self.layer if self.layer is not None else min(blocks - 1, round(DEPTH * tower.layers))
         if self.clusters is not None:
             rows, columns = self.clusters
-            if max(rows, columns) > side:
-                nearest = (min(rows, side), min(columns, side))
-                raise ParameterError(f"clusters={self.clusters}; allowed: up to {(side, side)}; nearest: {nearest}.")
+            if rows > grid[0] or columns > grid[1]:
+                nearest = (min(rows, grid[0]), min(columns, grid[1]))
+                raise ParameterError(f"clusters={self.clusters}; allowed: up to {grid}; nearest: {nearest}.")
             count = rows * columns
         elif self.output == "merged":
-            count = self._exact_count(patches, side)
+            count = self._exact_count(grid)
         else:
-            layer, count = self._average(patches, side, blocks)
+            layer, count = self._average(grid, blocks)
         return (patches,) * layer + (count,) * (blocks - layer)
 
     def reduce(self, batch: BlockBatch) -> Reduction:
@@ -175,22 +186,24 @@ class Expedite(EncoderMethod):
         """Distances and mixtures."""
         return 2 * (shape.tokens - shape.leading) * (shape.outputs - shape.leading) * shape.dim
 
-    def _exact_count(self, patches: int, side: int) -> int:
+    def _exact_count(self, grid: Grid) -> int:
         assert self.keep is not None
+        patches = grid[0] * grid[1]
         count = token_budget(self.keep, patches)
-        if grid_of(count, (side, side)) is None:
+        if grid_of(count, grid) is None:
             near = min(
-                (other for other in range(1, patches + 1) if grid_of(other, (side, side))),
+                (other for other in range(1, patches + 1) if grid_of(other, grid)),
                 key=lambda other: abs(other - count),
             )
             raise BudgetError(
-                f"keep={self.keep!r} asks for {count} clusters, which have no {side} or fewer rows and columns; "
+                f"keep={self.keep!r} asks for {count} clusters, which have no rows and columns within {grid}; "
                 f"nearest: keep={near}."
             )
         return count
 
-    def _average(self, patches: int, side: int, blocks: int) -> tuple[int, int]:
+    def _average(self, grid: Grid, blocks: int) -> tuple[int, int]:
         assert self.keep is not None
+        patches, (height, width) = grid[0] * grid[1], grid
         share = self.keep if isinstance(self.keep, float) else min(1.0, self.keep / patches)
         least = 1 / patches
         layer = self.layer
@@ -201,14 +214,19 @@ class Expedite(EncoderMethod):
                 layer -= 1
             layer = min(layer, blocks - 1)
         wanted = (share * blocks - layer) / (blocks - layer) * patches
-        if wanted < 1 - 0.5 / side:
+        if wanted < 1 - 0.5 / min(grid):
             nearest = math.ceil((layer + (blocks - layer) * least) / blocks * 1e4) / 1e4
             raise BudgetError(
                 f"keep={self.keep!r} on average over {blocks} blocks cannot be reached by clusters before block {layer}; "
                 f"nearest: keep={nearest:g}."
             )
-        squares = [(rows, columns) for rows in range(1, side + 1) for columns in (rows, rows + 1) if columns <= side]
-        rows, columns = min(squares, key=lambda grid: abs(grid[0] * grid[1] - wanted))
+        alike = [
+            (rows, columns)
+            for rows in range(1, height + 1)
+            for columns in (rows * width // height, rows * width // height + 1)
+            if 1 <= columns <= width
+        ]
+        rows, columns = min(alike, key=lambda some: abs(some[0] * some[1] - wanted))
         return layer, rows * columns
 
 
