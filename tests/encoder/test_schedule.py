@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from vlmprune.errors import BudgetError
 from vlmprune.methods import ToMe
+from vlmprune.methods.batch import TowerFacts
 from vlmprune.methods.encoder.tome import removals
 from vlmprune.methods.encoder_method import block_tokens
 from vlmprune.methods.shared.merge_schedule import counts_after, plan_for_keep
@@ -55,5 +56,6 @@ def test_the_papers_schedules(r, inflection, expected):
 
 def test_tokens_by_block():
     method = ToMe(r=(4, 4))
-    assert block_tokens(method, 16, 2, 3) == ((16, 12), (12, 8), (8, 8))
-    assert block_tokens(ToMe(keep=1.0), 16, 2, 3) == ((16, 16),) * 3
+    tower = TowerFacts(layers=3, feature_layer=1, has_cls=True)
+    assert block_tokens(method, 16, tower) == ((16, 12), (12, 8), (8, 8))
+    assert block_tokens(ToMe(keep=1.0), 16, tower) == ((16, 16),) * 3
