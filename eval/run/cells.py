@@ -174,7 +174,8 @@ def make_cells(
         # A method whose own parameters fix the budget (stage ratios, say) has one cell; one that can find its own has one more.
         method = make_method(name, **given)
         own: list[Keep | None] = [None] if method.keep is None else []
-        given_keeps = budgets if method.keep is not None or isinstance(method, AdaptiveMethod) else []
+        takes_keep = method.keep is not None or isinstance(method, AdaptiveMethod) or not parameters
+        given_keeps = budgets if takes_keep and method.site != "attention" else []
         cells.extend(Cell(name, keep, tuple(sorted(given.items()))) for keep in [*own, *given_keeps])
     return list({cell.label: cell for cell in cells}.values())
 

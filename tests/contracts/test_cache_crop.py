@@ -51,7 +51,7 @@ def cut_off(model, inputs, record, length):
         images.append(type(image)(**{**vars(image), "stages": stages, "kept": image.kept[image.kept < visual]}))
         visual = max(0, visual - image.total)
     shorter = {key: inputs[key][:, :length] for key in ("input_ids", "attention_mask")}
-    return shorter, type("Record", (), {"images": images})
+    return shorter, type("Record", (), {"images": images, "method": record.method})
 
 
 def by_hand(model, method, inputs, given, record, length):

@@ -4,8 +4,7 @@ import pytest
 
 from vlmprune.errors import BudgetError, ParameterError, UnknownNameError, UnsupportedMethodError
 from vlmprune.eval.run.cells import BASELINES, Cell, make_cells, parse_keeps, parse_methods, parse_value, usable_cells
-from vlmprune.methods.adaptive_method import AdaptiveMethod
-from vlmprune.methods.registry import get_method, method_names
+from vlmprune.methods.registry import make_method, method_names
 
 
 def test_methods_and_parameters():
@@ -66,10 +65,10 @@ def test_all_methods():
     labels = [cell.label for cell in make_cells(parse_methods("all,fastv:layer=1"), [0.5], 0)]
     expected = ["full"]
     for name in method_names():
-        # Those that can find their own budget are run with that too; one that changes attention has none.
-        cls = get_method(name)
-        expected += [name] * (issubclass(cls, AdaptiveMethod) or cls.site == "attention")
-        expected += [f"{name} keep=0.5"] * (cls.site != "attention")
+        # Those that have a budget of their own are run with that too; one that changes attention takes none.
+        method = make_method(name)
+        expected += [name] * (method.keep is None)
+        expected += [f"{name} keep=0.5"] * (method.site != "attention")
     assert labels == [*expected, "fastv:layer=1 keep=0.5"]
 
 

@@ -208,11 +208,10 @@ class Expedite(EncoderMethod):
         least = 1 / patches
         layer = self.layer
         if layer is None:
-            layer = max(0, math.floor((share - QUARTER) / (1 - QUARTER) * blocks + 0.5))
+            layer = max(0, min(blocks - 1, math.floor((share - QUARTER) / (1 - QUARTER) * blocks + 0.5)))
             # So many blocks before it must leave room for the clusters.
             while layer and (share * blocks - layer) / (blocks - layer) < least:
                 layer -= 1
-            layer = min(layer, blocks - 1)
         wanted = (share * blocks - layer) / (blocks - layer) * patches
         if wanted < 1 - 0.5 / min(grid):
             nearest = math.ceil((layer + (blocks - layer) * least) / blocks * 1e4) / 1e4
