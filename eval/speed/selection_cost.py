@@ -161,12 +161,22 @@ def _drops_inside(cell: Cell) -> bool:
     return any(part.site == "layer" for part in method.parts())
 
 
+class _LayersThatDoNotRun(nn.ModuleList):
+    """Decoder layers that a forward passes by; a method that reads one of them still finds it by its number."""
+
+    def __getitem__(self, index: Any) -> Any:
+        return nn.ModuleList() if isinstance(index, slice) else super().__getitem__(index)
+
+    def __iter__(self) -> Iterator[nn.Module]:
+        return iter(())
+
+
 @contextmanager
 def without_layers(model: PreTrainedModel) -> Iterator[None]:
     """The language model without its decoder layers while the context lasts."""
     language: Any = model.model.language_model
     layers = language.layers
-    language.layers = nn.ModuleList()
+    language.layers = _LayersThatDoNotRun(layers)
     try:
         yield
     finally:

@@ -43,8 +43,9 @@ class SparseVLM(LayerMethod):
     attention of raters on the image count, nothing is recycled, positions stay.
 
     Give `retained`, the official code's nominal averages, whose lists for 576 tokens are scaled to the number of tokens; or
-    `tokens` or `ratios` (from the paper's lambda), what each stage keeps besides recycled tokens; or `keep`, the true average over all layers, from which
-    shares x, x**1.5, x**2.5 of the stages are solved. The paper's settings are `SparseVLM(retained=192)` (300, 200 and 110 tokens
+    `tokens` or `ratios` (from the paper's lambda), what each stage keeps besides recycled tokens; or `keep`, the true average
+    over all layers, from which shares x, x**1.5, x**2.5 of the stages are solved.
+    The paper's settings are `SparseVLM(retained=192)` (300, 200 and 110 tokens
     after layers 2, 6 and 15 of 32, 309, 204 and 113 with the recycled ones), 128, 96 and 64; without either, `keep` is 0.25. The
     official averages count a stage's layer as if it were cut already; true ones are 206.5, 145.4, 114.1 and 82.3.
 
@@ -59,7 +60,7 @@ class SparseVLM(LayerMethod):
         tokens: tokens that each stage keeps; at least one is dropped.
         ratios: the same as shares of the tokens that entered, rounded half to even.
         variant: "v1" (the paper's code) or "v2" (SparseVLM+).
-        recycle: share of the dropped tokens that is recycled, in [0, 1); 0 for none. "v2" recycles none.
+        recycle: share of the dropped tokens that is recycled (tau), in [0, 1); 0 for none. "v2" recycles none.
         cluster_size: tokens a cluster, an int >= 1.
         heads: heads that count in "v2"; by default 7 of 16 (14 of 32).
 
