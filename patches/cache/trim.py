@@ -29,7 +29,7 @@ def check_can_trim(cache: Any, method: str) -> None:
         )
 
 
-def trim_cache(cache: Any, state: PrunedCacheState, first: int) -> PrunedCacheState:
+def trim_cache(cache: Any, state: PrunedCacheState, first: int, as_last: bool = False) -> PrunedCacheState:
     """Take out of the layers from `first` on what the last layers do not hold, and return what the cache then is.
 
     Each layer keeps the positions that its keys were rotated with: tokens that follow count from those.
@@ -38,6 +38,8 @@ def trim_cache(cache: Any, state: PrunedCacheState, first: int) -> PrunedCacheSt
         cache: the cache at the end of a prefill; changed.
         state: what it holds.
         first: 0-based layer.
+        as_last: whether tokens that follow count from the positions of the last layers in all layers from `first` on, though
+            the keys were rotated with others.
     """
     last, groups = state.layer_groups[-1], []
     ends = [group.first_layer for group in state.layer_groups[1:]] + [len(cache.layers)]
@@ -51,9 +53,11 @@ def trim_cache(cache: Any, state: PrunedCacheState, first: int) -> PrunedCacheSt
         source = _entries(group, last)
         for layer in range(begin, end):
             _gather(cache.layers[layer], source)
-        groups.append(
-            replace(group, first_layer=begin, cache_length=last.cache_length, valid=last.valid, columns=last.columns)
+        positions = {"removed": last.removed, "lowered": last.lowered} if as_last else {}
+        trimmed = replace(
+            group, first_layer=begin, cache_length=last.cache_length, valid=last.valid, columns=last.columns
         )
+        groups.append(replace(trimmed, **positions))
     return replace(state, layer_groups=tuple(groups))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -87,6 +88,13 @@ class TowerReduction:
             scale=attention.head_dim**-0.5,
             biased=self.method.proportional,
         )
+        decided = self.method.removed(batch)
+        if decided is not None:
+            left = batch.patches - decided
+            self.plan = (*self.plan[:block], *(left for _ in self.plan[block:]))
+            if not decided:
+                return hidden
+            batch = replace(batch, remove=decided)
         reduction = self.method.reduce(batch)
         check_reduction(self.method, batch, reduction)
         self.tokens.reduce(hidden, reduction, self.method.drops)

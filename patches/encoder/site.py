@@ -226,6 +226,10 @@ class EncoderSite:
             hidden, run.shorter, run.mlp = run.shorter + run.mlp, None, None
         if run.method.place == "after block" and run.removed(block):
             hidden = run.reduce(block, hidden, attention)
+            if run.plan[-1] == run.patches:
+                # The tokens decided that none goes.
+                self.calls.tower[-1].reduction = None
+                return None
         if restored and (run.tokens.changed or run.trailing):
             run.goes_on = hidden
             if block in self.states:

@@ -171,7 +171,7 @@ class LayerSite:
         state, first = run.left_behind(), self.method.trims_cache(self.family.decoder_layers)
         if first is None or cache is None or not run.cuts:
             return state
-        return trim_cache(cache, state, first)
+        return trim_cache(cache, state, first, self.method.counts_by_cache)
 
     def _text_spans(self, call: LanguageModelCall, visuals: PrefillVisuals) -> list[TextSpans]:
         prompt = torch.arange(call.columns) < call.columns - call.drafts

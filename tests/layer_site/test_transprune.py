@@ -85,6 +85,6 @@ def test_layers_that_do_not_go_together():
 
 def test_an_image_that_no_text_follows_is_refused():
     model = DEEP_LLAVA.build(torch.float32)
-    refused = pytest.raises(UnsupportedCallError, match=r"No text follows image 1 of the prompt \(row 1\)")
+    refused = pytest.raises(UnsupportedCallError, match="Row 1 ends with an image")
     with torch.no_grad(), vlmprune.pruned(model, TransPrune(keep=0.5)), refused:
         model(**DEEP_LLAVA.inputs([[3, "A", 4], [2, "B"]]))

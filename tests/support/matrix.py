@@ -100,7 +100,7 @@ def fitting(method: str, family: FamilyCase) -> FamilyCase:
         # Its clusters are rows times columns: of 49 patches 15 are, of 36 none of 11.
         return one_tile(deeper_tower(family), SIDES.get(family.tokens("A"), 5))
     if method in ENCODER_METHODS:
-        return deeper_tower(family)
+        return deeper(deeper_tower(family)) if method in LAYER_METHODS else deeper_tower(family)
     return deeper(family) if method in LAYER_METHODS else family
 
 

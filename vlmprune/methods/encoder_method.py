@@ -198,6 +198,10 @@ class EncoderMethod(Method):
         """
         return None
 
+    def removed(self, batch: BlockBatch) -> int | None:
+        """Return how many patches of a tile go at a block where the tokens decide and not `plan`; None where `plan` does."""
+        return None
+
     def reduce(self, batch: BlockBatch) -> Reduction:
         """Reduce the tokens of every tile by `batch.remove`; called where fewer tokens leave a block than enter it by `plan`."""
         raise NotImplementedError

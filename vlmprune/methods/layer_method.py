@@ -110,6 +110,11 @@ class LayerMethod(Method):
         """
         return None
 
+    @property
+    def counts_by_cache(self) -> bool:
+        """Whether tokens that follow a trimmed cache count from the positions of the last cut in all its layers."""
+        return False
+
     def select_at_layer(self, batch: LayerBatch) -> Selection:
         """Choose the tokens of every image in `batch`."""
         raise NotImplementedError

@@ -8,3 +8,4 @@ from .crossget import CrossGET as CrossGET
 from .mctf import MCTF as MCTF
 from .zero_tprune import ZeroTPrune as ZeroTPrune
 from .token_transforming import TokenTransforming as TokenTransforming
+from .mustdrop import MustDrop as MustDrop

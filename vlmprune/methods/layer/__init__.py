@@ -5,6 +5,7 @@ from .catp_stages import CATPStages as CATPStages
 from .dart import DART as DART
 from .fastv import FastV as FastV
 from .ivcprune import IVCPrune as IVCPrune
+from .mustdrop_filter import MustDropFilter as MustDropFilter
 from .pyramiddrop import PyramidDrop as PyramidDrop
 from .sink import Sink as Sink
 from .sparsevlm import SparseVLM as SparseVLM

@@ -18,7 +18,6 @@ from vlmprune.methods.checks import check_choice, check_number
 from vlmprune.methods.layer_method import LayerBatch, LayerSignal
 from vlmprune.methods.needs import STILL_IMAGES, TEXT_AT_CUT, Need
 from vlmprune.methods.selection_macs import ScoredLayers
-from vlmprune.methods.shared.text_behind import text_behind
 from vlmprune.methods.staged_method import StagedMethod, scaled_cuts, solve_shares, unreachable
 
 # TransPrune-High, and the depth of its model.
@@ -125,7 +124,7 @@ class TransPrune(StagedMethod):
 
     def score(self, batch: LayerBatch) -> Tensor:
         """Return the scores of the tokens alive, fp32 `[tokens]`."""
-        attention = batch.attention_of(text_behind(batch, self.name), reduce_queries="mean")
+        attention = batch.attention_of([text.after for text in batch.text], reduce_queries="mean")
         scores = []
         for image, (seen, begin) in enumerate(zip(attention, batch.offsets, strict=False)):
             span, first = slice(begin, begin + len(seen)), self._first_layer(batch, image)

@@ -1,0 +1,135 @@
+"""MustDrop's plan and counts, its tests in plain loops, images that decide, and its parameters."""
+
+import pytest
+import torch
+
+import vlmprune
+from support.deeper import deeper
+from support.deeper_tower import deeper_tower
+from support.tiny_models import LLAVA_CLIP_GQA
+from vlmprune.errors import BudgetError, ParameterError, UnsupportedCallError
+from vlmprune.methods import MustDrop, MustDropFilter
+from vlmprune.methods.batch import TowerFacts
+from vlmprune.methods.encoder.mustdrop import merge_windows, window_likeness
+from vlmprune.methods.layer.mustdrop_filter import FilterScores, important, scaled_strength
+
+CLIP = TowerFacts(layers=24, feature_layer=22, has_cls=True)
+FAMILY = deeper(deeper_tower(LLAVA_CLIP_GQA))
+ROWS = [[3, "A", 4, 7], [2, "B", 1, "C", 6, 9], [5, "D", 2]]
+
+
+def test_the_papers_layers_and_the_forced_counts():
+    stages = MustDrop().parts()[1]
+    assert stages.cut_layers(32) == (3, 7, 11, 15)
+    assert stages.trims_cache(32) == 2
+    assert MustDropFilter(layers=(2, 6, 20)).cut_layers(32) == (3, 7, 21)
+    # As many windows as leave K tokens or a few more: (576 - 192) // 8 = 48, and 56 and 64 for 128 and 64.
+    for wanted, windows in ((192, 48), (128, 56), (64, 64)):
+        assert MustDrop(keep=(wanted / 576) ** 2).plan(576, CLIP) == (576 - 8 * windows,) * 23
+    assert MustDrop(keep=1.0).plan(576, CLIP) == (576,) * 23
+    assert MustDrop(keep=round(576 / 9)).plan(576, CLIP)[0] == 192
+
+
+def test_windows_in_plain_loops():
+    hidden = torch.randn(2, 1 + 36, 8) + torch.randn(2, 37, 1) * 2
+    likeness = window_likeness(hidden[:, 1:], (3, 3))
+    for tile in range(2):
+        grid, found = hidden[tile, 1:].view(6, 6, 8), []
+        for window in range(4):
+            top, left = divmod(window, 2)
+            members = grid[3 * top : 3 * top + 3, 3 * left : 3 * left + 3].reshape(9, 8)
+            pairs = [
+                torch.cosine_similarity(members[a], members[b], dim=0) for a in range(9) for b in range(9) if a != b
+            ]
+            found.append((float(torch.stack(pairs).mean()), members.mean(0), (3 * top + 1) * 6 + 3 * left + 1))
+            assert found[-1][0] == pytest.approx(float(likeness[tile, window]), abs=1e-5)
+        reduction = merge_windows(hidden, 1, (3, 3), 16)
+        for output, (_, mean, centre) in enumerate(sorted(found, key=lambda entry: -entry[0])[:2], 1):
+            torch.testing.assert_close(reduction.values[tile, output], mean)
+            assert int(reduction.targets[tile, output]) == 1 + centre
+            assert int((reduction.groups[tile] == output).sum()) == 9
+        assert reduction.sizes[tile].tolist() == [1.0, 9.0, 9.0, *[1.0] * 18]
+        alone = reduction.targets[tile, 3:]
+        assert alone.tolist() == sorted(alone.tolist())
+        torch.testing.assert_close(reduction.values[tile, 3:], hidden[tile, alone])
+
+
+def test_a_scale_of_the_thresholds_is_a_rank():
+    attention = torch.rand(5, 40).softmax(-1)
+    scores = FilterScores(attention.sum(0), attention.amax(0))
+    strength = scaled_strength(scores, 0.02, 0.03)
+    for scale in (0.5, 0.9, 1.1, 1.5):
+        assert torch.equal(important(scores, 0.02 * scale, 0.03 * scale), strength >= scale)
+
+
+@torch.no_grad()
+def test_what_the_model_keeps_in_plain_loops():
+    """The first filter against eager attention of the model without the filter, row by row."""
+    model = FAMILY.build(torch.float32)
+    method = MustDrop(keep=0.5, layers=(2,), key_rate=0.2)
+    inputs = FAMILY.inputs(ROWS)
+    with vlmprune.pruned(model, method):
+        model(**inputs)
+        run = vlmprune.last_run(model)
+    tower_only = MustDrop(keep=0.5, layers=(2,), key_rate=1.0, global_threshold=1e-9)
+    assert run.images[0].stages[0][1].numel() == tower_only.plan(36, CLIP)[0]
+    for image in run.images:
+        (_, entered), (layer, kept) = image.stages
+        assert layer == 3
+        assert set(kept.tolist()) <= set(entered.tolist())
+        assert (3 * len(entered) + 3 * len(kept)) / 6 == pytest.approx(18, abs=1)
+    for row, prompt in enumerate(ROWS):
+        with vlmprune.pruned(model, method):
+            model(**FAMILY.inputs([prompt]))
+            alone = vlmprune.last_run(model).images
+        mine = [image for image in run.images if image.batch_index == row]
+        assert [image.kept.tolist() for image in mine] == [image.kept.tolist() for image in alone]
+
+
+@torch.no_grad()
+def test_the_images_decide():
+    model = FAMILY.build(torch.float32)
+    prompt = FAMILY.inputs([[3, "A", 4, 7]])
+    windows = {}
+    for threshold in (-1.0, 0.1, 1.0):
+        with vlmprune.pruned(
+            model, "mustdrop", merge_threshold=threshold, global_threshold=0.03, individual_threshold=0.1
+        ):
+            cache = model(**prompt, use_cache=True).past_key_values
+            run = vlmprune.last_run(model)
+            generated = model.generate(**prompt, max_new_tokens=3, do_sample=False)
+        windows[threshold] = len(run.images[0].stages[0][1])
+        assert generated.shape[1] == prompt["input_ids"].shape[1] + 3
+        # Every layer from the first filtered one on holds the last set and the text.
+        held = {layer.keys.shape[2] for layer in cache.layers}
+        assert held == {3 + 4 + 7 + len(run.images[0].kept)}
+    assert windows[-1.0] == 4
+    assert windows[1.0] == 36
+    assert windows[-1.0] <= windows[0.1] <= windows[1.0]
+
+
+@pytest.mark.parametrize(
+    ("parameters", "message"),
+    [
+        ({"output": "full"}, "output='full'; allowed: 'merged'"),
+        ({"window": 3}, "window=3; allowed: two ints"),
+        ({"window": (3, 0)}, r"window=\(3, 0\)"),
+        ({"key_rate": 2}, r"key_rate=2; allowed: a number in \[0, 1\]"),
+        ({"global_threshold": 0.0}, r"global_threshold=0\.0"),
+        ({"layers": (6, 2)}, r"layers=\(6, 2\)"),
+    ],
+)
+def test_bad_parameters(parameters, message):
+    with pytest.raises(ParameterError, match=message):
+        MustDrop(**parameters)
+
+
+def test_what_does_not_fit_a_model():
+    with pytest.raises(ParameterError, match=r"window=\(5, 5\) does not divide the tower's 576 patches \(24 x 24\)"):
+        MustDrop(window=(5, 5)).plan(576, CLIP)
+    with pytest.raises(BudgetError, match="first 3 layers"):
+        MustDropFilter(keep=0.005).cut_layers(32)
+    model = FAMILY.build(torch.float32)
+    refused = pytest.raises(UnsupportedCallError, match="Row 0 ends with an image")
+    with torch.no_grad(), vlmprune.pruned(model, "mustdrop", keep=0.5), refused:
+        model(**FAMILY.inputs([[3, "A"]]))
