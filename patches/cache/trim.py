@@ -53,11 +53,12 @@ def trim_cache(cache: Any, state: PrunedCacheState, first: int, as_last: bool = 
         source = _entries(group, last)
         for layer in range(begin, end):
             _gather(cache.layers[layer], source)
-        positions = {"removed": last.removed, "lowered": last.lowered} if as_last else {}
         trimmed = replace(
             group, first_layer=begin, cache_length=last.cache_length, valid=last.valid, columns=last.columns
         )
-        groups.append(replace(trimmed, **positions))
+        if as_last:
+            trimmed = replace(trimmed, removed=last.removed, lowered=last.lowered)
+        groups.append(trimmed)
     return replace(state, layer_groups=tuple(groups))
 
 
