@@ -12,6 +12,7 @@ from scipy.stats import binomtest, false_discovery_control
 from .paired import paired_scores
 
 SIGNIFICANCE = 0.05
+MORE_TOKENS = 1.4
 Verdict = Literal["better", "worse", "a tie"]
 
 
@@ -54,8 +55,9 @@ def compare_with_baselines(results: Sequence[Mapping[str, Any]], baselines: Sequ
         baselines: titles of the baselines' cells.
 
     Returns:
-        The comparisons in the order of `results`. Cells without a budget are left out, and pairs that did not answer the
-        same items with scores of their own.
+        The comparisons in the order of `results`. Cells without a budget are left out, those that leave the language model far
+        more tokens than the baseline (methods that make only the vision tower cheaper), and pairs that did not answer the same
+        items with scores of their own.
     """
     found: list[tuple[Mapping[str, Any], Mapping[str, Any], int, int, float]] = []
     for result in results:
@@ -63,6 +65,8 @@ def compare_with_baselines(results: Sequence[Mapping[str, Any]], baselines: Sequ
             if result["keep"] is None or result["title"] in baselines:
                 continue
             if baseline["title"] not in baselines or baseline["keep"] != result["keep"]:
+                continue
+            if _tokens(result) > MORE_TOKENS * _tokens(baseline):
                 continue
             pairs = paired_scores(result["tasks"], baseline["tasks"])
             if pairs is None:
@@ -77,3 +81,8 @@ def compare_with_baselines(results: Sequence[Mapping[str, Any]], baselines: Sequ
         Comparison(result["title"], baseline["title"], result["keep"], difference, better, worse, float(chance))
         for (result, baseline, better, worse, difference), chance in zip(found, adjusted, strict=True)
     ]
+
+
+def _tokens(result: Mapping[str, Any]) -> float:
+    tokens: float = result["cost"]["visual_tokens_after"]
+    return tokens

@@ -51,8 +51,8 @@ def test_nothing_is_said_without_scores_of_the_same_items():
     assert compare_paired({"a": task([0, 0])}, {"a": task([0, 0])})["relative_95"] is None
 
 
-def cell(title, keep, scores):
-    return {"title": title, "keep": keep, "tasks": {"a": task(scores)}}
+def cell(title, keep, scores, tokens=100):
+    return {"title": title, "keep": keep, "tasks": {"a": task(scores)}, "cost": {"visual_tokens_after": tokens}}
 
 
 def test_methods_against_baselines_at_the_same_budget():
@@ -89,3 +89,8 @@ def test_many_comparisons_need_more_than_one_lucky_one():
 def test_cells_with_other_items_are_not_compared():
     results = [cell("random", 0.5, [1.0, 0.0]), cell("m", 0.5, [1.0, 0.0, 1.0])]
     assert compare_with_baselines(results, ["random"]) == []
+
+
+def test_methods_that_leave_the_language_model_all_tokens_are_not_compared():
+    results = [cell("random", 0.5, [1.0, 0.0]), cell("tower", 0.5, [1.0, 1.0], 200), cell("m", 0.5, [1.0, 1.0], 120)]
+    assert [comparison.method for comparison in compare_with_baselines(results, ["random"])] == ["m"]
