@@ -150,16 +150,16 @@ def _redistributed_attention_triton(
         return delta, selected
     if keys == 0:
         return delta.zero_(), selected.zero_()
-    scalar = dot_needs_fp32(query, key, value) or query.dtype == torch.float32
-    block_rows = 16 if scalar or rows <= 16 else 64
+    # The changed weights times values are fp32 products, which larger blocks spill.
+    block_rows = 16
     flags = flags.contiguous()
     _redistribute_kernel[(triton.cdiv(rows, block_rows), heads, batch)](
         *(query, *query.stride(), key, *key.stride(), value, *value.stride()),
         *(flags, last.contiguous(), delta, selected.view(torch.uint8)),
         *(scale, moved, highest_share, lowest_weight, rows, heads, kv_heads, keys, head_dim),
-        EPSILON=SHARE_EPSILON, BLOCK_R=block_rows, BLOCK_L=32 if scalar else 64,
+        EPSILON=SHARE_EPSILON, BLOCK_R=block_rows, BLOCK_L=32,
         BLOCK_D=max(16, triton.next_power_of_2(head_dim)), UPCAST=dot_needs_fp32(query, key, value),
-        num_warps=8 if scalar else 4, num_stages=1,
+        num_warps=8, num_stages=1,
     )  # fmt: skip
     return delta, selected
 

@@ -19,6 +19,7 @@ from vlmprune.kernels.max_sum import max_sum
 from vlmprune.kernels.merge_scatter import merge_scatter
 from vlmprune.kernels.merge_to_targets import merge_to_targets
 from vlmprune.kernels.received_attention import received_attention
+from vlmprune.kernels.redistributed_attention import redistributed_attention
 from vlmprune.kernels.row_attention import row_attention
 from vlmprune.kernels.segmented_topk import segmented_topk
 from vlmprune.kernels.shared import implementation
@@ -35,6 +36,11 @@ CALLS = {
     "max_min_from_distances": lambda name: max_min_from_distances(torch.ones(4, 4), 2, implementation=name),
     "max_sum": lambda name: max_sum(ROWS, [0, 4], [2], [0], implementation=name),
     "row_attention": lambda name: row_attention(ROWS.view(1, 1, 4, 8), ROWS.view(1, 1, 4, 8), implementation=name),
+    "redistributed_attention": lambda name: redistributed_attention(
+        *(ROWS.view(1, 4, 1, 8),) * 3,
+        *(torch.ones(1, 4, dtype=torch.uint8), torch.arange(4)[None]),
+        **{"moved": 0.5, "highest_share": 0.5, "lowest_weight": 0.1, "implementation": name},
+    ),
     "received_attention": lambda name: received_attention(ROWS[:, None], ROWS[:, None], [0, 4], implementation=name),
     "compact": lambda name: compact([ROWS[None]], torch.zeros(1, 2, dtype=torch.int64), implementation=name),
     "dpp_map": lambda name: dpp_map(ROWS, [0, 4], [2], implementation=name),

@@ -106,7 +106,7 @@ def _hidden_changes(features: Tensor, projector: ProjectorLayers, directions: Te
 
 def _derivative(projector: ProjectorLayers, values: Tensor) -> Tensor:
     """Return the activation's derivative at `values`, fp32."""
-    with torch.inference_mode(False), torch.enable_grad():
-        at = values.clone().requires_grad_()
-        (derivative,) = torch.autograd.grad(projector.activation(at).sum(), at)
+    with torch.inference_mode(False):
+        at = values.clone()
+        _, derivative = torch.func.jvp(projector.activation, (at,), (torch.ones_like(at),))
     return derivative
