@@ -108,5 +108,5 @@ def _derivative(projector: ProjectorLayers, values: Tensor) -> Tensor:
     """Return the activation's derivative at `values`, fp32."""
     with torch.inference_mode(False):
         at = values.clone()
-        _, derivative = torch.func.jvp(projector.activation, (at,), (torch.ones_like(at),))
+        derivative: Tensor = torch.func.jvp(projector.activation, (at,), (torch.ones_like(at),))[1]
     return derivative
