@@ -90,7 +90,7 @@ def measure_towers(
         side: patches along a side of the picture, for towers that take any size.
     """
     inputs, work = _one_picture(model, side)
-    encode: Any = model.model.get_image_features
+    inner: Any = model.model
     chosen: list[EncoderMethod | None] = [None, *methods]
     times: dict[int, list[float]] = {index: [] for index in range(len(chosen))}
 
@@ -98,7 +98,7 @@ def measure_towers(
         method = chosen[index]
         applied: AbstractContextManager[Any] = nullcontext() if method is None else vlmprune.pruned(model, method)
         with applied:
-            took = clocked(lambda: encode(**inputs), model.device)
+            took = clocked(lambda: inner.get_image_features(**inputs), model.device)
         if counts:
             times[index].append(took)
         return True

@@ -26,6 +26,16 @@ def test_a_tower_over_packed_pictures():
     assert tome.gflops < full.gflops
 
 
+def test_what_is_timed_runs_on_fewer_tokens():
+    model = deeper_tower(LLAVA_CLIP_GQA).build(torch.float32)
+    widths = set()
+    block = model.model.vision_tower.encoder.layers[2]
+    handle = block.mlp.register_forward_hook(lambda module, args, output: widths.add(args[0].shape[1]))
+    measure_towers(model, [ToMe(keep=0.5)], "float32", 0.0)
+    handle.remove()
+    assert len(widths) == 2
+
+
 def test_a_preset_keeps_its_tower():
     config = tower_config("llava-1.5-7b")
     assert config.vision_config.num_hidden_layers == 24
