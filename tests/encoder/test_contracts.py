@@ -25,7 +25,7 @@ def _cases():
     for family in FAMILIES:
         served = vlmprune.list_methods(family.build(torch.float32))
         for name, cls in METHODS.items():
-            if issubclass(cls, EncoderMethod) and name in served:
+            if issubclass(cls, EncoderMethod) and cls.output == "full" and name in served:
                 marks = () if name == "tome" or family in REPRESENTATIVES else (pytest.mark.whole,)
                 yield pytest.param(name, family, id=f"{name}-{family}", marks=marks)
 

@@ -16,7 +16,7 @@ from vlmprune.methods.batch import TowerFacts
 from vlmprune.methods.checks import check_number
 from vlmprune.methods.encoder_method import BlockBatch, BlockShape, EncoderMethod, Output, Place, Reduction
 from vlmprune.methods.layer.mustdrop_filter import MustDropFilter
-from vlmprune.methods.needs import CLS_TOKEN, TOWER_BLOCKS, Need
+from vlmprune.methods.needs import CLS_TOKEN, FREE_ORDER, TOWER_BLOCKS, Need
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +62,7 @@ class MustDrop(EncoderMethod):
     name: ClassVar[str] = "mustdrop"
     # So that the CLS token's attention is that of the merged tokens, and not of all patches.
     drops: ClassVar[bool] = True
-    needs: ClassVar[frozenset[Need]] = frozenset({TOWER_BLOCKS, CLS_TOKEN})
+    needs: ClassVar[frozenset[Need]] = frozenset({TOWER_BLOCKS, CLS_TOKEN, FREE_ORDER})
     symbols: ClassVar[Mapping[str, str]] = {
         "global_thr": "global_threshold=",
         "individual_thr": "individual_threshold=",
