@@ -37,8 +37,10 @@ def projector_layers(projector: nn.Module, patches: int) -> ProjectorLayers:
                 f"The weights of the projector {type(projector).__name__} are quantized or not in memory; "
                 f"needed: floats {list(shape)}."
             )
+    # Not the module itself: hooks of others are for the calls of the model.
+    activation = others[0].forward
     if not norms:
-        return ProjectorLayers(first.weight, first.bias, others[0], second.weight, patches)
+        return ProjectorLayers(first.weight, first.bias, activation, second.weight, patches)
     (norm,) = norms
     epsilon: Any = getattr(norm, "eps", None) or getattr(norm, "variance_epsilon", 0.0)
     weight, bias = getattr(norm, "weight", None), getattr(norm, "bias", None)
@@ -46,7 +48,7 @@ def projector_layers(projector: nn.Module, patches: int) -> ProjectorLayers:
     return ProjectorLayers(
         first.weight,
         first.bias,
-        others[0],
+        activation,
         second.weight,
         groups,
         "layer" if isinstance(norm, nn.LayerNorm) else "rms",

@@ -106,7 +106,8 @@ def _hidden_changes(features: Tensor, projector: ProjectorLayers, directions: Te
 
 def _derivative(projector: ProjectorLayers, values: Tensor) -> Tensor:
     """Return the activation's derivative at `values`, fp32."""
-    with torch.inference_mode(False):
-        at = values.clone()
-        derivative: Tensor = torch.func.jvp(projector.activation, (at,), (torch.ones_like(at),))[1]
+    # Reverse mode: the levels of forward mode belong to the process, and other threads may prefill at the same time.
+    with torch.inference_mode(False), torch.enable_grad():
+        at = values.detach().clone().requires_grad_()
+        (derivative,) = torch.autograd.grad(projector.activation(at).sum(), at)
     return derivative
