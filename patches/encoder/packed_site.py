@@ -9,20 +9,20 @@ from typing import Any
 from torch import Tensor, nn
 from transformers.vision_utils import get_vision_window_index
 
-from vlmprune.errors import UnsupportedCallError
 from vlmprune.methods.encoder_method import EncoderMethod
 
 from ..call_options import OptionsInForce
 from ..calls import CallStack
 from ..families.family import Family
 from ..hooks import HookSet
+from .block_hooks import BlockHooks
 from .packed_run import PackedReduction
 
 # Visual tokens of a picture of 1000 x 1000 pixels or so: budgets that it cannot reach are refused at once.
 LARGE_PICTURE = 1296
 
 
-class PackedEncoderSite:
+class PackedEncoderSite(BlockHooks):
     """The hooks on the blocks, which are those of a dense tower's, but for sequence bounds and rotary tables.
 
     All patches of a visual token go the same way. The tower attends inside frames, or inside windows of them, by bounds that are
@@ -32,11 +32,10 @@ class PackedEncoderSite:
         method: what reduces.
     """
 
+    patches = LARGE_PICTURE
+
     def __init__(self, family: Family, method: EncoderMethod, calls: CallStack, options: OptionsInForce) -> None:
-        self.family = family
-        self.method = method
-        self.calls = calls
-        self.options = options
+        super().__init__(family, method, calls, options)
         self.check(method)
 
     def check(self, method: EncoderMethod) -> None:
@@ -46,7 +45,7 @@ class PackedEncoderSite:
             BudgetError: its budget cannot be reached even for a large picture.
             ParameterError: its parameters do not fit.
         """
-        method.plan(LARGE_PICTURE, self.family.tower_facts)
+        method.plan(self.patches, self.family.tower_facts)
 
     def install(self, hooks: HookSet, read: Sequence[int] = ()) -> None:
         """Register the hooks.
@@ -72,17 +71,9 @@ class PackedEncoderSite:
     def check_inputs(self, inputs: Mapping[str, Any]) -> None:
         """Take any arguments of an encoder call."""
 
-    def check_given(self, method: EncoderMethod) -> None:
-        """Raise UnsupportedCallError where a method would reduce something, for a call whose visual tokens were made by hand."""
-        if method.plan(LARGE_PICTURE, self.family.tower_facts)[-1] < LARGE_PICTURE:
-            raise UnsupportedCallError(
-                f"{method.name!r} reduces tokens in the vision tower, and the visual tokens of this call were given as "
-                "embeddings. Pass the pixels, or apply a method that acts at the input or between layers."
-            )
-
     @property
     def _reduction(self) -> PackedReduction | None:
-        reduction: Any = self.calls.tower[-1].reduction if self.calls.tower else None
+        reduction: PackedReduction | None = self._running()
         return reduction
 
     def _keep_grids(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -110,11 +101,7 @@ class PackedEncoderSite:
         run = self._reduction
         if run is None:
             return None
-        if getattr(module, "gradient_checkpointing", False) and module.training:
-            raise UnsupportedCallError(
-                f"{run.method.name!r} cannot be combined with gradient checkpointing in the vision tower; allowed: training "
-                "without it, or the tower in eval mode."
-            )
+        self._check_not_checkpointed(run, module)
         run.given = {name: kwargs.get(name) for name in ("cu_seqlens", "position_embeddings", "max_seqlen")}
         if run.goes_on is not None:
             hidden, run.goes_on = run.goes_on, None
@@ -133,11 +120,8 @@ class PackedEncoderSite:
 
     def _begin(self, hidden: Tensor) -> None:
         call = self.calls.tower[-1]
-        pipelines = self.options.current.pipelines
-        method = self.method if pipelines is None else pipelines.pipelines[0].at_encoder
-        assert method is not None
         call.reduction = PackedReduction.begin(
-            method,
+            self.method_in_force(),
             self.family.tower_facts,
             call.captured["grids", 0],
             call.captured.get(("order of windows", 0)),
@@ -157,21 +141,6 @@ class PackedEncoderSite:
         run = self._reduction
         return None if run is None else ((run.attended(args[0], attention), *args[1:]), kwargs)
 
-    def _between(self, block: int, attention: nn.Module, module: nn.Module, args: tuple[Any, ...], kwargs: Any) -> Any:
-        run = self._reduction
-        if run is None or run.method.place != "after attention" or not run.removes(block):
-            return None
-        run.shorter = run.reduce(block, args[0], attention)
-        return (run.shorter, *args[1:]), kwargs
-
-    def _keep_mlp(self, module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> Tensor | None:
-        run = self._reduction
-        if run is None or run.shorter is None:
-            return None
-        run.mlp = output
-        # What the host adds to its residual stream, which is longer.
-        return output.new_zeros(())
-
     def _leave(
         self,
         block: int,
@@ -185,11 +154,7 @@ class PackedEncoderSite:
         run = self._reduction
         if run is None:
             return None
-        hidden = output
-        if run.shorter is not None and run.mlp is not None:
-            hidden, run.shorter, run.mlp = run.shorter + run.mlp, None, None
-        if run.method.place == "after block" and run.removes(block):
-            hidden = run.reduce(block, hidden, attention)
+        hidden = self._reduced_output(run, block, attention, output)
         run.projected = None
         if restored and run.changed:
             run.goes_on = hidden

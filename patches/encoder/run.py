@@ -58,6 +58,10 @@ class TowerReduction:
         self.captured: dict[str, Tensor] = {}
         self.read: dict[int, Tensor] = {}
 
+    def removes(self, block: int) -> bool:
+        """Whether a block removes something."""
+        return self.removed(block) > 0
+
     def removed(self, block: int) -> int:
         """Return how many patches a block removes."""
         if block >= len(self.plan):

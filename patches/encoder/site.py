@@ -16,6 +16,7 @@ from ..call_options import OptionsInForce
 from ..calls import CallStack
 from ..families.family import Family
 from ..hooks import HookSet
+from .block_hooks import BlockHooks
 from .merged_features import MergedFeatures
 from .run import TowerReduction
 
@@ -24,13 +25,12 @@ BIASED_BACKENDS = ("eager", "sdpa")
 PROJECTIONS = ("keys", "queries", "values")
 
 
-class EncoderSite:
+class EncoderSite(BlockHooks):
     """The hooks on the blocks of a dense tower (CLIP, SigLIP).
 
-    A block computes `h = x + attention(norm1(x))`, then `h + mlp(norm2(h))`. Between the two the hook in front of `layer_norm2`
-    keeps the reduced `h` and hands it to the norm, the one behind `mlp` keeps what comes out and gives the host 0 to add, and
-    the one behind the block returns their sum. Outputs that somebody reads are restored to all tokens; the next block goes on
-    with the reduced ones.
+    Between attention and MLP the hook in front of `layer_norm2` keeps the reduced residual stream and hands it to the norm, the
+    one behind `mlp` keeps what comes out and gives the host 0 to add, and the one behind the block returns their sum. Outputs
+    that somebody reads are restored to all tokens; the next block goes on with the reduced ones.
 
     Attributes:
         method: what reduces.
@@ -39,10 +39,7 @@ class EncoderSite:
     """
 
     def __init__(self, family: Family, method: EncoderMethod, calls: CallStack, options: OptionsInForce) -> None:
-        self.family = family
-        self.method = method
-        self.calls = calls
-        self.options = options
+        super().__init__(family, method, calls, options)
         self.states = family.state_layers
         if min(self.states) < 0:
             raise UnsupportedMethodError(
@@ -52,13 +49,9 @@ class EncoderSite:
         self.blocks = max(self.states) + 1
         self.tower = family.tower_facts
         self.leading = int(self.tower.has_cls)
+        vision = family.config.vision_config
+        self.patches = (int(vision.image_size) // int(vision.patch_size)) ** 2
         self.check(method)
-
-    @property
-    def patches(self) -> int:
-        """Patches of a tile, by the tower's configuration."""
-        vision = self.family.config.vision_config
-        return (int(vision.image_size) // int(vision.patch_size)) ** 2
 
     def check(self, method: EncoderMethod) -> None:
         """Check that the method can run in this tower.
@@ -111,17 +104,10 @@ class EncoderSite:
                 "in model.config before vlmprune.apply."
             )
 
-    def check_given(self, method: EncoderMethod) -> None:
-        """Raise UnsupportedCallError where a method would reduce something, for a call whose visual tokens were made by hand."""
-        if method.plan(self.patches, self.tower)[-1] < self.patches:
-            raise UnsupportedCallError(
-                f"{method.name!r} reduces tokens in the vision tower, and the visual tokens of this call were given as "
-                "embeddings. Pass the pixels, or apply a method that acts at the input or between layers."
-            )
-
     @property
     def _reduction(self) -> TowerReduction | None:
-        return self.calls.tower[-1].reduction if self.calls.tower else None
+        reduction: TowerReduction | None = self._running()
+        return reduction
 
     def _enter(self, block: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if not self.calls.tower:
@@ -133,15 +119,11 @@ class EncoderSite:
         run = self._reduction
         if run is None:
             return None
-        if getattr(module, "gradient_checkpointing", False) and module.training:
-            raise UnsupportedCallError(
-                f"{run.method.name!r} cannot be combined with gradient checkpointing in the vision tower; allowed: training "
-                "without it, or the tower in eval mode."
-            )
+        self._check_not_checkpointed(run, module)
         if run.goes_on is not None:
             hidden, run.goes_on = run.goes_on, None
         run.captured.clear()
-        if run.method.place == "before attention" and run.removed(block):
+        if run.method.place == "before attention" and run.removes(block):
             run.project(hidden, module)
             hidden = run.reduce(block, hidden, module.self_attn)
             run.captured.clear()
@@ -166,9 +148,7 @@ class EncoderSite:
     def _begin(self, hidden: Tensor) -> Tensor:
         call = self.calls.tower[-1]
         call.reduction = None
-        pipelines = self.options.current.pipelines
-        method = self.method if pipelines is None else pipelines.pipelines[0].at_encoder
-        assert method is not None
+        method = self.method_in_force()
         patches = hidden.shape[1] - self.leading
         plan = method.plan(patches, self.tower)
         if plan[-1] == patches:
@@ -200,36 +180,17 @@ class EncoderSite:
         run.attention = None
         return (attended, *args[1:]), kwargs
 
-    def _between(self, block: int, attention: nn.Module, module: nn.Module, args: tuple[Any, ...], kwargs: Any) -> Any:
-        run = self._reduction
-        if run is None or run.method.place != "after attention" or not run.removed(block):
-            return None
-        run.shorter = run.reduce(block, args[0], attention)
-        return (run.shorter, *args[1:]), kwargs
-
-    def _keep_mlp(self, module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> Tensor | None:
-        run = self._reduction
-        if run is None or run.shorter is None:
-            return None
-        run.mlp = output
-        # What the host adds to its residual stream, which is longer.
-        return output.new_zeros(())
-
     def _leave(
         self, block: int, attention: nn.Module, restored: bool, module: nn.Module, args: Any, kwargs: Any, output: Any
     ) -> Any:
         run = self._reduction
         if run is None:
             return None
-        hidden: Tensor = output[0] if isinstance(output, tuple) else output
-        if run.shorter is not None and run.mlp is not None:
-            hidden, run.shorter, run.mlp = run.shorter + run.mlp, None, None
-        if run.method.place == "after block" and run.removed(block):
-            hidden = run.reduce(block, hidden, attention)
-            if run.plan[-1] == run.patches:
-                # The tokens decided that none goes.
-                self.calls.tower[-1].reduction = None
-                return None
+        hidden = self._reduced_output(run, block, attention, output[0] if isinstance(output, tuple) else output)
+        if run.plan[-1] == run.patches:
+            # The tokens decided that none goes.
+            self.calls.tower[-1].reduction = None
+            return None
         if restored and (run.tokens.changed or run.trailing):
             run.goes_on = hidden
             if block in self.states:

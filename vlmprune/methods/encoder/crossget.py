@@ -18,8 +18,9 @@ from vlmprune.methods.encoder.crossget_match import (
     query_importance,
 )
 from vlmprune.methods.encoder_method import BlockBatch, BlockShape, EncoderMethod, Reading, Reduction
+from vlmprune.methods.shared.merge_schedule import counts_after
 from vlmprune.methods.shared.tower_attention import attention_given, attention_received, mean_keys
-from vlmprune.methods.shared.tower_plan import leaving, removing
+from vlmprune.methods.shared.tower_plan import leaving
 
 Variant = Literal["llava", "clip", "matching"]
 
@@ -79,7 +80,7 @@ class CrossGET(EncoderMethod):
         """Return what leaves each block with `r` fewer, or with about equally many fewer for `keep`."""
         blocks = tower.feature_layer + 1
         if self.r is not None:
-            return removing([self.r] * blocks, patches)
+            return counts_after(patches, [self.r] * blocks)
         assert self.keep is not None
         return leaving(self.keep, self.output == "merged", patches, blocks)
 

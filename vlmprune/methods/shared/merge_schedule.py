@@ -1,4 +1,4 @@
-"""How many patches leave each block of a vision tower, for methods that remove about as many in every block."""
+"""How many patches leave each block of a vision tower: budgets, and methods that remove about as many in every block."""
 
 from __future__ import annotations
 
@@ -39,28 +39,48 @@ def plan_for_keep(keep: Keep, merged: bool, patches: int, blocks: int, limit: Li
     Raises:
         BudgetError: even the most that can be removed in every block leaves more; names the nearest.
     """
-    if isinstance(keep, int):
-        target = min(keep, patches) * (1 if merged else blocks)
-    else:
-        target = token_budget(keep, patches) if merged else max(blocks, round(keep * patches * blocks))
+    target = target_sum(keep, merged, patches, blocks)
     lowest = counts_after(patches, [patches] * blocks, limit)
     least = lowest[-1] if merged else sum(lowest)
     if target < least:
-        per_tile = least if merged else -(-least // blocks)
-        share = least / (patches if merged else patches * blocks)
-        nearest = f"{per_tile}" if isinstance(keep, int) else f"{math.ceil(share * 1e4) / 1e4:g}"
-        what = "leave the tower" if merged else f"leave a block, averaged over {blocks} blocks"
-        raise BudgetError(
-            f"keep={keep!r} of {patches} patches cannot be reached: a block removes half of its patches at most, so at least "
-            f"{least if merged else least / blocks:g} {what}; nearest: keep={nearest}."
+        raise unreachable(
+            keep, merged, patches, blocks, least, "a block removes half of its patches at most, so at least"
         )
     return (_last_count if merged else _sum_of_counts)(target, patches, blocks, limit)
+
+
+def target_sum(keep: Keep, merged: bool, patches: int, blocks: int) -> int:
+    """Return the patches that are to leave the last block, or with `merged` off those that leave all blocks in sum."""
+    if isinstance(keep, int):
+        return min(keep, patches) * (1 if merged else blocks)
+    return token_budget(keep, patches) if merged else max(blocks, round(keep * patches * blocks))
+
+
+def unreachable(keep: Keep, merged: bool, patches: int, blocks: int, least: int, why: str) -> BudgetError:
+    """Return the error that at least `least` patches, in sum where `merged` is off, are left; `why` leads to their number."""
+    per_tile = least if merged else -(-least // blocks)
+    share = math.ceil(least / (patches if merged else patches * blocks) * 1e4) / 1e4
+    nearest = f"{per_tile}" if isinstance(keep, int) else f"{share:g}"
+    what = "leave the tower" if merged else f"leave a block, averaged over {blocks} blocks"
+    return BudgetError(
+        f"keep={keep!r} of {patches} patches cannot be reached: {why} {least if merged else least / blocks:g} {what}; "
+        f"nearest: keep={nearest}."
+    )
+
+
+def largest(holds: Callable[[int], bool], end: int) -> int:
+    """Return the largest number up to `end` for which `holds`, which it does up to some number."""
+    low, high = 0, end
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if holds(middle) else (low, middle - 1)
+    return low
 
 
 @lru_cache(maxsize=256)
 def _last_count(target: int, patches: int, blocks: int, limit: Limit) -> tuple[int, ...]:
     """Constant removals, one more in the first blocks."""
-    removed = _largest(lambda r: counts_after(patches, [r] * blocks, limit)[-1] >= target, patches)
+    removed = largest(lambda r: counts_after(patches, [r] * blocks, limit)[-1] >= target, patches)
     for more in range(blocks + 1):
         counts = counts_after(patches, [removed + 1] * more + [removed] * (blocks - more), limit)
         if counts[-1] <= target:
@@ -71,7 +91,7 @@ def _last_count(target: int, patches: int, blocks: int, limit: Limit) -> tuple[i
 @lru_cache(maxsize=256)
 def _sum_of_counts(target: int, patches: int, blocks: int, limit: Limit) -> tuple[int, ...]:
     """Constant removals, one more in some blocks."""
-    removed = _largest(lambda r: sum(counts_after(patches, [r] * blocks, limit)) >= target, patches)
+    removed = largest(lambda r: sum(counts_after(patches, [r] * blocks, limit)) >= target, patches)
     counts = list(counts_after(patches, [removed] * blocks, limit))
     lower = counts_after(patches, [removed + 1] * blocks, limit)
     # From one schedule to the next, a token at a time and from the last block on, so that removals differ by one.
@@ -84,12 +104,3 @@ def _sum_of_counts(target: int, patches: int, blocks: int, limit: Limit) -> tupl
             if sum(counts) == target:
                 break
     return tuple(counts)
-
-
-def _largest(holds: Callable[[int], bool], end: int) -> int:
-    """Return the largest number up to `end` for which `holds`, which it does up to some number."""
-    low, high = 0, end
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if holds(middle) else (low, middle - 1)
-    return low

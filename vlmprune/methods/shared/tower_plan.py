@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Literal
 
-from vlmprune.budget import Keep, token_budget
-from vlmprune.errors import BudgetError, ParameterError
+from vlmprune.budget import Keep
+from vlmprune.errors import ParameterError
 from vlmprune.methods.batch import TowerFacts
 from vlmprune.methods.checks import check_int
 
-Limit = Callable[[int], int]
+from .merge_schedule import Limit, half, largest, target_sum, unreachable
 
 # Steps of a share that is looked for.
 STEPS = 10_000
-
-
-def half(patches: int) -> int:
-    """Return the most patches that pairs of a bipartite split can take away at once."""
-    return patches // 2
 
 
 def all_but_one(patches: int) -> int:
@@ -53,10 +47,7 @@ def leaving(
         BudgetError: even the most that may go leaves more; names the nearest.
     """
     some = tuple(range(blocks)) if merging is None else tuple(sorted(merging))
-    if isinstance(keep, int):
-        target = min(keep, patches) * (1 if merged else blocks)
-    else:
-        target = token_budget(keep, patches) if merged else max(blocks, round(keep * patches * blocks))
+    target = target_sum(keep, merged, patches, blocks)
 
     def counts(level: int, more: set[int]) -> tuple[int, ...]:
         return _counts(patches, blocks, {block: (level, block in more) for block in some}, by, limit)
@@ -68,19 +59,10 @@ def leaving(
     high = patches if by == "number" else STEPS
     least = spent(high, set())
     if least > target:
-        per_tile = least if merged else -(-least // blocks)
-        share = math.ceil(least / (patches if merged else patches * blocks) * 1e4) / 1e4
-        what = "leave the tower" if merged else f"leave a block, averaged over {blocks} blocks"
-        nearest = f"{per_tile}" if isinstance(keep, int) else f"{share:g}"
-        raise BudgetError(
-            f"keep={keep!r} of {patches} patches cannot be reached: {len(some)} of {blocks} blocks take patches away, and at "
-            f"least {least if merged else least / blocks:g} {what}; nearest: keep={nearest}."
-        )
+        why = f"{len(some)} of {blocks} blocks take patches away, and at least"
+        raise unreachable(keep, merged, patches, blocks, least, why)
     # A higher level never leaves more patches, and one more patch in one block is one less at most behind it.
-    low = 0
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if spent(middle, set()) >= target else (low, middle - 1)
+    low = largest(lambda level: spent(level, set()) >= target, high)
     more: set[int] = set()
     for block in some:
         if spent(low, more | {block}) >= target:
@@ -117,15 +99,6 @@ def blocks_within(name: str, some: tuple[int, ...], blocks: int) -> tuple[int, .
 def spread_blocks(depths: Sequence[float], tower: TowerFacts) -> tuple[int, ...]:
     """Return the blocks at some depths (0 to 1) of a tower, of those before its features."""
     return tuple(sorted({min(tower.feature_layer, int(depth * tower.layers)) for depth in depths}))
-
-
-def removing(removed: Sequence[int], patches: int, limit: Limit = half) -> tuple[int, ...]:
-    """Return the schedule of blocks that are to take away `removed` patches each, as far as may be."""
-    counts = []
-    for count in removed:
-        patches -= max(0, min(count, limit(patches)))
-        counts.append(patches)
-    return tuple(counts)
 
 
 def _counts(patches: int, blocks: int, levels: dict[int, tuple[int, bool]], by: str, limit: Limit) -> tuple[int, ...]:
