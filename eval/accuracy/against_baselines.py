@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from statistics import fmean
 from typing import Any, Literal
 
 from scipy.stats import binomtest, false_discovery_control
 
-from .paired import paired_scores
+from .paired import Changes, counted_changes, paired_scores
 
 SIGNIFICANCE = 0.05
 MORE_TOKENS = 1.4
@@ -59,7 +58,7 @@ def compare_with_baselines(results: Sequence[Mapping[str, Any]], baselines: Sequ
         more tokens than the baseline (methods that make only the vision tower cheaper), and pairs that did not answer the same
         items with scores of their own.
     """
-    found: list[tuple[Mapping[str, Any], Mapping[str, Any], int, int, float]] = []
+    found: list[tuple[Mapping[str, Any], Mapping[str, Any], Changes]] = []
     for result in results:
         for baseline in results:
             if result["keep"] is None or result["title"] in baselines:
@@ -69,18 +68,27 @@ def compare_with_baselines(results: Sequence[Mapping[str, Any]], baselines: Sequ
             if _tokens(result) > MORE_TOKENS * _tokens(baseline):
                 continue
             pairs = paired_scores(result["tasks"], baseline["tasks"])
-            if pairs is None:
-                continue
-            changes = [change for sign, scores in pairs for change in sign * (scores[:, 0] - scores[:, 1])]
-            difference = fmean(float(sign * (scores[:, 0] - scores[:, 1]).mean()) for sign, scores in pairs)
-            better, worse = sum(change > 0 for change in changes), sum(change < 0 for change in changes)
-            found.append((result, baseline, int(better), int(worse), difference))
-    chances = [binomtest(better, better + worse).pvalue if better + worse else 1.0 for *_, better, worse, _ in found]
+            if pairs is not None:
+                found.append((result, baseline, counted_changes(pairs)))
+    chances = [_chance(changes) for _, _, changes in found]
     adjusted = false_discovery_control(chances) if chances else []
     return [
-        Comparison(result["title"], baseline["title"], result["keep"], difference, better, worse, float(chance))
-        for (result, baseline, better, worse, difference), chance in zip(found, adjusted, strict=True)
+        Comparison(
+            method=result["title"],
+            baseline=baseline["title"],
+            keep=result["keep"],
+            difference=changes.difference,
+            better=changes.better,
+            worse=changes.worse,
+            chance=float(chance),
+        )
+        for (result, baseline, changes), chance in zip(found, adjusted, strict=True)
     ]
+
+
+def _chance(changes: Changes) -> float:
+    differing = changes.better + changes.worse
+    return float(binomtest(changes.better, differing).pvalue) if differing else 1.0
 
 
 def _tokens(result: Mapping[str, Any]) -> float:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -28,15 +28,35 @@ def compare_paired(tasks: Mapping[str, Any], full: Mapping[str, Any], seed: int 
         differences.append(sign * (means[:, 0] - means[:, 1]))
         above, below = (means[:, 0], means[:, 1]) if sign > 0 else (means[:, 1], means[:, 0])
         ratios.append(np.divide(above, below, out=np.full(RESAMPLES, np.nan), where=below != 0))
-    changes = np.concatenate([sign * (scores[:, 0] - scores[:, 1]) for sign, scores in pairs])
     return {
-        "items": len(changes),
-        "better": int((changes > 0).sum()),
-        "worse": int((changes < 0).sum()),
-        "difference": float(np.mean([sign * (scores[:, 0] - scores[:, 1]).mean() for sign, scores in pairs])),
+        **counted_changes(pairs)._asdict(),
         "difference_95": _interval(np.mean(differences, axis=0)),
         "relative_95": _interval(np.mean(ratios, axis=0)),
     }
+
+
+class Changes(NamedTuple):
+    """How two runs differ, item by item.
+
+    Attributes:
+        items: how many.
+        better: on which the first scores higher.
+        worse: on which it scores lower.
+        difference: mean over tasks of its mean score, minus the other's.
+    """
+
+    items: int
+    better: int
+    worse: int
+    difference: float
+
+
+def counted_changes(pairs: Sequence[tuple[float, np.ndarray]]) -> Changes:
+    """Count the items of `paired_scores` on which two runs differ."""
+    changes = [sign * (scores[:, 0] - scores[:, 1]) for sign, scores in pairs]
+    each = np.concatenate(changes)
+    difference = float(np.mean([task.mean() for task in changes]))
+    return Changes(len(each), int((each > 0).sum()), int((each < 0).sum()), difference)
 
 
 def paired_scores(tasks: Mapping[str, Any], other: Mapping[str, Any]) -> list[tuple[float, np.ndarray]] | None:

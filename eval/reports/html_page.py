@@ -43,10 +43,19 @@ def write_report(folders: Sequence[str | Path], file: str | Path) -> Path:
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>\n'
         f"<style>{STYLE}</style></head>\n<body>\n<h1>{escape(title)}</h1>\n{''.join(sections)}</body></html>\n"
     )
+    return written(page, file)
+
+
+def written(text: str, file: str | Path) -> Path:
+    """Write a report to `file`, in folders that are made if need be.
+
+    Raises:
+        ReportError: it cannot be written.
+    """
     target = Path(file)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_text(page, encoding="utf-8")
+        target.write_text(text, encoding="utf-8")
     except OSError as error:
         raise ReportError(f"The report {str(file)!r} cannot be written: {error}") from error
     return target

@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from vlmprune.errors import VlmpruneError
 from vlmprune.eval.run.result_folder import read_json
+
+from .html_page import ReportError, written
 
 LEGEND = (
     "Accuracy in per cent of the unpruned model's, mean of tasks. **Bold**: better than every baseline that the model serves at "
@@ -16,15 +17,11 @@ LEGEND = (
 )
 
 
-class ComparisonError(VlmpruneError, ValueError):
-    """A folder holds no benchmark, or the table cannot be written."""
-
-
 def write_comparison(folders: Sequence[str | Path], file: str | Path) -> Path:
     """Write the Markdown table of several finished benchmarks to `file`.
 
     Raises:
-        ComparisonError: a folder holds no results of a benchmark of this version, or the file cannot be written.
+        ReportError: a folder holds no results of a benchmark of this version, or the file cannot be written.
     """
     runs = [_read(Path(folder)) for folder in folders]
     columns = [(run, keep) for run in runs for keep in _keeps(run)]
@@ -40,24 +37,16 @@ def write_comparison(folders: Sequence[str | Path], file: str | Path) -> Path:
         f"{name} {100 * run['cells'][0]['average']:.1f} %" for run, name in zip(runs, names, strict=True)
     )
     body = "\n".join("| " + " | ".join(line) + " |" for line in lines)
-    target = Path(file)
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_text(f"{LEGEND} Unpruned: {unpruned}.\n\n{body}\n", encoding="utf-8")
-    except OSError as error:
-        raise ComparisonError(f"The table {str(file)!r} cannot be written: {error}") from error
-    return target
+    return written(f"{LEGEND} Unpruned: {unpruned}.\n\n{body}\n", file)
 
 
 def _read(folder: Path) -> dict[str, Any]:
     file = folder / "results.json"
     if not file.is_file():
-        raise ComparisonError(f"{str(folder)!r} holds no results.json; name folders of finished `vlmprune bench` runs.")
+        raise ReportError(f"{str(folder)!r} holds no results.json; name folders of finished `vlmprune bench` runs.")
     run: dict[str, Any] = read_json(file)
     if "against_baselines" not in run:
-        raise ComparisonError(
-            f"{str(file)!r} was written by an older version; run the same `vlmprune bench` once more."
-        )
+        raise ReportError(f"{str(file)!r} was written by an older version; run the same `vlmprune bench` once more.")
     return run
 
 

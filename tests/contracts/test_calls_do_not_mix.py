@@ -1,12 +1,11 @@
 """Contracts 9, 10 and 12: one selection a prefill, the same answer every time, no mixing of calls."""
 
-import threading
-
 import torch
 
 import vlmprune
 from support.matrix import BY_THE_LAST_TOKEN, ENCODER_METHODS, LAYER_METHODS, METHOD_PARAMETERS, over_matrix
 from support.oracle import suppressed
+from support.threads import generated_at_once
 from vlmprune.methods.registry import get_method
 
 
@@ -59,19 +58,7 @@ def test_threads_do_not_mix(method, family):
     greedy = {"max_new_tokens": 6, "do_sample": False}
     with torch.no_grad(), vlmprune.pruned(model, method, keep=0.3, **METHOD_PARAMETERS[method]):
         expected = [model.generate(**prompt, **greedy) for prompt in prompts]
-        results = [None] * len(prompts)
-        barrier = threading.Barrier(len(prompts))
-
-        def work(index):
-            barrier.wait()
-            with torch.no_grad():
-                results[index] = model.generate(**prompts[index], **greedy)
-
-        threads = [threading.Thread(target=work, args=(index,)) for index in range(len(prompts))]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        results = generated_at_once(model, prompts, greedy)
     assert all(torch.equal(result, answer) for result, answer in zip(results, expected, strict=True))
 
 

@@ -1,13 +1,12 @@
 """The contracts for output="full", on every family with a dense tower; those for "merged" are cells of the matrix."""
 
-import threading
-
 import pytest
 import torch
 
 import vlmprune
 from support.deeper_tower import deeper_tower
 from support.families import llava_next, llava_onevision, vip_llava
+from support.threads import generated_at_once
 from support.tiny_models import LLAVA_CLIP_GQA, LLAVA_SIGLIP_TIED
 from vlmprune.methods import EncoderMethod
 from vlmprune.methods.registry import METHODS
@@ -110,19 +109,7 @@ def test_threads_do_not_mix(method, family):
     prompts = [family.inputs([[3, name, 4], [2 + index]]) for index, name in enumerate("ABCD")]
     with torch.no_grad(), vlmprune.pruned(model, method, keep=KEEP):
         expected = [model.generate(**prompt, **GREEDY) for prompt in prompts]
-        results = [None] * len(prompts)
-        barrier = threading.Barrier(len(prompts))
-
-        def work(index):
-            barrier.wait()
-            with torch.no_grad():
-                results[index] = model.generate(**prompts[index], **GREEDY)
-
-        threads = [threading.Thread(target=work, args=(index,)) for index in range(len(prompts))]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        results = generated_at_once(model, prompts, GREEDY)
     assert all(torch.equal(result, answer) for result, answer in zip(results, expected, strict=True))
 
 

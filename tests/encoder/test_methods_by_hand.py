@@ -17,6 +17,7 @@ from support.plain_methods.reduced_tower import reduced_tower
 from support.plain_methods.token_transforming import token_transforming
 from support.plain_methods.zero_tprune import zero_tprune
 from support.tiny_models import LLAVA_CLIP_GQA, LLAVA_SIGLIP_TIED
+from support.tower_ends import projected_rows
 from vlmprune.methods import MCTF, CrossGET, Expedite, PiToMe, TokenTransforming, ZeroTPrune
 from vlmprune.patches.families.registry import find_family
 
@@ -54,22 +55,6 @@ PLAIN = {
     "token_transforming": (TokenTransforming(keep=0.6), token_transforming(0.1)),
     "token_transforming-row": (TokenTransforming(keep=0.6, tau=0.3, mode="row"), token_transforming(0.3, "row")),
 }
-
-
-def projected_rows(model, inputs):
-    """Run a model, and return what its tower is given, `[tiles, 3, ...]`, and what its projector is given."""
-    seen = {}
-    family = find_family(model)
-    handles = [
-        family.vision_tower.register_forward_pre_hook(lambda module, args: seen.update(pixels=args[0])),
-        family.projector.register_forward_pre_hook(lambda module, args: seen.update(rows=args[0])),
-    ]
-    try:
-        model(**inputs)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return seen["pixels"], seen["rows"]
 
 
 def plain_outputs(model, method, reduce, tile):

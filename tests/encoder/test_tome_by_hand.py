@@ -10,27 +10,12 @@ from support.deeper_tower import deeper_tower
 from support.families import llava_next, llava_onevision, vip_llava
 from support.plain_methods.tome import tome_tower
 from support.tiny_models import LLAVA_CLIP_GQA, LLAVA_SIGLIP_TIED
+from support.tower_ends import projected_rows
 from vlmprune.patches.families.registry import find_family
 
 ONE_TILE = [deeper_tower(case) for case in (LLAVA_CLIP_GQA, LLAVA_SIGLIP_TIED, *vip_llava.CASES)]
 TILED = [deeper_tower(case) for case in (llava_next.CASES[0], *llava_onevision.CASES)]
 ROWS = {"single": [[3, "A", 4]], "three rows": [[3, "A", 4], [2, "B", 1, "C", 6], [9, "D"]]}
-
-
-def projected_rows(model, inputs):
-    """Run a model, and return what its tower is given, `[tiles, 3, ...]`, and what its projector is given."""
-    seen = {}
-    family = find_family(model)
-    handles = [
-        family.vision_tower.register_forward_pre_hook(lambda module, args: seen.update(pixels=args[0])),
-        family.projector.register_forward_pre_hook(lambda module, args: seen.update(rows=args[0])),
-    ]
-    try:
-        model(**inputs)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return seen["pixels"], seen["rows"]
 
 
 def removed_by(method, model):

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from vlmprune.eval.reports.html_page import ReportError, write_report
-from vlmprune.eval.reports.models_compared import ComparisonError, write_comparison
+from vlmprune.eval.reports.models_compared import write_comparison
 from vlmprune.eval.run.result_folder import ResultFolderError
 
 MACHINE = {
@@ -87,5 +87,5 @@ def test_several_models_in_one_table(tmp_path):
 
 
 def test_a_folder_without_a_bench_is_no_row(tmp_path):
-    with pytest.raises(ComparisonError, match=r"holds no results.json"):
+    with pytest.raises(ReportError, match=r"holds no results.json"):
         write_comparison([tmp_path], tmp_path / "table.md")

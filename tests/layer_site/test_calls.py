@@ -1,7 +1,6 @@
 """The contracts for methods that drop inside the language model: identity, undo, backends, beams, shapes."""
 
 import copy
-import threading
 
 import pytest
 import torch
@@ -11,6 +10,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import flash_attention_mask
 
 import vlmprune
+from support.threads import generated_at_once
 from vlmprune.errors import UnsupportedCallError
 from vlmprune.methods import DivPrune, FastV, PyramidDrop, ToDRERelevance
 
@@ -259,17 +259,5 @@ def test_threads_do_not_mix(model, method):
     prompts = [DEEP_LLAVA.inputs([[3, name, 4], [2 + index]]) for index, name in enumerate("ABC")]
     with torch.no_grad(), vlmprune.pruned(model, method):
         expected = [model.generate(**prompt, **GREEDY) for prompt in prompts]
-        results = [None] * len(prompts)
-        barrier = threading.Barrier(len(prompts))
-
-        def work(index):
-            barrier.wait()
-            with torch.no_grad():
-                results[index] = model.generate(**prompts[index], **GREEDY)
-
-        threads = [threading.Thread(target=work, args=(index,)) for index in range(len(prompts))]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        results = generated_at_once(model, prompts, GREEDY)
     assert all(torch.equal(result, answer) for result, answer in zip(results, expected, strict=True))

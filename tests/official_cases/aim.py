@@ -11,7 +11,7 @@ from torch import Tensor
 import vlmprune
 from official_cases.injected_llava import cache_lengths
 from official_cases.input_site import Tensors
-from official_cases.layer_site import decode_step, kept_columns, whole_model
+from official_cases.layer_site import decoded_states, kept_columns, whole_model
 from vlmprune.methods.input.aim import AIM
 from vlmprune.methods.input.aim_rounds import merge_rounds, plan_round
 from vlmprune.methods.layer.aim_pagerank import aim_keep, pagerank_importance
@@ -76,9 +76,8 @@ def aim_model(params: Mapping[str, Any], inputs: Tensors) -> dict[str, Tensor]:
         masks[layer, start:end] = 0
         masks[layer, start + alive] = 1
     llava.watch()
-    decoded = [decode_step(llava, cache, length + step, step)[0] for step in range(len(inputs["decode_embeds"]))]
     return {
-        "decode_out": torch.stack(decoded),
+        "decode_out": decoded_states(llava, cache, length),
         "layer_masks": masks,
         "text_out": kept_columns(output.last_hidden_state, start, end - start, torch.zeros(0, dtype=torch.int64))[0],
     }

@@ -290,6 +290,22 @@ def decode_step(llava: InjectedLlava, cache: Any, position: int, step: int) -> t
     return output.last_hidden_state[0], positions, cache_lengths(cache)
 
 
+def decoded_states(llava: InjectedLlava, cache: Any, length: int) -> Tensor:
+    """Return the hidden states of all decode steps of a case after `length` tokens, `[steps, 1, dim]`."""
+    return torch.stack([decode_step(llava, cache, length + step, step)[0] for step in range(len(llava.later_ids))])
+
+
+def watched_run(llava: InjectedLlava, length: int) -> dict[str, Tensor]:
+    """Return hidden states of the prefill's last tokens, cache lengths, and the states of all decode steps."""
+    llava.watch()
+    output = llava.model.model(**llava.inputs, use_cache=True)
+    cache, run = output.past_key_values, vlmprune.last_run(llava.model)
+    columns = run.kept_columns(0, len(cache.layers) - 1)
+    results = {"prefill_out": output.last_hidden_state[:, columns], "kv_len_prefill": cache_lengths(cache)}
+    llava.take_seen()
+    return {**results, "decode_out": decoded_states(llava, cache, length)}
+
+
 def kept_columns(hidden: Tensor, start: int, total: int, kept: Tensor) -> Tensor:
     """Return the columns of text and of the kept visual tokens of `hidden [1, columns, dim]`."""
     length = hidden.shape[1]

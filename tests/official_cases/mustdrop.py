@@ -12,7 +12,7 @@ from torch import Tensor
 import vlmprune
 from official_cases.injected_llava import cache_lengths
 from official_cases.input_site import Tensors
-from official_cases.layer_site import decode_step, kept_columns, whole_model
+from official_cases.layer_site import decoded_states, kept_columns, whole_model
 from vlmprune.methods.batch import TowerFacts, VisionSignal
 from vlmprune.methods.encoder.mustdrop import MustDrop, window_likeness
 from vlmprune.methods.encoder_method import BlockBatch
@@ -95,8 +95,7 @@ def mustdrop_model(params: Mapping[str, Any], inputs: Tensors) -> dict[str, Tens
         "prefill_out": kept_columns(output.last_hidden_state, start, total, image.kept),
     }
     llava.watch()
-    steps = [decode_step(llava, cache, length + step, step)[0] for step in range(len(inputs["decode_embeds"]))]
-    return {**results, "decode_out": torch.stack(steps)}
+    return {**results, "decode_out": decoded_states(llava, cache, length)}
 
 
 def mustdrop(params: Mapping[str, Any], inputs: Tensors) -> dict[str, Tensor]:

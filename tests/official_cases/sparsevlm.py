@@ -12,9 +12,8 @@ from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 import vlmprune
-from official_cases.injected_llava import cache_lengths
 from official_cases.input_site import Tensors
-from official_cases.layer_site import decode_step, whole_model
+from official_cases.layer_site import watched_run, whole_model
 from vlmprune.kernels.segmented_topk import segmented_topk
 from vlmprune.methods import SparseVLM
 from vlmprune.methods.layer.sparsevlm import (
@@ -98,14 +97,7 @@ def sparsevlm_model(params: Mapping[str, Any], inputs: Tensors) -> dict[str, Ten
     layers = tuple(layer + 1 for layer in params["pruning_layers"])
     variant = "v2" if str(params.get("version", "1")).startswith(("2", "v2")) else "v1"
     vlmprune.apply(llava.model, SparseVLM(layers=layers, tokens=tuple(params["keep"]), variant=variant))
-    llava.watch()
-    output = llava.model.model(**llava.inputs, use_cache=True)
-    cache, run = output.past_key_values, vlmprune.last_run(llava.model)
-    columns = run.kept_columns(0, params["layers"] - 1)
-    results = {"prefill_out": output.last_hidden_state[:, columns], "kv_len_prefill": cache_lengths(cache)}
-    llava.take_seen()
-    steps = [decode_step(llava, cache, length + step, step)[0] for step in range(len(inputs["decode_embeds"]))]
-    return {**results, "decode_out": torch.stack(steps)}
+    return watched_run(llava, length)
 
 
 def sparsevlm(params: Mapping[str, Any], inputs: Tensors) -> dict[str, Tensor]:

@@ -13,7 +13,7 @@ from torch.nn.functional import pad
 import vlmprune
 from official_cases.injected_llava import InjectedLlava, cache_lengths
 from official_cases.input_site import Tensors
-from official_cases.layer_site import decode_step, kept_columns, plain_layers, text_config, whole_model
+from official_cases.layer_site import decoded_states, kept_columns, plain_layers, text_config, whole_model
 from vlmprune.methods.batch import Selection
 from vlmprune.methods.layer.transprune import TransPrune, transition_variation
 from vlmprune.methods.layer_method import LayerBatch, LayerCut, LayerSignal
@@ -95,8 +95,7 @@ def transprune_model(params: Mapping[str, Any], inputs: Tensors) -> dict[str, Te
         "prefill_out": kept_columns(output.last_hidden_state, start, total, stages[-1]),
     }
     llava.watch()
-    steps = [decode_step(llava, cache, length + step, step)[0] for step in range(len(inputs["decode_embeds"]))]
-    return {**results, "decode_out": torch.stack(steps)}
+    return {**results, "decode_out": decoded_states(llava, cache, length)}
 
 
 def transprune(params: Mapping[str, Any], inputs: Tensors) -> dict[str, Tensor]:

@@ -11,9 +11,9 @@ from torch import Tensor
 
 import vlmprune
 from official_cases.batches import CLIP, make_batch, square_layout
-from official_cases.injected_llava import InjectedLlava, cache_lengths
+from official_cases.injected_llava import InjectedLlava
 from official_cases.input_site import Tensors
-from official_cases.layer_site import decode_step, plain_layers, text_config, whole_model
+from official_cases.layer_site import plain_layers, text_config, watched_run, whole_model
 from vlmprune.layout import raster_layout
 from vlmprune.methods import VisionDropStages, VisionZip
 from vlmprune.methods.batch import Selection
@@ -106,14 +106,7 @@ def visiondrop_model(params: Mapping[str, Any], inputs: Tensors) -> dict[str, Te
     llava = whole_model(params, inputs, (start, total))
     counts = tuple((dominant, contextual) for dominant, contextual in params["counts"][1:])
     vlmprune.apply(llava.model, VisionDropStages(layers=tuple(params["layer_list"]), counts=counts))
-    llava.watch()
-    output = llava.model.model(**llava.inputs, use_cache=True)
-    cache, run = output.past_key_values, vlmprune.last_run(llava.model)
-    columns = run.kept_columns(0, params["layers"] - 1)
-    results = {"prefill_out": output.last_hidden_state[:, columns], "kv_len_prefill": cache_lengths(cache)}
-    llava.take_seen()
-    steps = [decode_step(llava, cache, length + step, step)[0] for step in range(len(inputs["decode_embeds"]))]
-    return {**results, "decode_out": torch.stack(steps)}
+    return watched_run(llava, length)
 
 
 def visiondrop(params: Mapping[str, Any], inputs: Tensors) -> dict[str, Tensor]:
