@@ -172,7 +172,7 @@ class _Bench:
                 progress.update(bar, description=f"[{number}/{len(todo)}] {cell.label:<24.24}")
                 start = time.perf_counter()
                 with cell.applied_to(model):
-                    live.reset(pruned=not cell.is_full)
+                    live.reset(cell.is_pruned, cell.resolution(model, self.loaded.processor))
                     try:
                         scores = evaluate_tasks(live, self.tasks, options.limit, options.seed)
                     except BudgetError as error:
@@ -209,13 +209,17 @@ class _Bench:
             return stored
         task = next(iter(self.tasks.values()))
         document = (task.test_docs() if task.has_test_docs() else task.validation_docs())[0]
-        live = LiveModel(self.loaded.model, self.loaded.processor)
-        inputs = live.encode_turn(str(task.doc_to_text(document)), task.doc_to_visual(document))
+        model, processor = self.loaded.model, self.loaded.processor
+
+        def inputs_of(cell: Cell) -> dict[str, Any]:
+            live = LiveModel(model, processor, resolution=cell.resolution(model, processor))
+            return live.encode_turn(str(task.doc_to_text(document)), task.doc_to_visual(document))
+
         with progress_bar(self.console) as progress:
             bar = progress.add_task(f"{'timing, rounds over all cells':<32}", total=None)
             timing = time_cells(
-                self.loaded.model,
-                inputs,
+                model,
+                inputs_of,
                 cells,
                 self.options.timing_seconds,
                 lambda done, rounds: progress.update(bar, completed=done, total=rounds),

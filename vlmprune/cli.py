@@ -84,7 +84,9 @@ def methods() -> None:
 def bench(
     model: Annotated[str, typer.Option(help="Shipped model (tiny-llava), local folder or hub name.")],
     out: Annotated[Path, typer.Option(help="Folder for the results; an interrupted run goes on from it.")],
-    methods: Annotated[str, typer.Option(help=METHODS_HELP)] = DEFAULT_METHODS,
+    methods: Annotated[
+        str, typer.Option(help=f"{METHODS_HELP} lower_resolution: the unpruned model on smaller pictures.")
+    ] = DEFAULT_METHODS,
     keep: Annotated[str, typer.Option(help=KEEP_HELP)] = "0.5,0.25,0.1,0.05",
     tasks: Annotated[
         str, typer.Option(help="lmms-eval tasks, tags or groups by comma; all: the embedded ones.")
@@ -112,7 +114,7 @@ def bench(
         _require_extra("eval", "lmms_eval", "datasets", "accelerate", "matplotlib")
         from vlmprune.eval.run.cells import parse_keeps, parse_methods
 
-        wanted, budgets = parse_methods(methods), parse_keeps(keep)
+        wanted, budgets = parse_methods(methods, smaller_pictures=True), parse_keeps(keep)
         from vlmprune.eval.bench import BenchOptions, run_bench, run_on_data
 
         run = run_bench if data is None else partial(run_on_data, data=data, new_tokens=new_tokens)

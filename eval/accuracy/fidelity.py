@@ -115,7 +115,7 @@ def run_fidelity(loaded: LoadedModel, options: FidelityOptions, console: Console
         for number, cell in enumerate(todo, start=1):
             progress.update(bar, description=f"[{number}/{len(todo)}] {cell.label:<24.24}")
             with cell.applied_to(loaded.model):
-                live.reset(pruned=True)
+                live.reset(cell.is_pruned, cell.resolution(loaded.model, loaded.processor))
                 error: BudgetError | None = None
                 try:
                     found = replies(live, batches, options.new_tokens, advance)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from PIL import Image
 from transformers import PreTrainedModel
 
 from vlmprune.errors import UnsupportedCallError
+from vlmprune.eval.models.lower_resolution import LowerResolution
 
 from .generation import cut_at, end_tokens, generation_settings
 from .questions import Question, batches_of, generation_question, scoring_question, user_turn
@@ -28,6 +30,7 @@ class LiveModel(lmms):
 
     Attributes:
         pruned: whether `vlmprune.apply` was called on the model.
+        resolution: what makes pictures smaller before they are encoded, if anything.
         on_progress: called with the number of requests answered after every batch.
         records: what was counted since the last `reset`.
         model_seconds: time spent inside the model since then.
@@ -42,6 +45,7 @@ class LiveModel(lmms):
         *,
         batch_size: int = 1,
         pruned: bool = False,
+        resolution: LowerResolution | None = None,
         on_progress: Callable[[int], None] | None = None,
     ) -> None:
         super().__init__()
@@ -50,6 +54,7 @@ class LiveModel(lmms):
         self.tokenizer = getattr(processor, "tokenizer", processor)
         self.batch_size = int(batch_size)
         self.pruned = pruned
+        self.resolution = resolution
         self.on_progress = on_progress
         self.reset()
 
@@ -58,12 +63,12 @@ class LiveModel(lmms):
         """Where the model is."""
         return self._model.device
 
-    def reset(self, pruned: bool | None = None) -> None:
-        """Forget the records; `pruned` as in the constructor."""
+    def reset(self, pruned: bool | None = None, resolution: LowerResolution | None = None) -> None:
+        """Forget the records; `pruned` as in the constructor, and with it `resolution`."""
         self.records: list[RequestRecord] = []
         self.model_seconds = 0.0
         if pruned is not None:
-            self.pruned = pruned
+            self.pruned, self.resolution = pruned, resolution
 
     def clean(self) -> None:
         """Keep the model: the caller owns it."""
@@ -114,7 +119,7 @@ class LiveModel(lmms):
         )
         tokens = output.sequences[:, inputs["input_ids"].shape[1] :].tolist()
         lengths = [self._length(row) for row in tokens]
-        self.records += request_records(self._model, self.pruned, batch, inputs, lengths)
+        self.records += self._recorded(batch, inputs, lengths)
         first = output.logits[0].float().log_softmax(-1)
         return [tuple(row[:length]) for row, length in zip(tokens, lengths, strict=True)], first
 
@@ -133,10 +138,19 @@ class LiveModel(lmms):
 
     def _encode(self, texts: list[str], batch: Sequence[Question]) -> dict[str, Any]:
         images = [image for question in batch for image in question.images]
+        smaller: dict[str, Any] = {}
+        if self.resolution is not None:
+            images, smaller = self.resolution.shrink(images)
         bos = getattr(self.tokenizer, "bos_token", None)
         extra = {"add_special_tokens": False} if bos and all(text.startswith(bos) for text in texts) else {}
         inputs = self.processor(
-            text=texts, images=images or None, padding=True, padding_side="left", return_tensors="pt", **extra
+            text=texts,
+            images=images or None,
+            padding=True,
+            padding_side="left",
+            return_tensors="pt",
+            **extra,
+            **smaller,
         )
         return dict(inputs.to(self._model.device, self._model.dtype))
 
@@ -145,6 +159,15 @@ class LiveModel(lmms):
             self.processor.apply_chat_template(question.messages, add_generation_prompt=True, tokenize=False)
             for question in batch
         ]
+
+    def _recorded(
+        self, batch: Sequence[Question], inputs: dict[str, Any], lengths: list[int], beams: int = 1
+    ) -> list[RequestRecord]:
+        records = request_records(self._model, self.pruned, batch, inputs, lengths, rows_per_question=beams)
+        if self.resolution is None:
+            return records
+        whole = [sum(self.resolution.whole_tokens(question.images)) for question in batch if question.counted]
+        return [replace(record, visual_before=tokens) for record, tokens in zip(records, whole, strict=True)]
 
     @torch.inference_mode()
     def _generate(self, batch: list[Question]) -> list[str]:
@@ -155,9 +178,7 @@ class LiveModel(lmms):
         tokens = output[:, inputs["input_ids"].shape[1] :].tolist()
         self.model_seconds += time.perf_counter() - start
         lengths = [self._length(row) for row in tokens]
-        self.records += request_records(
-            self._model, self.pruned, batch, inputs, lengths, rows_per_question=settings["num_beams"]
-        )
+        self.records += self._recorded(batch, inputs, lengths, settings["num_beams"])
         answers = [
             self.tokenizer.decode(row[:n], skip_special_tokens=True) for row, n in zip(tokens, lengths, strict=True)
         ]
@@ -187,7 +208,7 @@ class LiveModel(lmms):
         chosen = log_probabilities.gather(-1, targets[..., None])[..., 0].tolist()
         greedy = (log_probabilities.argmax(-1) == targets).tolist()
         self.model_seconds += time.perf_counter() - start
-        self.records += request_records(self._model, self.pruned, batch, inputs, [0] * len(batch))
+        self.records += self._recorded(batch, inputs, [0] * len(batch))
         return [
             (-sum(row[-n:]) / n, all(matches[-n:])) for row, matches, n in zip(chosen, greedy, lengths, strict=True)
         ]

@@ -6,12 +6,15 @@ cache can never hand the answers of one method or budget to another.
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from typing import Any
 
 import vlmprune
+from vlmprune.budget import check_keep
 from vlmprune.errors import ParameterError
 from vlmprune.eval.models.loading import load_model
-from vlmprune.eval.run.cells import FULL
+from vlmprune.eval.models.lower_resolution import LOWER_RESOLUTION
+from vlmprune.eval.run.cells import FULL, Cell
 
 from .live_model import LiveModel
 
@@ -19,7 +22,7 @@ from .live_model import LiveModel
 class Vlmprune(LiveModel):
     """A pruned model built from `--model_args`.
 
-    `pretrained` is a shipped name, folder or hub name; `method` a method's name or "full"; `keep` a share or count;
+    `pretrained` is a shipped name, folder or hub name; `method` a method's name, "lower_resolution" or "full"; `keep` a share or count;
     `dtype` and `device` as for `vlmprune bench`; all else goes to the method. Each process of several takes its own GPU.
     """
 
@@ -37,12 +40,25 @@ class Vlmprune(LiveModel):
         if not str(batch_size or 1).isdigit() or int(batch_size or 1) < 1:
             raise ParameterError(f"batch_size={batch_size!r}; allowed: a whole number from 1.")
         loaded = load_model(str(pretrained), dtype, device or "auto")
-        if method != FULL:
+        cell = Cell(method, keep if keep is None else check_keep(keep))
+        if method == LOWER_RESOLUTION:
+            if keep is None or parameters:
+                raise ParameterError(f"method={method!r} takes a keep and nothing else.")
+        elif method != FULL:
             vlmprune.apply(loaded.model, method, keep, **parameters)
         elif keep is not None or parameters:
             given = ", ".join([*(["keep"] if keep is not None else []), *parameters])
             raise ParameterError(f"method={FULL!r} prunes nothing and takes no {given}.")
-        super().__init__(loaded.model, loaded.processor, batch_size=int(batch_size or 1), pruned=method != FULL)
+        super().__init__(
+            loaded.model,
+            loaded.processor,
+            batch_size=int(batch_size or 1),
+            pruned=cell.is_pruned,
+            resolution=cell.resolution(loaded.model, loaded.processor),
+        )
+        self._contexts = ExitStack()
+        if cell.method == LOWER_RESOLUTION:
+            self._contexts.enter_context(cell.applied_to(loaded.model))
 
 
 class SimpleVlmprune(Vlmprune):

@@ -24,10 +24,10 @@ def dense_tower_macs(
     """
     vision = config.vision_config
     hidden, ffn = vision.hidden_size, vision.intermediate_size
-    patches = dense_patches(config)
+    patches = dense_patches(config) if work.side is None else work.side**2
     tokens = patches + has_cls(config)
     tower = patches * hidden * vision.num_channels * vision.patch_size**2
-    for attended, wide in tower_tokens(config, method):
+    for attended, wide in tower_tokens(config, patches, method):
         tower += attended * 4 * hidden * hidden + 2 * attended**2 * hidden + wide * 2 * hidden * ffn
     if vision.model_type.startswith("siglip") and getattr(vision, "vision_use_head", True):
         tower += 2 * hidden * hidden + 2 * tokens * hidden * hidden + 2 * tokens * hidden + 2 * hidden * ffn
@@ -43,9 +43,9 @@ def dense_patches(config: PreTrainedConfig) -> int:
     return int((vision.image_size // vision.patch_size) ** 2)
 
 
-def tower_tokens(config: PreTrainedConfig, method: EncoderMethod | None) -> tuple[tuple[int, int], ...]:
+def tower_tokens(config: PreTrainedConfig, patches: int, method: EncoderMethod | None) -> tuple[tuple[int, int], ...]:
     """Tokens of a picture that go through attention and through the MLP of each block, CLS token included."""
-    depth, patches, cls = int(config.vision_config.num_hidden_layers), dense_patches(config), int(has_cls(config))
+    depth, cls = int(config.vision_config.num_hidden_layers), int(has_cls(config))
     if method is None:
         return ((patches + cls, patches + cls),) * depth
     counts = block_tokens(method, patches, dense_tower_facts(config))

@@ -15,17 +15,20 @@ from transformers.models.llava_next.modeling_llava_next import image_size_to_num
 class VisionWork:
     """Pictures of one request as the tower sees them.
 
-    `crops`: pictures of the tower's fixed size (tiles and video frames included). `grids`: (frames, rows, columns) of
-    patches of every picture or video, for towers that take any size.
+    `crops`: pictures of the tower's fixed size (tiles and video frames included), or of `side` patches along their sides.
+    `grids`: (frames, rows, columns) of patches of every picture or video, for towers that take any size.
     """
 
     crops: int = 0
+    side: int | None = None
     grids: tuple[tuple[int, int, int], ...] = ()
 
 
 def one_crop_each(config: PreTrainedConfig, inputs: Mapping[str, Any], images: Sequence[int]) -> list[VisionWork]:
     """One crop an image (LLaVA-1.5, VipLLaVA)."""
-    return [VisionWork(crops=count) for count in images]
+    pixels, vision = inputs.get("pixel_values"), config.vision_config
+    own = pixels is None or pixels.shape[-1] == vision.image_size
+    return [VisionWork(crops=count, side=None if own else pixels.shape[-1] // vision.patch_size) for count in images]
 
 
 def tiles(config: PreTrainedConfig, inputs: Mapping[str, Any], images: Sequence[int]) -> list[VisionWork]:

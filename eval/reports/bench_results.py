@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from vlmprune.eval.accuracy.against_baselines import Comparison, compare_with_baselines
-from vlmprune.eval.run.cells import BASELINES, LeftOut
+from vlmprune.eval.run.cells import COMPARED, LeftOut
 from vlmprune.eval.run.machine import describe_machine
 from vlmprune.eval.run.result_folder import ResultFolder, write_json
 
@@ -93,7 +93,7 @@ def write_results(
 
 
 def _comparisons(rows: Sequence[Row]) -> list[Comparison]:
-    return compare_with_baselines([row.result for row in rows], BASELINES)
+    return compare_with_baselines([row.result for row in rows], COMPARED)
 
 
 def _tables(rows: Sequence[Row]) -> list[Table]:

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 import vlmprune
 from vlmprune.budget import Keep, check_keep
 from vlmprune.errors import BudgetError, ParameterError, UnsupportedMethodError, VlmpruneError, unknown
+from vlmprune.eval.models.lower_resolution import LOWER_RESOLUTION, LowerResolution, taking_smaller_pictures
 from vlmprune.methods.adaptive_method import AdaptiveMethod
 from vlmprune.methods.base import Method
 from vlmprune.methods.registry import get_method, make_method, method_names
@@ -22,13 +23,16 @@ FULL = "full"
 ALL = "all"
 BASELINES = ("random", "uniform", "pool")
 """Honest cheap baselines that every table shows."""
+COMPARED = (*BASELINES, LOWER_RESOLUTION)
+"""What methods are compared with where it is in the table."""
 
 
 @dataclass(frozen=True)
 class Cell:
     """One row of the table: a method with parameters at a budget, or the unpruned model.
 
-    `keep` is None for the unpruned model and where the parameters themselves fix the budget.
+    The unpruned model given smaller pictures is one too ("lower_resolution"). `keep` is None for the unpruned model and where
+    the parameters themselves fix the budget.
     """
 
     method: str = FULL
@@ -39,6 +43,11 @@ class Cell:
     def is_full(self) -> bool:
         """Whether this is the unpruned model."""
         return self.method == FULL
+
+    @property
+    def is_pruned(self) -> bool:
+        """Whether a method is applied to the model."""
+        return self.method not in (FULL, LOWER_RESOLUTION)
 
     @property
     def title(self) -> str:
@@ -60,10 +69,18 @@ class Cell:
 
     def make_method(self) -> Method | None:
         """The method as an object; None for the unpruned model."""
-        return None if self.is_full else make_method(self.method, self.keep, **dict(self.parameters))
+        return make_method(self.method, self.keep, **dict(self.parameters)) if self.is_pruned else None
+
+    def resolution(self, model: PreTrainedModel, processor: Any) -> LowerResolution | None:
+        """What makes the pictures of this cell smaller, None where they stay as they are."""
+        if self.method != LOWER_RESOLUTION or self.keep is None:
+            return None
+        return LowerResolution(model, processor, self.keep)
 
     def applied_to(self, model: PreTrainedModel) -> AbstractContextManager[Any]:
-        """A context in which `model` is pruned as this cell says."""
+        """A context in which `model` is pruned as this cell says, or takes the smaller pictures of `resolution`."""
+        if self.method == LOWER_RESOLUTION:
+            return taking_smaller_pictures(model)
         if self.is_full:
             return nullcontext(model)
         return vlmprune.pruned(model, self.method, keep=self.keep, **dict(self.parameters))
@@ -97,8 +114,11 @@ def _text(value: Any) -> str:
     return "+".join(map(str, value)) + "+" * (len(value) == 1) if isinstance(value, tuple) else str(value)
 
 
-def parse_methods(text: str) -> list[tuple[str, dict[str, Any]]]:
+def parse_methods(text: str, smaller_pictures: bool = False) -> list[tuple[str, dict[str, Any]]]:
     """Names with parameters from `"pool,fastervlm:layer=-2"`: methods by comma, parameters by colon; "all" is every method.
+
+    "lower_resolution", the unpruned model given smaller pictures, is no method: it is allowed where `smaller_pictures` says so,
+    and only run where it is named.
 
     Raises:
         UnknownNameError: a method or parameter does not exist.
@@ -110,6 +130,14 @@ def parse_methods(text: str) -> list[tuple[str, dict[str, Any]]]:
             methods.extend((name, {}) for name in method_names())
             continue
         name, *pairs = item.split(":")
+        if name == LOWER_RESOLUTION:
+            if pairs or not smaller_pictures:
+                raise ParameterError(
+                    f"{item!r}: {LOWER_RESOLUTION!r} takes a keep and no other parameters, and is run by `vlmprune bench` and "
+                    "lmms-eval; elsewhere choose the size of the picture (--image-size)."
+                )
+            methods.append((name, {}))
+            continue
         cls = get_method(name)
         parameters: dict[str, Any] = {}
         for pair in pairs:
@@ -169,6 +197,9 @@ def make_cells(
     budgets = list(keeps)
     cells = [Cell()]
     for name, parameters in wanted:
+        if name == LOWER_RESOLUTION:
+            cells.extend(Cell(name, keep) for keep in budgets)
+            continue
         takes_seed = any(field.name == "seed" for field in fields(get_method(name)))
         given = {**({"seed": seed} if takes_seed else {}), **parameters}
         # A method whose own parameters fix the budget (stage ratios, say) has one cell; one that can find its own has one more.

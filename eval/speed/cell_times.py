@@ -51,7 +51,7 @@ def time_generation(
 @torch.inference_mode()
 def time_cells(
     model: PreTrainedModel,
-    inputs: dict[str, Any],
+    inputs_of: Callable[[Cell], dict[str, Any]],
     cells: Sequence[Cell],
     seconds: float = 20.0,
     on_progress: Callable[[int, int], None] | None = None,
@@ -60,15 +60,17 @@ def time_cells(
 
     Every round visits every cell, in an order of its own, so that a machine that slows down or speeds up does so for
     all of them. The first round warms up and sets how many follow within about `seconds` (3 to 15). After a method
-    is put on, one untimed pass goes first. `on_progress` gets (rounds done, rounds planned).
+    is put on, one untimed pass goes first. `inputs_of` gives what a cell is asked. `on_progress` gets (rounds
+    done, rounds planned).
     """
+    inputs = {cell.label: inputs_of(cell) for cell in cells}
     prefills: dict[str, list[float]] = {cell.label: [] for cell in cells}
     decodes: dict[str, list[float]] = {cell.label: [] for cell in cells}
 
     def visit(cell: Cell, counts: bool) -> bool:
         with cell.applied_to(model):
-            time_generation(model, inputs, 1)
-            prefill, decode = time_generation(model, inputs)
+            time_generation(model, inputs[cell.label], 1)
+            prefill, decode = time_generation(model, inputs[cell.label])
         if counts:
             prefills[cell.label].append(prefill)
             decodes[cell.label].extend(decode)
