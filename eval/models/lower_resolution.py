@@ -96,7 +96,7 @@ def check_lower_resolution(family: Family) -> None:
     """Raise UnsupportedMethodError unless the vision tower gives fewer visual tokens for smaller pictures."""
     if family.picture_kind not in ("one tile", "grids"):
         raise UnsupportedMethodError(
-            f"{LOWER_RESOLUTION!r} needs a vision tower that takes smaller pictures; {family.name} cuts every picture in tiles of "
+            f"{LOWER_RESOLUTION!r} needs a vision tower that takes smaller pictures; {family.name} cuts pictures in tiles of "
             "one size, to which a smaller one is scaled up again. Allowed: models over one tile (LLaVA, ViP-LLaVA) and Qwen-VL; "
             "'pool' and 'uniform' act behind the tower."
         )
