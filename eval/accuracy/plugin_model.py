@@ -23,8 +23,7 @@ class Vlmprune(LiveModel):
     """A pruned model built from `--model_args`.
 
     `pretrained` is a shipped name, folder or hub name; `method` a method's name, "lower_resolution" or "full"; `keep` a share or
-    count;
-    `dtype` and `device` as for `vlmprune bench`; all else goes to the method. Each process of several takes its own GPU.
+    count; `dtype` and `device` as for `vlmprune bench`; all else goes to the method. Each process of several takes its own GPU.
     """
 
     def __init__(

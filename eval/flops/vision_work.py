@@ -27,8 +27,9 @@ class VisionWork:
 def one_crop_each(config: PreTrainedConfig, inputs: Mapping[str, Any], images: Sequence[int]) -> list[VisionWork]:
     """One crop an image (LLaVA-1.5, VipLLaVA)."""
     pixels, vision = inputs.get("pixel_values"), config.vision_config
-    own = pixels is None or pixels.shape[-1] == vision.image_size
-    return [VisionWork(crops=count, side=None if own else pixels.shape[-1] // vision.patch_size) for count in images]
+    width = vision.image_size if pixels is None else pixels.shape[-1]
+    side = None if width == vision.image_size else width // vision.patch_size
+    return [VisionWork(crops=count, side=side) for count in images]
 
 
 def tiles(config: PreTrainedConfig, inputs: Mapping[str, Any], images: Sequence[int]) -> list[VisionWork]:
