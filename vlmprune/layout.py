@@ -44,6 +44,11 @@ class VisualLayout:
         """Number of visual tokens."""
         return self.tile.numel()
 
+    @property
+    def frames(self) -> int:
+        """Number of frames, temporal patches where the tower merges frames; 1 for images."""
+        return int(self.frame[-1]) + 1 if self.total else 0
+
 
 @lru_cache(maxsize=256)
 def raster_layout(rows: int, columns: int, frames: int = 1) -> VisualLayout:

@@ -57,6 +57,12 @@ class ImageRecord:
         starts = [int((frames == frame).nonzero()[0]) for frame in frames.unique()]
         return [patches[frames[patches] == frame] - start for frame, start in enumerate(starts)]
 
+    @property
+    def kept_per_frame(self) -> list[int]:
+        """Number of kept patches of every frame (an image is one); newlines are in no frame."""
+        patches = self.kept[~self.layout.newline[self.kept]]
+        return self.layout.frame[patches].bincount(minlength=self.layout.frames).tolist()
+
 
 @dataclass(frozen=True, eq=False)
 class RunRecord:

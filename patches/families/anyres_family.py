@@ -67,8 +67,9 @@ class AnyresFamily(Llava):
         return self.patch_maps(signal).split([image.tiles for image in packed_images(layouts)])
 
     def tile_rows(self, signal: Tensor, layouts: Sequence[VisualLayout]) -> tuple[Tensor, ...]:
-        """Return per image the rows of its tiles, `[tiles, channels]`."""
-        return signal.split([image.tiles for image in packed_images(layouts)])
+        """Return per image the rows of its tiles, per video those of its frames, `[tiles, channels]`."""
+        tiles = [layout.image.tiles if isinstance(layout, AnyresLayout) else layout.frames for layout in layouts]
+        return signal.split(tiles)
 
     def patch_maps(self, signal: Tensor) -> Tensor:
         """Drop what precedes the patches of every tile: `[tiles, tokens, channels]` to `[tiles, side * side, channels]`."""

@@ -12,13 +12,22 @@ from vlmprune.errors import LayoutError, UnsupportedCallError, VlmpruneWarning
 from vlmprune.layout import unknown_layout
 from vlmprune.methods.batch import TowerFacts
 from vlmprune.methods.input_method import InputMethod
-from vlmprune.methods.needs import CLS_TOKEN, GRID, TILES, TOWER_ATTENTION, TOWER_FEATURES, WHOLE_TILES, ordered
+from vlmprune.methods.needs import (
+    CLS_TOKEN,
+    GRID,
+    TILES,
+    TOWER_ATTENTION,
+    TOWER_FEATURES,
+    VIDEOS,
+    WHOLE_TILES,
+    ordered,
+)
 
 from ..calls import LanguageModelCall
 from .image_spans import ImageSpans
 from .visuals import PrefillVisuals
 
-_OF_THE_IMAGE = frozenset({TOWER_ATTENTION, TOWER_FEATURES, CLS_TOKEN, GRID, WHOLE_TILES, TILES})
+_OF_THE_IMAGE = frozenset({TOWER_ATTENTION, TOWER_FEATURES, CLS_TOKEN, GRID, WHOLE_TILES, TILES, VIDEOS})
 
 
 def checked_mask(mask: object) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 from vlmprune.errors import UnsupportedCallError
 from vlmprune.methods.batch import TILE_KINDS, Instruction, VisionSignal, VisualBatch
 from vlmprune.methods.input_method import InputMethod
-from vlmprune.methods.needs import FIRST_LAYER, INSTRUCTION, WHOLE_TILES
+from vlmprune.methods.needs import FIRST_LAYER, INSTRUCTION, VIDEOS, WHOLE_TILES
 from vlmprune.methods.pipeline import check_call
 
 from ..call_options import RowPipelines
@@ -29,6 +29,7 @@ from .image_spans import columns_of
 from .inputs import compacted_inputs
 from .instructions import end_token_ids, read_instructions, special_token_ids
 from .packing import packed_prompts
+from .scored_items import choose_among, scored_items, visual_budget
 from .sequence_bounds import one_sequence
 from .visuals import PrefillVisuals, read_visuals
 
@@ -112,30 +113,43 @@ class InputSite:
             BudgetError: budgets for another number of rows than the call has.
             UnsupportedCallError: something is to be dropped, and the call's mask is not two-dimensional, or the method needs
                 more than tokens that were merged by hand, or reads other tower layers than the call takes features from.
-            UnsupportedMethodError: something is to be dropped, and the method cannot serve a video that the call holds.
+            UnsupportedMethodError: something is to be dropped, and the method cannot serve a video that the call holds, or
+                serves videos alone and the call holds none.
+            LayoutError: something is to be dropped, and the method cannot choose among the frames of a video.
         """
         spans = visuals.spans
         merged = merged_selection(visuals)
         if merged is not None:
             call.check_mask()
             return plan_entry(call, spans, merged)
+        modalities = visuals.modalities
         budgets = tuple(
-            pipelines.row(row, call.batch).at_input.budget(count)
-            for row, count in zip(spans.rows, spans.counts, strict=True)
+            visual_budget(pipelines.row(row, call.batch).at_input, visuals.layouts[image], modalities[image])
+            for row, image in zip(spans.rows, spans.unique, strict=True)
         )
         if budgets == spans.counts:
             self._check_whole(visuals)
+            self._check_no_images_alone(call, visuals, pipelines)
             return whole_entry(call, spans)
         call.check_mask()
         # Methods that differ by row differ in their budgets alone, which the batch carries.
         method = pipelines.row(spans.rows[0], call.batch).at_input
         if not visuals.encoded:
             check_needs_no_tower(method, self.family.tower_facts)
-        check_call(method, set(visuals.modalities))
+        check_call(method, modalities)
         self._check_layers(method, visuals)
+        shown = tuple(budgets[image] for image in spans.first_of)
+        items = scored_items(method, visuals.layouts, modalities, shown)
         with torch.no_grad():
-            selection = method.select(self._batch(call, visuals, budgets))
+            selection = choose_among(method, self._batch(call, visuals, shown), items)
         return plan_entry(call, spans, selection)
+
+    def _check_no_images_alone(self, call: LanguageModelCall, visuals: PrefillVisuals, pipelines: RowPipelines) -> None:
+        """Refuse a call of images that a method for videos would leave whole without a word."""
+        for row, count in zip(visuals.spans.rows, visuals.spans.counts, strict=True):
+            method = pipelines.row(row, call.batch).at_input
+            if VIDEOS in method.needs and method.budget(count) < count:
+                check_call(method, visuals.modalities)
 
     def _check_whole(self, visuals: PrefillVisuals) -> None:
         for shown in visuals.encoded:
@@ -189,7 +203,7 @@ class InputSite:
         return VisualBatch(
             features=call.tokens.detach().flatten(0, 1)[columns],
             counts=tuple(spans.counts[image] for image in shown),
-            budgets=tuple(budgets[image] for image in shown),
+            budgets=budgets,
             layouts=visuals.layouts,
             tower=family.tower_facts,
             vision=vision,
@@ -200,6 +214,7 @@ class InputSite:
             embed=self._embed,
             first_layer=first_layer(family) if FIRST_LAYER in self.method.needs else None,
             questions=self._questions(call, visuals) if FIRST_LAYER in self.method.needs else (),
+            modalities=tuple(visuals.modalities),
         )
 
     def _questions(self, call: LanguageModelCall, visuals: PrefillVisuals) -> tuple[Tensor, ...]:

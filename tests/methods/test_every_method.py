@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 
 from support import method_batches as build
 from support.matrix import REQUIRED
-from vlmprune.methods.needs import GRID
+from vlmprune.methods.needs import GRID, VIDEOS
 from vlmprune.methods.registry import METHODS
 
-INPUT_METHODS = [name for name, cls in METHODS.items() if cls.site == "input"]
+INPUT_METHODS = [name for name, cls in METHODS.items() if cls.site == "input" and VIDEOS not in cls.needs]
 ANY_LAYOUT = [name for name in INPUT_METHODS if GRID not in METHODS[name].needs]
 
 

@@ -1,16 +1,21 @@
 """Methods that serve videos, on the layouts of videos with and without a newline at their end."""
 
+from dataclasses import replace
+from functools import partial
+
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from support.matrix import REQUIRED
 from support.method_batches import check_selection, random_batch
 from vlmprune.layout import raster_layout
 from vlmprune.methods.baselines.uniform import even_frames
 from vlmprune.methods.needs import STILL_IMAGES
 from vlmprune.methods.registry import METHODS
 from vlmprune.patches.families.llava_onevision import video_layout
+from vlmprune.patches.prefill.scored_items import choose_among, frame_shares, scored_items, visual_budget
 
 SERVING = [name for name, cls in METHODS.items() if cls.site == "input" and STILL_IMAGES not in cls.needs]
 sizes = st.integers(1, 5)
@@ -26,11 +31,31 @@ def videos(draw):
 
 
 @pytest.mark.parametrize("name", SERVING)
+@settings(max_examples=40, deadline=None)
 @given(layouts=st.lists(videos(), min_size=1, max_size=3), keep=st.one_of(st.floats(0.01, 1.0), st.integers(1, 90)))
-def test_budgets_are_met(name, layouts, keep):
-    method = METHODS[name](keep=keep)
+def test_budgets_are_met_and_newlines_stay(name, layouts, keep):
+    method = METHODS[name](keep=keep, **REQUIRED.get(name, {}))
     batch = random_batch(method, [*layouts, raster_layout(2, 3)], 5)
-    check_selection(method.select(batch), batch)
+    budgets = tuple(map(partial(visual_budget, method), batch.layouts, batch.modalities))
+    batch = replace(batch, budgets=budgets)
+    selection = choose_among(method, batch, scored_items(method, batch.layouts, batch.modalities, budgets))
+    if not method.merges:
+        check_selection(selection, batch)
+    for kept, layout in zip(selection.kept.split(list(selection.counts)), batch.layouts, strict=True):
+        assert (kept.diff() > 0).all()
+        assert layout.frames == 1 or bool(torch.isin(layout.newline.nonzero().flatten(), kept).all())
+    if selection.groups is not None:
+        for groups, count in zip(selection.groups.split(list(batch.counts)), selection.counts, strict=True):
+            assert (groups >= -1).all()
+            assert (groups < count).all()
+        assert selection.features.shape[0] == len(selection.kept) == selection.merge(batch.features).shape[0]
+
+
+@given(frames=st.integers(1, 9), budget=st.integers(1, 90))
+def test_frames_share_a_budget_evenly(frames, budget):
+    shares = frame_shares(frames, budget)
+    assert sum(shares) == budget
+    assert max(shares) - min(shares) <= 1
 
 
 @given(frames=st.integers(1, 6), rows=sizes, columns=sizes, data=st.data())

@@ -11,7 +11,7 @@ import vlmprune
 from support.tiny_models import LLAVA_CLIP_GQA
 from vlmprune.errors import UnknownNameError
 from vlmprune.methods import DivPrune, FastV, PyramidDrop, ToDRERelevance
-from vlmprune.methods.needs import CLS_TOKEN, GRID, INSTRUCTION, TILES, WHOLE_TILES, ordered
+from vlmprune.methods.needs import CLS_TOKEN, GRID, INSTRUCTION, TILES, VIDEOS, WHOLE_TILES, ordered
 from vlmprune.methods.registry import METHODS, make_method
 
 CLASSES = [*METHODS.values(), ToDRERelevance]
@@ -72,6 +72,6 @@ def test_the_readme_says_where_a_method_acts_and_what_it_needs(name):
     told = [
         need.name.replace("_", " ")
         for need in ordered(method.needs)
-        if need in {CLS_TOKEN, GRID, TILES, WHOLE_TILES, INSTRUCTION}
+        if need in {VIDEOS, CLS_TOKEN, GRID, TILES, WHOLE_TILES, INSTRUCTION}
     ]
     assert needs.replace("–", "") == ", ".join(told)  # noqa: RUF001

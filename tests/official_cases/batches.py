@@ -27,17 +27,25 @@ def make_batch(
     features: Tensor | None = None,
     vision: Mapping[VisionSignal, Tensor] | None = None,
     tower: TowerFacts = CLIP,
+    video: bool = False,
     **more: object,
 ) -> VisualBatch:
-    """Return the batch that the engine would hand to `method`."""
+    """Return the batch that the engine would hand to `method`; of several frames, or if `video` says so, an image is a video."""
     counts = tuple(layout.total for layout in layouts)
+    modalities = tuple("video" if video or layout.frames > 1 else "image" for layout in layouts)
     return VisualBatch(
         features=torch.zeros(sum(counts), 1) if features is None else features,
         counts=counts,
-        budgets=tuple(method.budget(count) for count in counts),
+        budgets=tuple(
+            method.budget(layout.total)
+            if modality == "image"
+            else method.video_budget(layout.frames, layout.total // layout.frames)
+            for layout, modality in zip(layouts, modalities, strict=True)
+        ),
         layouts=tuple(layouts),
         tower=tower,
         vision=vision or {},
+        modalities=modalities,
         **more,  # type: ignore[arg-type]
     )
 

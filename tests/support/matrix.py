@@ -10,7 +10,7 @@ from support.deeper_tower import deeper_tower, one_tile
 from support.families import llava_next, qwen3_vl
 from support.family_cases import FAMILY_CASES
 from support.tiny_models import LLAVA_CLIP_GQA, FamilyCase
-from vlmprune.methods.needs import FIRST_LAYER, INSTRUCTION, PIXELS, LayerNeed
+from vlmprune.methods.needs import FIRST_LAYER, INSTRUCTION, PIXELS, VIDEOS, LayerNeed
 from vlmprune.methods.registry import METHODS, make_method
 from vlmprune.patches.families.registry import find_family
 
@@ -109,6 +109,9 @@ def _cases() -> list[object]:
     for family in FAMILY_CASES:
         facts = find_family(family.build(torch.float32))
         for name in METHOD_PARAMETERS:
+            # Methods for videos: support/video_matrix.py.
+            if any(VIDEOS in part.needs for part in _PARTS[name]):
+                continue
             if all(need.met_by(facts) for part in _PARTS[name] for need in part.needs):
                 case = fitting(name, family)
                 marks = () if name in ON_EVERY_FAMILY or family in ONE_OF_EACH_KIND else (pytest.mark.whole,)

@@ -5,12 +5,13 @@ Each folder's `__init__` names its methods; all of them are reachable from here,
 
 from typing import TYPE_CHECKING
 
-from . import attention, baselines, encoder, input, layer
+from . import attention, baselines, encoder, input, layer, video
 from .attention_method import AttentionMethod as AttentionMethod
 from .base import Method as Method
 from .encoder_method import EncoderMethod as EncoderMethod
 from .input_method import InputMethod as InputMethod
 from .layer_method import LayerMethod as LayerMethod
+from .picture_method import PictureMethod as PictureMethod
 from .registry import register as register
 
 if TYPE_CHECKING:
@@ -19,12 +20,15 @@ if TYPE_CHECKING:
     from .encoder import *  # noqa: F403
     from .input import *  # noqa: F403
     from .layer import *  # noqa: F403
+    from .video import *  # noqa: F403
 
 _classes = {
     cls.__name__: cls
-    for folder in (baselines, encoder, input, layer, attention)
+    for folder in (baselines, encoder, input, video, layer, attention)
     for cls in vars(folder).values()
     if isinstance(cls, type) and issubclass(cls, Method)
 }
 globals().update(_classes)
-__all__ = sorted([*_classes, "AttentionMethod", "EncoderMethod", "InputMethod", "LayerMethod", "Method", "register"])
+__all__ = sorted(
+    [*_classes, "AttentionMethod", "EncoderMethod", "InputMethod", "LayerMethod", "Method", "PictureMethod", "register"]
+)

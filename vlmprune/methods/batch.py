@@ -86,7 +86,11 @@ class Instruction(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class VisualBatch:
-    """All images of one prefill, packed one after the other.
+    """All images and videos of one prefill, packed one after the other.
+
+    A video is one image here: its frames follow each other, each row by row, so token `i` of a video is in frame
+    `i // (rows * columns)`. Newlines behind a video are no tokens of it. A method that goes frame by frame gets each frame
+    as an image of its own.
 
     Attributes:
         features: `[tokens, dim]` visual tokens as they enter the language model, in its dtype; `tokens = sum(counts)`.
@@ -104,6 +108,7 @@ class VisualBatch:
         embed: embeds token ids `[words]` as the language model does, `[words, dim]`.
         first_layer: the projections of the first decoder layer, for methods that need them.
         questions: for these, per image `[tokens, dim]`, what follows the last image of its prompt up to the end of the turn.
+        modalities: "image" or "video" per image; empty where all are images.
     """
 
     features: Tensor
@@ -119,6 +124,7 @@ class VisualBatch:
     embed: Callable[[Tensor], Tensor] | None = None
     first_layer: FirstLayer | None = None
     questions: tuple[Tensor, ...] = ()
+    modalities: tuple[str, ...] = ()
 
     @cached_property
     def offsets(self) -> tuple[int, ...]:

@@ -35,6 +35,21 @@ class InputMethod(Method):
         """Return how many of `total` visual tokens of one image are kept."""
         return token_budget(self.keep, total)
 
+    def video_budget(self, frames: int, frame_tokens: int) -> int:
+        """Return how many tokens of one video of `frames` times `frame_tokens` are kept; the newline behind it is no such token."""
+        return self.budget(frames * frame_tokens)
+
+    def check_video(self, frames: int, rows: int, columns: int) -> None:
+        """Raise LayoutError unless the method can choose among `frames` frames of `rows` x `columns` tokens; all pass by default.
+
+        Asked of every video of a call, if something is to be dropped.
+        """
+
+    @property
+    def frame_by_frame(self) -> bool:
+        """Whether `select` gets each frame of a video as an image of its own, with an even share of the video's budget."""
+        return False
+
     def vision_signals(self, tower: TowerFacts) -> tuple[VisionSignal, ...]:
         """Return the vision tower attention that `select` reads; nothing by default."""
         return ()

@@ -17,6 +17,10 @@ class FamilyFacts(Protocol):
     """The facts of a model family that needs ask for."""
 
     @property
+    def modalities(self) -> tuple[str, ...]:
+        """What the model encodes, of "image" and "video"."""
+
+    @property
     def tower_facts(self) -> TowerFacts:
         """Layers of the vision tower, and whether it has a CLS token."""
 
@@ -109,6 +113,13 @@ STILL_IMAGES = Need(
     "images and no videos",
     "the call",
     met_by_call=lambda modalities: "video" not in modalities,
+)
+VIDEOS = Need(
+    "videos",
+    "videos",
+    "the call; images beside them stay whole",
+    met_by=lambda family: "video" in family.modalities,
+    met_by_call=lambda modalities: "video" in modalities,
 )
 TOWER_ATTENTION = Need(
     "tower_attention",
@@ -255,6 +266,7 @@ HIDDEN_AT_CUT = LayerNeed(
 
 NEEDS: tuple[Need, ...] = (
     STILL_IMAGES,
+    VIDEOS,
     TOWER_ATTENTION,
     TOWER_FEATURES,
     PROJECTOR_LAYERS,

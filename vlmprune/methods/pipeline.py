@@ -112,11 +112,12 @@ def check_call(part: Method, modalities: Collection[str]) -> None:
     """Raise UnsupportedMethodError unless a call that holds `modalities` ("image", "video") meets the needs of a stage."""
     from .registry import METHODS
 
+    held = sorted(set(modalities))
     for need in ordered(part.needs):
-        refused = [modality for modality in modalities if not need.met_by_call((modality,))]
-        if refused:
-            served = [name for name, cls in METHODS.items() if all(n.met_by_call(modalities) for n in cls.needs)]
+        if not need.met_by_call(held):
+            refused = next((modality for modality in held if not need.met_by_call((modality,))), held[0])
+            served = [name for name, cls in METHODS.items() if all(n.met_by_call(held) for n in cls.needs)]
             raise UnsupportedMethodError(
-                f"{part.name!r} does not serve {refused[0]}s, and this call holds one. "
+                f"{part.name!r} does not serve {refused}s, and this call holds one. "
                 f"Methods that do: {', '.join(served) or 'none'}."
             )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TypeVar
 
 from ..errors import ParameterError, unknown
-from . import attention, baselines, encoder, input, layer
+from . import attention, baselines, encoder, input, layer, video
 from .attention_method import AttentionMethod
 from .base import Method
 from .encoder_method import EncoderMethod
@@ -45,7 +45,7 @@ def check_method_class(cls: type) -> None:
         )
 
 
-for _folder in (baselines, encoder, input, layer, attention):
+for _folder in (baselines, encoder, input, video, layer, attention):
     for _cls in vars(_folder).values():
         if isinstance(_cls, type) and issubclass(_cls, Method) and not _cls.is_stage:
             register(_cls)

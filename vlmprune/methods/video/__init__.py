@@ -1,0 +1,4 @@
+"""Methods that look at the frames of videos, one line each, in the order of tables."""
+
+from .evs import EVS as EVS
+from .vidcom2 import VidCom2 as VidCom2
