@@ -36,7 +36,7 @@ class InputMethod(Method):
         return token_budget(self.keep, total)
 
     def video_budget(self, frames: int, frame_tokens: int) -> int:
-        """Return how many tokens of one video of `frames` times `frame_tokens` are kept; the newline behind it is no such token."""
+        """Return how many tokens of one video of `frames` times `frame_tokens` are kept, newlines not counted."""
         return self.budget(frames * frame_tokens)
 
     def check_video(self, frames: int, rows: int, columns: int) -> None:

@@ -131,7 +131,7 @@ def vidcom2_scores(video: Tensor) -> SimilarityScores:
 
 
 def frame_scales(to_video: Tensor, share: float) -> Tensor:
-    """Return the share of each frame's tokens that stays, fp32 `[frames]`, from their similarity `[frames, tokens]` to the video."""
+    """Return the share of each frame that stays, fp32 `[frames]`, from its tokens' similarity `[frames, tokens]` to the video."""
     unlike = -to_video.mean(1)
     weights = ((unlike - unlike.max()) / TEMPERATURE).softmax(0)
     return (share * (1 + weights - weights.mean())).clamp(max=1)
