@@ -21,19 +21,23 @@ from vlmprune.eval.accuracy.fidelity import Fidelity, FidelityOptions, run_fidel
 from vlmprune.eval.accuracy.live_model import LiveModel
 from vlmprune.eval.accuracy.task_index import data_identity, find_tasks
 from vlmprune.eval.accuracy.task_scores import TaskScore, evaluate_tasks, quiet_lmms_eval
-from vlmprune.eval.models.loading import LoadedModel, load_model
+from vlmprune.eval.models.loading import LoadedModel, fingerprint, load_model
 from vlmprune.eval.reports.bench_results import print_tables, write_results
 from vlmprune.eval.reports.summary import Row, cell_result, make_rows, summarise_requests
 from vlmprune.eval.run.cells import BASELINES, Cell, LeftOut, make_cells, not_reachable, usable_cells
 from vlmprune.eval.run.progress import progress_bar
 from vlmprune.eval.run.ranks import Ranks
 from vlmprune.eval.run.result_folder import ResultFolder, read_json, write_json
+from vlmprune.eval.run.text_towers import equipped, text_tower_of
 from vlmprune.eval.speed.cell_times import time_cells
 
 
 @dataclass(frozen=True)
 class BenchOptions:
-    """What to run. `limit` is a number of items per task; `timing_seconds` 0 measures no time."""
+    """What to run. `limit` is a number of items per task; `timing_seconds` 0 measures no time.
+
+    `text_tower` is the folder or hub name of the CLIP model that the vision tower came from, for methods that need it.
+    """
 
     model: str
     methods: Sequence[tuple[str, dict[str, Any]]]
@@ -47,6 +51,7 @@ class BenchOptions:
     seed: int = 0
     baselines: bool = True
     task_folders: Sequence[str] = ()
+    text_tower: str | None = None
     timing_seconds: float = 30.0
     command: Sequence[str] = field(default_factory=lambda: tuple(sys.argv))
 
@@ -121,13 +126,16 @@ def load_with_cells(options: BenchOptions) -> tuple[LoadedModel, list[Cell], lis
     served = vlmprune.list_methods(loaded.model)
     baselines = [name for name in BASELINES if options.baselines and name in served]
     cells = make_cells(options.methods, options.keeps, options.seed, baselines)
+    cells = equipped(cells, text_tower_of(loaded.source, options.text_tower), loaded.processor)
     return loaded, *usable_cells(loaded.model, cells, options.methods)
 
 
 def configuration(options: BenchOptions, loaded: LoadedModel, tasks: dict[str, Any]) -> dict[str, Any]:
     """Everything that decides a cell's scores besides its method and budget."""
+    tower = text_tower_of(loaded.source, options.text_tower)
     return {
         "model": loaded.describe(),
+        **({} if tower is None else {"text_tower": {"source": tower, "fingerprint": fingerprint(tower)}}),
         "tasks": {name: data_identity(task) for name, task in tasks.items()},
         "limit": options.limit,
         "batch_size": options.batch_size,

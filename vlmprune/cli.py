@@ -21,6 +21,7 @@ USER_ERROR = 2
 INTERRUPTED = 130
 DEFAULT_METHODS = "random,uniform,pool,fastervlm,divprune"
 METHODS_HELP = "Methods by comma, parameters as name:parameter=value; all: every method."
+TEXT_TOWER_HELP = "Folder or hub name of the CLIP model of the vision tower, for methods that score by it."
 KEEP_HELP = "Budgets by comma: shares (0.25) or counts (64)."
 
 app = typer.Typer(
@@ -105,6 +106,7 @@ def bench(
     seed: Annotated[int, typer.Option(min=0, help="Seed of random methods and of lmms-eval.")] = 0,
     baselines: Annotated[bool, typer.Option(help="Add random, uniform and pool where they are not named.")] = True,
     include_path: Annotated[list[str] | None, typer.Option(help="Folder with further lmms-eval task files.")] = None,
+    text_tower: Annotated[str | None, typer.Option(help=TEXT_TOWER_HELP)] = None,
     timing_seconds: Annotated[
         float, typer.Option(min=0, help="Time spent on measuring latency; 0 leaves it out.")
     ] = 30.0,
@@ -132,6 +134,7 @@ def bench(
                 seed=seed,
                 baselines=baselines,
                 task_folders=include_path or (),
+                text_tower=text_tower,
                 timing_seconds=timing_seconds,
             )
         )

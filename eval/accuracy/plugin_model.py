@@ -7,6 +7,7 @@ cache can never hand the answers of one method or budget to another.
 from __future__ import annotations
 
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any
 
 import vlmprune
@@ -15,6 +16,7 @@ from vlmprune.errors import ParameterError
 from vlmprune.eval.models.loading import load_model
 from vlmprune.eval.models.lower_resolution import LOWER_RESOLUTION
 from vlmprune.eval.run.cells import FULL, Cell
+from vlmprune.eval.run.text_towers import equipped, text_tower_of
 
 from .live_model import LiveModel
 
@@ -45,7 +47,9 @@ class Vlmprune(LiveModel):
             if keep is None or parameters:
                 raise ParameterError(f"method={method!r} takes a keep and nothing else.")
         elif method != FULL:
-            vlmprune.apply(loaded.model, method, keep, **parameters)
+            named = replace(cell, parameters=tuple(parameters.items()))
+            (equipped_cell,) = equipped([named], text_tower_of(loaded.source), loaded.processor)
+            vlmprune.apply(loaded.model, method, keep, **equipped_cell.arguments)
         elif keep is not None or parameters:
             given = ", ".join([*(["keep"] if keep is not None else []), *parameters])
             raise ParameterError(f"method={FULL!r} prunes nothing and takes no {given}.")

@@ -6,7 +6,7 @@ import hashlib
 import re
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
 
 from transformers import PreTrainedModel
@@ -33,11 +33,13 @@ class Cell:
 
     The unpruned model given smaller pictures is one too ("lower_resolution"). `keep` is None for the unpruned model and where
     the parameters themselves fix the budget.
+    `resources` are parameters too, but belong to the model and not to the row's name: a text tower, the tokenizer.
     """
 
     method: str = FULL
     keep: Keep | None = None
     parameters: tuple[tuple[str, Any], ...] = ()
+    resources: tuple[tuple[str, Any], ...] = field(default=(), repr=False, compare=False)
 
     @property
     def is_full(self) -> bool:
@@ -67,9 +69,14 @@ class Cell:
         plain = re.sub(r"[^A-Za-z0-9._=-]+", "-", name)
         return plain if plain == name else f"{plain}-{hashlib.sha256(self.label.encode()).hexdigest()[:6]}"
 
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """All that the method is made with besides its budget."""
+        return {**dict(self.resources), **dict(self.parameters)}
+
     def make_method(self) -> Method | None:
         """The method as an object; None for the unpruned model."""
-        return make_method(self.method, self.keep, **dict(self.parameters)) if self.is_pruned else None
+        return make_method(self.method, self.keep, **self.arguments) if self.is_pruned else None
 
     def resolution(self, model: PreTrainedModel, processor: Any) -> LowerResolution | None:
         """What makes the pictures of this cell smaller, None where they stay as they are."""
@@ -83,7 +90,7 @@ class Cell:
             return taking_smaller_pictures(model)
         if self.is_full:
             return nullcontext(model)
-        return vlmprune.pruned(model, self.method, keep=self.keep, **dict(self.parameters))
+        return vlmprune.pruned(model, self.method, keep=self.keep, **self.arguments)
 
 
 @dataclass(frozen=True)

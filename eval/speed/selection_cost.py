@@ -157,7 +157,7 @@ class _SelectionBench:
 
 
 def _drops_inside(cell: Cell) -> bool:
-    method = make_method(cell.method, cell.keep, **dict(cell.parameters))
+    method = make_method(cell.method, cell.keep, **cell.arguments)
     return any(part.site == "layer" for part in method.parts())
 
 

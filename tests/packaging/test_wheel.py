@@ -80,6 +80,7 @@ def test_wheel_has_one_top_level_package(wheel):
     data = (
         "py.typed",
         "eval/checkpoints/tiny-llava/model.safetensors",
+        "eval/checkpoints/tiny-llava/text_tower/model.safetensors",
         "eval/tasks/data/scenes.parquet",
         "eval/models/presets/llava-1.5-7b.json",
     )

@@ -36,7 +36,8 @@ class CDPruner(InputMethod):
     `relevance="contrastive"` is the published one: the negative cosine (CLIP's similarity of patches and text is
     inverted) of the patch's and the question's CLIP embeddings, mean over segments of 77 tokens. It needs
     `text_tower`, the CLIP model that the vision tower was taken from, and `tokenizer`, the model's own, which gives
-    the question back from the prompt. `relevance="instruction"` is a substitute that needs neither: the cosine of the
+    the question back from the prompt. `similarity="direct"` does not turn the cosine round, for text towers whose patches
+    resemble the words that name them. `relevance="instruction"` is a substitute that needs neither: the cosine of the
     visual token and the mean embedding of the instruction in the language model's space; it is not the published
     method.
 
@@ -49,11 +50,13 @@ class CDPruner(InputMethod):
         relevance: "contrastive" or "instruction".
         text_tower: folder or name of a CLIP model, or a pair (CLIPModel, its tokenizer).
         tokenizer: the model's tokenizer (or processor), which decodes the prompt.
+        similarity: "inverted" or "direct", of contrastive relevance.
     """
 
     relevance: Literal["contrastive", "instruction"] = "contrastive"
     text_tower: Any = field(default=None, repr=False, compare=False)
     tokenizer: Any = field(default=None, repr=False, compare=False)
+    similarity: Literal["inverted", "direct"] = "inverted"
 
     name: ClassVar[str] = "cdpruner"
     needs: ClassVar[frozenset[Need]] = frozenset({STILL_IMAGES, TOWER_FEATURES, INSTRUCTION})
@@ -61,6 +64,7 @@ class CDPruner(InputMethod):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_choice("relevance", self.relevance, ("contrastive", "instruction"))
+        check_choice("similarity", self.similarity, ("inverted", "direct"))
 
     def vision_signals(self, tower: TowerFacts) -> tuple[VisionSignal, ...]:
         """Ask for the features where relevance is contrastive.
@@ -121,7 +125,8 @@ class CDPruner(InputMethod):
             decode = getattr(self.tokenizer, "tokenizer", self.tokenizer).decode
             question = question_text(decode(instruction.ids.tolist(), skip_special_tokens=True))
             embeddings = self._tower.patches(features[image == number])
-            parts.append(contrastive_relevance(embeddings, self._tower.text(question, features.device)))
+            relevance = contrastive_relevance(embeddings, self._tower.text(question, features.device))
+            parts.append(relevance if self.similarity == "inverted" else -relevance)
         return torch.cat(parts)
 
 

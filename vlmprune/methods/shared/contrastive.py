@@ -18,14 +18,12 @@ class ContrastiveTower:
         source: folder or name of a CLIP model with a tokenizer, or the two as a pair (model, tokenizer).
 
     Raises:
-        ParameterError: `source` is neither, or the model has no text tower and projections.
+        ParameterError: `source` is neither, cannot be loaded, or has no text tower and projections.
     """
 
     def __init__(self, source: Any) -> None:
         if isinstance(source, (str, PathLike)):
-            from transformers import AutoTokenizer, CLIPModel
-
-            source = (CLIPModel.from_pretrained(source), AutoTokenizer.from_pretrained(source))
+            source = _loaded(source)
         if not isinstance(source, (tuple, list)) or len(source) != 2:
             raise ParameterError(
                 f"text_tower={source!r}; allowed: a folder or hub name of a CLIP model, or a pair (CLIPModel, its tokenizer)."
@@ -89,3 +87,25 @@ class ContrastiveTower:
         states = features.to(parameter.device, parameter.dtype)
         embeddings: Tensor = projection(norm(states) if normed else states)
         return embeddings.float().to(features.device)
+
+
+def _loaded(source: str | PathLike[str]) -> tuple[Any, Any]:
+    """The CLIP model and the tokenizer of a folder or hub name."""
+    from transformers import AutoTokenizer, CLIPModel
+
+    allowed = "allowed: a folder or hub name of a CLIP model with its tokenizer, or a pair (CLIPModel, its tokenizer)."
+    try:
+        model, info = CLIPModel.from_pretrained(source, output_loading_info=True)
+        tokenizer = AutoTokenizer.from_pretrained(source)
+    except Exception as error:
+        first = (str(error).strip().splitlines() or [""])[0]
+        raise ParameterError(
+            f"text_tower={str(source)!r} cannot be loaded as a CLIP model: {type(error).__name__}: {first} {allowed}"
+        ) from error
+    # Of another architecture everything is missing, and what is missing would be made up.
+    lost = sorted(str(key) for key in [*info["missing_keys"], *info["mismatched_keys"]])
+    if lost:
+        raise ParameterError(
+            f"text_tower={str(source)!r} lacks {len(lost)} of a CLIP model's weights, {lost[0]!r} first; {allowed}"
+        )
+    return model.eval(), tokenizer
