@@ -56,6 +56,7 @@ def entry_record(
         kept_per_image=cut.index,
         groups_per_image=cut.groups,
         tower_groups_per_image=[tower_groups[image] for image in spans.unique] if tower_groups else (),
+        ranked_per_image=cut.ranked(spans),
         text=call.text.unbind(),
         image_columns=spans.flat.split(list(spans.counts)),
     )
@@ -106,4 +107,5 @@ def finished_record(run: LayerRun, signal: str) -> RunRecord:
         kept_per_image=images.index,
         kept_by_stage=((0, record.kept_per_image), *run.kept_by_cut),
         groups_by_stage=tuple(run.groups_by_cut),
+        ranked_per_image=record.ranked_per_image or run.ranked(),
     )

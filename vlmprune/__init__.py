@@ -17,6 +17,7 @@ if (_root := Path(__file__).resolve().parent.parent).joinpath("kernels", "segmen
 if TYPE_CHECKING:
     from . import errors, methods
     from .api import apply, describe, last_run, list_methods, options, pruned, remove
+    from .eval.pictures.plot import plot
     from .methods import AttentionMethod as AttentionMethod
     from .methods import InputMethod as InputMethod
     from .methods import LayerMethod as LayerMethod
@@ -38,12 +39,14 @@ __all__ = [
     "list_methods",
     "methods",
     "options",
+    "plot",
     "pruned",
     "remove",
 ]
 
 _HOMES = {
     **dict.fromkeys(("apply", "describe", "last_run", "list_methods", "options", "pruned", "remove"), "vlmprune.api"),
+    "plot": "vlmprune.eval.pictures.plot",
     **dict.fromkeys(("ImageRecord", "RunRecord"), "vlmprune.record"),
 }
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
 from math import prod
@@ -194,6 +195,40 @@ def latency(
             typer.echo(item.note, err=True)
         options = LatencyOptions(cells, sizes, images, text_tokens, new_tokens, seconds, out)
         run_latency(loaded, str(model or random_weights), options, processor)
+
+
+@app.command()
+def show(
+    images: Annotated[list[Path], typer.Argument(help="Pictures, or clips; all in one prompt.")],
+    model: Annotated[str, typer.Option(help="Shipped model (tiny-llava), local folder or hub name.")],
+    prompt: Annotated[str, typer.Option(help="What is asked about the pictures.")] = "Describe this image.",
+    methods: Annotated[str, typer.Option(help=METHODS_HELP)] = DEFAULT_METHODS,
+    keep: Annotated[str, typer.Option(help=KEEP_HELP)] = "0.25",
+    scores: Annotated[bool, typer.Option("--scores", help="Add what the methods ranked the tokens by.")] = False,
+    new_tokens: Annotated[int, typer.Option(min=1, help="Tokens generated for each answer.")] = 32,
+    dtype: Annotated[str, typer.Option(help="auto (as stored), float32, bfloat16 or float16.")] = "auto",
+    device: Annotated[str, typer.Option(help="auto (a GPU if there is one), cpu, cuda, cuda:1, ...")] = "auto",
+    seed: Annotated[int, typer.Option(min=0, help="Seed of random methods.")] = 0,
+    out: Annotated[Path, typer.Option(help="File to write: .png, .svg, .pdf or .jpg.")] = Path("kept.png"),
+) -> None:
+    """Draw what methods keep of pictures, with the model's answers under them."""
+    with _clear_errors():
+        from vlmprune.eval.pictures.plot import require_pictures
+        from vlmprune.eval.run.cells import make_cells, parse_keeps, parse_methods, usable_cells
+
+        require_pictures()
+        wanted, budgets = parse_methods(methods), parse_keeps(keep)
+        from vlmprune.eval.models.loading import load_model
+        from vlmprune.eval.pictures.show_command import ShowOptions, check_show, run_show
+
+        options = ShowOptions(images, prompt, make_cells(wanted, budgets, seed), out, scores, new_tokens)
+        check_show(options)
+        loaded = load_model(model, dtype, device)
+        cells, left_out = usable_cells(loaded.model, options.cells, wanted)
+        for item in left_out:
+            typer.echo(item.note, err=True)
+        run_show(loaded, replace(options, cells=[cell for cell in cells if not cell.is_full]))
+        typer.echo(f"wrote {out}")
 
 
 @app.command(name="selection-cost")

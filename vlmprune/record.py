@@ -33,6 +33,8 @@ class ImageRecord:
         modality: "image" or "video".
         tower_groups: int64 `[tiles, patches]`, for each patch of each tile that the vision tower encoded the number of the token
             that it went into there, -1 where it was dropped; None where no method reduced tokens in the tower.
+        scores: fp32 `[total]`, what the method ranked the visual tokens by (a method in stages the first time), the best highest,
+            NaN for tokens that it did not rank; None where no one number decides.
     """
 
     batch_index: int
@@ -44,6 +46,7 @@ class ImageRecord:
     modality: str = "image"
     stage_groups: tuple[tuple[int, Tensor], ...] = ()
     tower_groups: Tensor | None = None
+    scores: Tensor | None = None
 
     @property
     def grid(self) -> tuple[int, int] | None:
@@ -78,6 +81,7 @@ class RunRecord:
         kept_by_stage: with methods that drop inside the language model, per stage its first layer and the kept indices per image.
         groups_by_stage: with methods that merge inside the language model, per cut its layer and per image where each token went,
             None where kept tokens have their own values.
+        ranked_per_image: with methods that rank by a score, per image the indices ranked (None: all) and their scores.
         text: per row bool `[columns]` on the CPU, the valid tokens of the call that are not visual.
         image_columns: per image int64 `[total]` on the CPU, `row * columns + column` of its visual tokens in the call.
     """
@@ -95,6 +99,7 @@ class RunRecord:
     tower_groups_per_image: Sequence[Tensor] = ()
     kept_by_stage: Sequence[tuple[int, Sequence[Tensor | int]]] = ()
     groups_by_stage: Sequence[tuple[int, Sequence[Tensor | None]]] = ()
+    ranked_per_image: Sequence[tuple[Tensor | None, Tensor] | None] = ()
     text: Sequence[Tensor] = ()
     image_columns: Sequence[Tensor] = ()
 
@@ -159,12 +164,33 @@ class RunRecord:
             merged = [per_image[image] for _, per_image in self.groups_by_stage]
             between = _stage_groups(total, stages, merged)
             tower = indices(self.tower_groups_per_image[image]) if self.tower_groups_per_image else None
-            records.append(ImageRecord(row, total, indices(kept), groups, layout, stages, modality, between, tower))
+            ranked = self.ranked_per_image[image] if self.ranked_per_image else None
+            scores = None if ranked is None else _spread(total, *ranked)
+            last = indices(kept)
+            records.append(ImageRecord(row, total, last, groups, layout, stages, modality, between, tower, scores))
         return records
 
     def __repr__(self) -> str:
         kept = [k if isinstance(k, int) else k.numel() for k in self.kept_per_image]
         return f"RunRecord(method={self.method!r}, visual tokens per image={list(self.image_totals)} -> {kept})"
+
+    def __str__(self) -> str:
+        scored = f", scored by {self.signal}" if self.signal else ""
+        lines = [f"{self.method}{scored}"]
+        for image in self.images:
+            share = f"{100 * len(image.kept) / image.total:.0f} %" if image.total else "-"
+            stages = [f"{len(kept)} from layer {layer}" for layer, kept in image.stages[1:]]
+            entered = f"{len(image.stages[0][1])} at the entry, " if stages else ""
+            what = ", ".join(stages) if stages else str(len(image.kept))
+            lines.append(f"row {image.batch_index}, {image.modality}: {image.total} -> {entered}{what} ({share})")
+        return "\n".join(lines if self.images else [*lines, "no images"])
+
+
+def _spread(total: int, index: Tensor | None, scores: Tensor) -> Tensor:
+    import torch
+
+    known = scores.detach().to("cpu", torch.float32)
+    return known if index is None else torch.full((total,), torch.nan).index_copy_(0, index.cpu(), known)
 
 
 def _stage_groups(

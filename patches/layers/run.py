@@ -52,6 +52,7 @@ class LayerRun:
         groups_by_cut: after each cut per image where its tokens went, int64 `[alive before]`, None where that can be told from
             what is kept.
         memory: what the method keeps from cut to cut.
+        scores: per image the indices alive before its first cut that tells what it ranks by, and these numbers.
         masked: bool `[batch, width]`, tokens that are no longer seen, of a method that masks and takes nothing out.
     """
 
@@ -81,6 +82,7 @@ class LayerRun:
     embeddings: Tensor | None = None
     groups_by_cut: list[tuple[int, list[Tensor | None]]] = field(default_factory=list)
     memory: dict[Any, Any] = field(default_factory=dict)
+    scores: dict[int, tuple[Tensor | None, Tensor]] = field(default_factory=dict)
     masked: Tensor | None = None
 
     def __post_init__(self) -> None:
@@ -147,6 +149,7 @@ class LayerRun:
         """
         images = self.cut_images
         counts = [len(images.columns[image]) for image in chosen]
+        self._note_scores(chosen, selection, counts)
         before = torch.cat([images.columns[image] for image in chosen])
         images.keep(chosen, selection)
         planned = images.plan()
@@ -169,6 +172,7 @@ class LayerRun:
     def mask_out(self, layer: int, chosen: Sequence[int], selection: Selection) -> None:
         """Let the layers from `layer` on no longer see what `cut` would take out; it stays in the sequence."""
         images = self.cut_images
+        self._note_scores(chosen, selection, [len(images.columns[image]) for image in chosen])
         before = torch.cat([images.columns[image] for image in chosen])
         images.keep(chosen, selection)
         left = torch.cat([images.columns[image] for image in chosen])
@@ -177,6 +181,15 @@ class LayerRun:
         self.masked = masked.view(self.batch, self.width)
         self.kept_by_cut.append((layer, list(images.index)))
         self.groups_by_cut.append((layer, [None] * len(images.rows)))
+
+    def ranked(self) -> Sequence[tuple[Tensor | None, Tensor] | None]:
+        """Return per image what its first cut ranked its tokens by, with their indices; nothing if no cut tells."""
+        return [self.scores.get(image) for image in range(len(self.cut_images.rows))] if self.scores else ()
+
+    def _note_scores(self, chosen: Sequence[int], selection: Selection, counts: list[int]) -> None:
+        if selection.scores is not None:
+            for image, part in zip(chosen, selection.scores.split(counts), strict=True):
+                self.scores.setdefault(image, (self.cut_images.index[image], part))
 
     def _groups(self, chosen: Sequence[int], selection: Selection, counts: list[int]) -> list[Tensor | None]:
         groups: list[Tensor | None] = [None] * len(self.cut_images.rows)

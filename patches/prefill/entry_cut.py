@@ -45,6 +45,13 @@ class EntryCut:
         parts = self.selection.carried.split(list(self.selection.counts))
         return [parts[image] for image in spans.unique]
 
+    def ranked(self, spans: ImageSpans) -> Sequence[tuple[Tensor | None, Tensor]]:
+        """Return what the method ranked the tokens by, of all tokens of each image; nothing if it does not say."""
+        if self.selection is None or self.selection.scores is None:
+            return ()
+        parts = self.selection.scores.split([spans.counts[image] for image in spans.first_of])
+        return [(None, parts[image]) for image in spans.unique]
+
 
 def whole_entry(call: LanguageModelCall, spans: ImageSpans) -> EntryCut:
     """Return the cut that drops nothing."""

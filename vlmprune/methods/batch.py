@@ -148,6 +148,8 @@ class Selection:
             where it is dropped; None where every kept token has its own value.
         carried: `[sum(counts), channels]`, what the stage before the first layer hands on with each kept token to the one
             between layers, as `LayerBatch.carried`; or None.
+        scores: `[tokens]`, what the tokens were ranked by, the best highest, for records and pictures; None where no one number
+            decides.
     """
 
     kept: Tensor
@@ -156,3 +158,4 @@ class Selection:
     merge: Callable[[Tensor], Tensor] | None = None
     groups: Tensor | None = None
     carried: Tensor | None = None
+    scores: Tensor | None = None

@@ -83,11 +83,12 @@ class HAWK(InputMethod):
         assert isinstance(weights, tuple)
         check_head_count(weights, layer)
         per_head = torch.tensor(weights).to(batch.features.device, non_blocking=True)
-        scores = [
+        parts = [
             hawk_scores(layer.queries(question), layer.keys(features), per_head, layer.scale, self.normalization)
             for question, features in zip(batch.questions, batch.features.split(list(batch.counts)), strict=True)
         ]
-        return Selection(segmented_topk(torch.cat(scores), batch.offsets, batch.budgets), batch.budgets)
+        scores = torch.cat(parts)
+        return Selection(segmented_topk(scores, batch.offsets, batch.budgets), batch.budgets, scores=scores)
 
     def feature_macs(self, scored: Scored) -> int:
         """The question's queries, the tokens' keys, and one product a head and token; all text of the prompt counts."""

@@ -47,7 +47,7 @@ class TextMonkey(InputMethod):
         patches = patches_of(batch.layouts)
         features = batch.features[to_device(patches.indices, batch.features.device)]
         scores = textmonkey_score(features, patches.offsets)
-        return select_patches(segmented_topk(-scores, patches.offsets, patch_budgets(batch)), batch)
+        return select_patches(segmented_topk(-scores, patches.offsets, patch_budgets(batch)), batch, -scores)
 
     def feature_macs(self, scored: Scored) -> int:
         """Cosines of each token with those behind the beginning of its block, up to the last."""

@@ -84,7 +84,8 @@ class ZOOPrune(InputMethod):
             self.h,
             None if sketch is None else to_device(sketch, device),
         )
-        return select_patches(zooprune_order(batch, scores.to(features.device)), batch)
+        scores = scores.to(features.device)
+        return select_patches(zooprune_order(batch, scores), batch, scores)
 
     def feature_macs(self, scored: Scored) -> int:
         """The first layer on tokens and directions, the second or the projections on their changes, and all cosines."""

@@ -97,7 +97,7 @@ class FastV(LayerMethod):
         """Take the `budgets[i]` highest scores of each image."""
         assert batch.attention is not None
         budgets = tuple(budget or 0 for budget in batch.budgets)
-        return Selection(fastv_keep(batch.attention, batch.offsets, budgets), budgets)
+        return Selection(fastv_keep(batch.attention, batch.offsets, budgets), budgets, scores=batch.attention)
 
     def own_macs(self, scored: ScoredLayers) -> int:
         """Nothing beyond the attention."""

@@ -79,7 +79,7 @@ class PyramidDrop(StagedMethod):
         """Take the `budgets[i]` highest scores of each image."""
         assert batch.attention is not None
         budgets = tuple(budget or 0 for budget in batch.budgets)
-        return Selection(pyramiddrop_keep(batch.attention, batch.offsets, budgets), budgets)
+        return Selection(pyramiddrop_keep(batch.attention, batch.offsets, budgets), budgets, scores=batch.attention)
 
     def own_macs(self, scored: ScoredLayers) -> int:
         """Nothing beyond the attention."""

@@ -95,7 +95,7 @@ class Sink(LayerMethod):
         scores = self.scores(batch)
         if self.tau is None:
             budgets = tuple(budget or 0 for budget in batch.budgets)
-            return Selection(segmented_topk(-scores, batch.offsets, budgets), budgets)
+            return Selection(segmented_topk(-scores, batch.offsets, budgets), budgets, scores=-scores)
         kept = []
         for own in scores.split(list(batch.counts)):
             stays = own <= self.tau

@@ -120,7 +120,8 @@ class TransPrune(StagedMethod):
     def select_at_layer(self, batch: LayerBatch) -> Selection:
         """Take the `budgets[i]` highest scores of each image."""
         budgets = tuple(budget or 0 for budget in batch.budgets)
-        return Selection(segmented_topk(self.score(batch), batch.offsets, budgets), budgets)
+        scores = self.score(batch)
+        return Selection(segmented_topk(scores, batch.offsets, budgets), budgets, scores=scores)
 
     def score(self, batch: LayerBatch) -> Tensor:
         """Return the scores of the tokens alive, fp32 `[tokens]`."""

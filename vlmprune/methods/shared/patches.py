@@ -48,10 +48,11 @@ def patch_budgets(batch: VisualBatch) -> tuple[int, ...]:
     return tuple(min(pair) for pair in zip(batch.budgets, patches_of(batch.layouts).counts, strict=True))
 
 
-def select_patches(picks: Tensor, batch: VisualBatch) -> Selection:
+def select_patches(picks: Tensor, batch: VisualBatch, scores: Tensor | None = None) -> Selection:
     """Return the selection of `picks`, local int64 indices `[sum(patch_budgets)]` among the patches of each image, in any order.
 
-    Newlines fill what is left of a budget, the first of an image first. Kept tokens are in position order.
+    `scores [patches]` are what they were ranked by, for the record. Newlines fill what is left of a budget, the first of an
+    image first. Kept tokens are in position order.
     """
     device, patches = picks.device, patches_of(batch.layouts)
     counts = torch.tensor(patch_budgets(batch))
@@ -63,4 +64,7 @@ def select_patches(picks: Tensor, batch: VisualBatch) -> Selection:
         starts = (segments.sizes[:, -1].cumsum(0) - segments.sizes[:, -1]).tolist()
         extra = [patches.newlines[start : start + count] for start, count in zip(starts, surplus.tolist(), strict=True)]
         packed = torch.cat([packed, to_device(torch.cat(extra), device)])
-    return Selection(local_indices(packed.sort().values, segments, batch.budgets), batch.budgets)
+    if scores is not None:
+        ranked = scores.new_full((sum(batch.counts),), torch.nan, dtype=torch.float32)
+        scores = ranked.index_copy_(0, to_device(patches.indices, device), scores.float())
+    return Selection(local_indices(packed.sort().values, segments, batch.budgets), batch.budgets, scores=scores)

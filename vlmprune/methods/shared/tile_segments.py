@@ -72,7 +72,7 @@ def top_of_segments(scores: Tensor, segments: TileSegments, k: Tensor, totals: t
     local = segmented_topk(scores[order], offsets, counts, total=total)
     starts = starts[:-1].repeat_interleave(to_device(counts, device), output_size=total)
     packed = order[local + starts].sort().values
-    return Selection(local_indices(packed, segments, totals), totals)
+    return Selection(local_indices(packed, segments, totals), totals, scores=scores)
 
 
 def local_indices(packed: Tensor, segments: TileSegments, totals: tuple[int, ...]) -> Tensor:
@@ -99,7 +99,7 @@ def select_evenly(scores: Tensor, batch: VisualBatch) -> Selection:
     A tile with fewer tokens than that leaves its share to the others; newlines come last.
     """
     if all(layout.crops is None for layout in batch.layouts):
-        return Selection(segmented_topk(scores, batch.offsets, batch.budgets), batch.budgets)
+        return Selection(segmented_topk(scores, batch.offsets, batch.budgets), batch.budgets, scores=scores)
     segments = tile_segments(batch.layouts)
     return top_of_segments(scores, segments, even_counts(segments, batch.budgets), batch.budgets)
 
