@@ -121,7 +121,7 @@ def _processor_of(model: Any) -> Any:
 
     from vlmprune.patches.families.wrappers import find_inside
 
-    found = find_inside(model, lambda item: getattr(item, "name_or_path", ""))
+    found = find_inside(model, lambda item: bool(getattr(item, "name_or_path", None)))
     source: str | PathLike[str] = "" if found is None else found.name_or_path
     if not source:
         raise PictureError(
