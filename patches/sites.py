@@ -16,6 +16,7 @@ from .cache.continuation import continued_inputs
 from .cache.state import PrunedCacheState
 from .call_options import OptionsInForce, RowPipelines
 from .calls import CallStack, LanguageModelCall
+from .coordinates import check_rotary
 from .encoder.packed_site import PackedEncoderSite
 from .encoder.site import EncoderSite
 from .families.family import Family
@@ -50,6 +51,11 @@ class Sites:
         self.family = family
         self.pipeline = pipeline
         self.calls = calls
+        keeping = [part for part in (pipeline.at_input, pipeline.at_layers) if part is not None and part.keep_positions]
+        for part in keeping:
+            check_rotary(family, part.name)
+        # Tokens that carry position carry that of the full prompt.
+        positions = positions or ("original" if keeping else None)
         self.positions = positions or ("original" if family.mrope else "compact")
         self._asked_positions = positions
         self.encoder: EncoderSite | PackedEncoderSite | None = None

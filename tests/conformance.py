@@ -102,7 +102,7 @@ def main(arguments: list[str] | None = None) -> int:
             results, found = {}, [f"{type(error).__name__}: {error}"]
         if options.out is not None and results:
             (options.out / case.method).mkdir(parents=True, exist_ok=True)
-            plain = {name: values.detach().contiguous() for name, values in results.items()}
+            plain = {name: values.detach().contiguous().clone() for name, values in results.items()}
             save_file(plain, str(options.out / case.method / case.path.name))
         failed += bool(found)
         print(f"{'FAIL' if found else 'ok':4}  {case.name}")

@@ -77,7 +77,8 @@ def methods() -> None:
     width = max(map(len, method_names()))
     for name in method_names():
         cls = get_method(name)
-        own = ", ".join(f"{field.name}={field.default!r}" for field in fields(cls) if field.name != "keep")
+        common = ("keep", "keep_positions")
+        own = ", ".join(f"{field.name}={field.default!r}" for field in fields(cls) if field.name not in common)
         line = (cls.__doc__ or "").strip().splitlines()[0]
         typer.echo(f"{name:<{width}}  {line}{f' ({own})' if own else ''}")
 

@@ -12,20 +12,23 @@ from torch import Tensor, nn
 from transformers.masking_utils import create_causal_mask
 
 from vlmprune.errors import UnsupportedCallError
-from vlmprune.methods.batch import VisionSignal
-from vlmprune.methods.layer_batch import TextSpans
+from vlmprune.methods.batch import Selection, VisionSignal
+from vlmprune.methods.layer_batch import LayerBatch, TextSpans
 from vlmprune.methods.layer_method import LayerMethod
 from vlmprune.methods.pipeline import check_call
+from vlmprune.methods.shared.position_tokens import with_position_tokens
+from vlmprune.methods.shared.rotary_coordinates import coordinate_ranks
 
 from ..cache.state import PrunedCacheState
 from ..cache.trim import check_can_trim, trim_cache
 from ..call_options import RowPipelines
 from ..calls import CallStack, LanguageModelCall
+from ..coordinates import mean_coordinates
 from ..families.family import Family
 from ..hooks import HookSet
 from ..prefill.entry_cut import EntryCut
 from ..prefill.packing import packed_prompts
-from ..prefill.sequence_bounds import SEQUENCE_BOUNDS
+from ..prefill.sequence_bounds import SEQUENCE_BOUNDS, padding_before
 from ..prefill.visuals import PrefillVisuals
 from ..tracing import never_compiled
 from .continued import ContinuedLayers, follows_length, rotary_positions
@@ -34,7 +37,7 @@ from .observer import LayerObserver
 from .probe import LayerProbe
 from .run import LayerRun
 from .scores import check_decoder
-from .text_spans import find_text_spans, padding_before
+from .text_spans import find_text_spans
 from .visual_tokens import VisualTokens
 
 
@@ -291,6 +294,14 @@ class LayerSite:
         }
         return hidden, {**kwargs, **run.inputs}
 
+    def _with_positions(self, run: LayerRun, batch: LayerBatch) -> Selection:
+        positions = run.current_positions(batch.layer)
+        ranks = [
+            coordinate_ranks(*mean_coordinates(self.family, positions[..., row, columns]).unbind(-1))
+            for row, columns in zip(batch.rows, batch.columns, strict=True)
+        ]
+        return with_position_tokens(self.method.select_at_layer, batch, batch.budgets, ranks)
+
     def _gapless(self, run: LayerRun) -> bool:
         return run.compact_layers and (run.entry is None or run.compact_entry)
 
@@ -300,7 +311,9 @@ class LayerSite:
     ) -> tuple[Tensor, bool]:
         with torch.no_grad():
             batch, keys = self.probe.read(run, layer, chosen, hidden, kwargs)
-            selection = self.method.select_at_layer(batch)
+            selection = (
+                self._with_positions(run, batch) if self.method.keep_positions else self.method.select_at_layer(batch)
+            )
         if selection.counts == batch.counts and selection.features is None:
             return hidden, False
         if self.method.masks:

@@ -8,8 +8,6 @@ from torch import Tensor
 
 from vlmprune.methods.layer_batch import TextSpans
 
-from ..calls import LanguageModelCall
-
 
 def find_text_spans(text: Tensor, rows: Sequence[int], columns: Sequence[Tensor]) -> list[TextSpans]:
     """Return the text around each image.
@@ -42,15 +40,3 @@ def find_text_spans(text: Tensor, rows: Sequence[int], columns: Sequence[Tensor]
             )
         )
     return spans
-
-
-def padding_before(call: LanguageModelCall) -> Tensor | None:
-    """Return by how much position ids count the padding before each row's first token, int64 `[batch]`; None if they do not.
-
-    `generate` makes position ids from the mask; in a plain forward of a model with 1-D positions the host counts columns.
-    """
-    mask = call.model_call.attention_mask
-    if mask is None or call.positions.ndim == 3 or call.model_call.inputs.get("position_ids") is not None:
-        return None
-    before = (mask.cumsum(1) == 0).sum(1)
-    return before.to(call.device, non_blocking=True) if bool(before.any()) else None

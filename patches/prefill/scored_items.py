@@ -13,6 +13,7 @@ from vlmprune.methods.baselines.uniform import even_steps
 from vlmprune.methods.batch import TILE_KINDS, Selection, VisualBatch
 from vlmprune.methods.input_method import InputMethod
 from vlmprune.methods.needs import VIDEOS
+from vlmprune.methods.shared.position_tokens import choose_input
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,7 +101,7 @@ def choose_among(method: InputMethod, batch: VisualBatch, items: Sequence[Item])
         items: from `scored_items`.
     """
     if len(items) == len(batch.counts) and all(item.places is None for item in items):
-        return method.select(batch)
+        return choose_input(method, batch)
     starts = batch.offsets
     inside = [
         starts[item.image] + (torch.arange(item.layout.total) if item.places is None else item.places) for item in items
@@ -115,7 +116,7 @@ def choose_among(method: InputMethod, batch: VisualBatch, items: Sequence[Item])
     left = untouched.nonzero().flatten()
     device = batch.features.device
     index = torch.cat(inside).to(device, non_blocking=True)
-    chosen = method.select(_batch_of(batch, items, index))
+    chosen = choose_input(method, _batch_of(batch, items, index))
     return _joined(batch, items, index, left.to(device, non_blocking=True), chosen, _per_image(batch, untouched))
 
 
@@ -141,6 +142,7 @@ def _batch_of(batch: VisualBatch, items: Sequence[Item], index: Tensor) -> Visua
         instructions=tuple(batch.instructions[image] for image in images) if batch.instructions else (),
         questions=tuple(batch.questions[image] for image in images) if batch.questions else (),
         modalities=tuple(batch.modalities[image] for image in images),
+        coordinates=None if batch.coordinates is None else batch.coordinates[index],
     )
 
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+from ..calls import LanguageModelCall
 
 SEQUENCE_BOUNDS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
 
@@ -25,3 +27,15 @@ def one_sequence(language_model: nn.Module, tokens: int, keys: int, device: torc
         return {}
     queries, entries = (torch.tensor([0, length], dtype=torch.int32, device=device) for length in (tokens, keys))
     return dict(zip(SEQUENCE_BOUNDS, (queries, entries, tokens, keys), strict=True))
+
+
+def padding_before(call: LanguageModelCall) -> Tensor | None:
+    """Return by how much position ids count the padding before each row's first token, int64 `[batch]`; None if they do not.
+
+    `generate` makes position ids from the mask; in a plain forward of a model with 1-D positions the host counts columns.
+    """
+    mask = call.model_call.attention_mask
+    if mask is None or call.positions.ndim == 3 or call.model_call.inputs.get("position_ids") is not None:
+        return None
+    before = (mask.cumsum(1) == 0).sum(1)
+    return before.to(call.device, non_blocking=True) if bool(before.any()) else None

@@ -16,6 +16,7 @@ from vlmprune.methods.pipeline import check_call
 
 from ..call_options import RowPipelines
 from ..calls import CallStack, LanguageModelCall
+from ..coordinates import mean_coordinates
 from ..families.family import Family
 from ..hooks import HookSet
 from ..tower.encoded_visuals import LiveEncodings
@@ -30,7 +31,7 @@ from .inputs import compacted_inputs
 from .instructions import end_token_ids, read_instructions, special_token_ids
 from .packing import packed_prompts
 from .scored_items import choose_among, scored_items, visual_budget
-from .sequence_bounds import one_sequence
+from .sequence_bounds import one_sequence, padding_before
 from .visuals import PrefillVisuals, read_visuals
 
 
@@ -151,6 +152,13 @@ class InputSite:
             if VIDEOS in method.needs and method.budget(count) < count:
                 check_call(method, visuals.modalities)
 
+    def _coordinates(self, call: LanguageModelCall, visuals: PrefillVisuals) -> Tensor:
+        padding, spans = padding_before(call), visuals.spans
+        positions = call.positions if padding is None else call.positions - padding[:, None]
+        return mean_coordinates(
+            self.family, positions.flatten(-2)[..., columns_of(spans.first_of, spans).to(call.device)]
+        )
+
     def _check_whole(self, visuals: PrefillVisuals) -> None:
         for shown in visuals.encoded:
             kept = shown.visuals.vision.get(KEPT_PIXELS)
@@ -215,6 +223,7 @@ class InputSite:
             first_layer=first_layer(family) if FIRST_LAYER in self.method.needs else None,
             questions=self._questions(call, visuals) if FIRST_LAYER in self.method.needs else (),
             modalities=tuple(visuals.modalities),
+            coordinates=self._coordinates(call, visuals) if self.method.keep_positions else None,
         )
 
     def _questions(self, call: LanguageModelCall, visuals: PrefillVisuals) -> tuple[Tensor, ...]:

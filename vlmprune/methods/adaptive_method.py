@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ..budget import Keep, check_keep, token_budget
 from .input_method import InputMethod
@@ -21,6 +21,10 @@ class AdaptiveMethod(InputMethod):
     def __post_init__(self) -> None:
         if self.keep is not None:
             object.__setattr__(self, "keep", check_keep(self.keep))
+
+    def with_budgets(self) -> AdaptiveMethod:
+        """Return the method with a budget."""
+        return self if self.keep is not None else replace(self, keep=1.0)
 
     def budget(self, total: int) -> int:
         """Return how many tokens stay at most: one less than all where the image decides, so that it is asked."""

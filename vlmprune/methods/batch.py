@@ -109,6 +109,7 @@ class VisualBatch:
         first_layer: the projections of the first decoder layer, for methods that need them.
         questions: for these, per image `[tokens, dim]`, what follows the last image of its prompt up to the end of the turn.
         modalities: "image" or "video" per image; empty where all are images.
+        coordinates: fp32 `[tokens, 2]`, mean rotary cosine and sine of each token's position, for `keep_positions`.
     """
 
     features: Tensor
@@ -125,6 +126,7 @@ class VisualBatch:
     first_layer: FirstLayer | None = None
     questions: tuple[Tensor, ...] = ()
     modalities: tuple[str, ...] = ()
+    coordinates: Tensor | None = None
 
     @cached_property
     def offsets(self) -> tuple[int, ...]:

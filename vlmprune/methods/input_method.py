@@ -22,9 +22,12 @@ class InputMethod(Method):
 
     Attributes:
         keep: share of visual tokens kept, a float in (0, 1], or the number kept per image, an int.
+        keep_positions: whether two fifths of what is kept are the tokens that carry position, by the rule of `IVCPrune`, and
+            the method chooses the others. Positions are then "original" unless `apply(..., positions=)` says otherwise.
     """
 
     keep: Keep = 0.25
+    keep_positions: bool = False
 
     site: ClassVar[Site] = "input"
 
@@ -49,6 +52,10 @@ class InputMethod(Method):
     def frame_by_frame(self) -> bool:
         """Whether `select` gets each frame of a video as an image of its own, with an even share of the video's budget."""
         return False
+
+    def with_budgets(self) -> InputMethod:
+        """Return the method so that `select` meets the budgets of its batch, where it would decide by itself otherwise."""
+        return self
 
     def vision_signals(self, tower: TowerFacts) -> tuple[VisionSignal, ...]:
         """Return the vision tower attention that `select` reads; nothing by default."""

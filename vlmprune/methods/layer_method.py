@@ -40,9 +40,13 @@ class LayerMethod(Method):
     Attributes:
         keep: visual tokens averaged over the layers of the language model, as a share of those that enter it (a float in
             (0, 1]) or a number per image (an int); None where other parameters fix it.
+        keep_positions: whether two fifths of what each stage keeps are the tokens that carry position, by the rule of `IVCPrune`,
+            and the method chooses the others. Positions are then "original" unless `apply(..., positions=)` says otherwise.
         positions: whether positions close the gaps of what is dropped between layers ("compact"), keep them ("original"),
             or do as before the first layer (None); a class attribute.
     """
+
+    keep_positions: bool = False
 
     site: ClassVar[Site] = "layer"
     needs: ClassVar[frozenset[Need]] = frozenset({STILL_IMAGES, LAST_TOKEN_AT_CUT})

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from ..errors import ParameterError, UnsupportedMethodError, unknown
 from .attention_method import AttentionMethod
 from .base import Method
+from .checks import check_flag
 from .encoder_method import EncoderMethod
 from .input_method import InputMethod
 from .layer_method import LayerMethod
@@ -81,7 +82,7 @@ def make_pipeline(methods: Sequence[Method]) -> Pipeline:
         )
     sites: dict[str, Method] = {}
     for method in methods:
-        for part in method.parts():
+        for part in stages(method):
             other = sites.setdefault(part.site, part)
             if other is not part:
                 raise UnsupportedMethodError(
@@ -106,6 +107,32 @@ def make_pipeline(methods: Sequence[Method]) -> Pipeline:
     assert at_layers is None or isinstance(at_layers, LayerMethod)
     assert at_attention is None or isinstance(at_attention, AttentionMethod)
     return Pipeline(tuple(methods), at_encoder, at_input, at_layers, at_attention)
+
+
+def stages(method: Method) -> tuple[Method, ...]:
+    """Return the stages of a method; `keep_positions` holds for all of them.
+
+    Raises:
+        ParameterError: `keep_positions` of a method that cannot be asked for a part of its budget.
+    """
+    wanted = getattr(method, "keep_positions", False)
+    check_flag("keep_positions", wanted)
+    if not wanted:
+        return method.parts()
+    if getattr(method, "faithful", False):
+        raise ParameterError(
+            f"{method.name!r} with faithful=True keeps as many tokens as its official code, and keep_positions=True asks for a "
+            "part of them; allowed: one of the two."
+        )
+    if PIXELS in method.needs:
+        raise ParameterError(
+            f"keep_positions=True: {method.name!r} chooses before the vision tower, which does not see the tokens that it "
+            "drops; allowed: keep_positions=False."
+        )
+    return tuple(
+        replace(part, keep_positions=True) if getattr(part, "keep_positions", None) is False else part  # type: ignore[call-arg]
+        for part in method.parts()
+    )
 
 
 def check_call(part: Method, modalities: Collection[str]) -> None:

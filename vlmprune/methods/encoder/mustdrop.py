@@ -45,6 +45,8 @@ class MustDrop(EncoderMethod):
         individual_threshold: of the highest attention that a single word pays.
         faithful: tokens of later calls count their positions from what each layer's cache holds, as in the official code, though
             its keys were rotated otherwise; with `positions="compact"` this is the official decoding.
+        keep_positions: whether two fifths of what each filter keeps are the tokens that carry position, by the rule of
+            `IVCPrune`. Positions are then "original" unless `apply(..., positions=)` says otherwise.
 
     Source: "Multi-Stage Vision Token Dropping: Towards Efficient Multimodal Large Language Model", arXiv 2411.10803. The
     thresholds are published per benchmark, without a rule. The official code serves one row; here every row has its own.
@@ -58,6 +60,7 @@ class MustDrop(EncoderMethod):
     global_threshold: float = 0.001
     individual_threshold: float = 0.001
     faithful: bool = False
+    keep_positions: bool = False
 
     name: ClassVar[str] = "mustdrop"
     # So that the CLS token's attention is that of the merged tokens, and not of all patches.
@@ -96,6 +99,7 @@ class MustDrop(EncoderMethod):
             global_threshold=self.global_threshold,
             individual_threshold=self.individual_threshold,
             faithful=self.faithful,
+            keep_positions=self.keep_positions,
         )
         return (self, second)
 

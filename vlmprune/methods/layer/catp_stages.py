@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from math import floor
 from typing import ClassVar
 
@@ -100,10 +101,19 @@ class CATPStages(LayerMethod):
         for query in queries:
             shots = [image for image, row in enumerate(batch.rows) if row == batch.rows[query] and image != query]
             if not first:
-                scores = self._of_query(batch, query, shots)
-                kept[query] = segmented_topk(scores, (0, len(scores)), (self._left(batch, [query]),))
+                scores, budget = self._of_query(batch, query, shots), batch.budgets[query]
+                left = self._left(batch, [query]) if budget is None else budget
+                kept[query] = segmented_topk(scores, (0, len(scores)), (left,))
             elif shots:
                 scores = self._of_demonstrations(batch, query, shots)
+                given = [budget for budget in (batch.budgets[shot] for shot in shots) if budget is not None]
+                if len(given) == len(shots):
+                    # Each has a number of its own.
+                    offsets = tuple(accumulate((batch.counts[shot] for shot in shots), initial=0))
+                    parts = segmented_topk(scores, offsets, given).split(given)
+                    for shot, own in zip(shots, parts, strict=True):
+                        kept[shot] = own
+                    continue
                 chosen = segmented_topk(scores, (0, len(scores)), (self._left(batch, shots),))
                 alive = torch.zeros(len(scores), dtype=torch.bool, device=scores.device).index_fill(0, chosen, True)
                 for shot, mine in zip(shots, alive.split([batch.counts[shot] for shot in shots]), strict=True):

@@ -76,6 +76,10 @@ class IVCPrune(LayerMethod):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_choice("variant", self.variant, tuple(_POSITIONS))
+        if self.keep_positions:
+            raise ParameterError(
+                "keep_positions=True: 'ivcprune' keeps these tokens by its own rule; allowed: keep_positions=False."
+            )
         if self.layer is not None:
             check_layers("layer", (self.layer,))
         if self.share is None:

@@ -118,14 +118,16 @@ class MustDropFilter(LayerMethod):
         for image, attention in enumerate(batch.attention_of(words)):
             scores = FilterScores(attention.sum(0), attention.amax(0))
             protected = torch.isin(batch.indices[image], self.key_tokens(batch, image))
-            if self.keep is None:
+            budget = batch.budgets[image]
+            if self.keep is None and budget is None:
                 stays = important(scores, self.global_threshold, self.individual_threshold) | protected
                 kept.append(stays.nonzero().flatten())
                 continue
+            count = self._count(batch, image) if budget is None else budget
             strength = scaled_strength(scores, self.global_threshold, self.individual_threshold)
             # Protected tokens first: a strength is finite, and they rank among each other by it too.
             order = strength + protected * (strength.max() + 1)
-            kept.append(segmented_topk(order, (0, len(order)), (min(len(order), self._count(batch, image)),)))
+            kept.append(segmented_topk(order, (0, len(order)), (min(len(order), count),)))
         return Selection(torch.cat(kept), tuple(map(len, kept)))
 
     def key_tokens(self, batch: LayerBatch, image: int) -> Tensor:

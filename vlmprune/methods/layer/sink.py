@@ -93,9 +93,10 @@ class Sink(LayerMethod):
     def select_at_layer(self, batch: LayerBatch) -> Selection:
         """Take the lowest scores of each image, or all below the threshold."""
         scores = self.scores(batch)
-        if self.tau is None:
+        if None not in batch.budgets:
             budgets = tuple(budget or 0 for budget in batch.budgets)
             return Selection(segmented_topk(-scores, batch.offsets, budgets), budgets, scores=-scores)
+        assert self.tau is not None
         kept = []
         for own in scores.split(list(batch.counts)):
             stays = own <= self.tau
