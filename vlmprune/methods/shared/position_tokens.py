@@ -53,7 +53,8 @@ def with_position_tokens(
         free = (decide or select)(batch).counts
         budgets = [count if budget is None else budget for budget, count in zip(budgets, free, strict=True)]
     totals: list[int] = [budget or 0 for budget in budgets]
-    chosen = select(replace(batch, budgets=tuple(total - position_count(total) for total in totals)))
+    given: Any = replace(batch, budgets=tuple(total - position_count(total) for total in totals))
+    chosen: Selection = select(given)
     starts = (0, *accumulate(chosen.counts))
     kept, source, added, extra = [], [], [], 0
     own_rows = len(chosen.kept)
