@@ -15,7 +15,7 @@ from vlmprune.layout import VisualLayout
 from .first_layer import FirstLayer
 from .projector import ProjectorLayers
 
-AttentionKind = Literal["cls_attention", "cls_attention_one_head", "cls_logits", "received_attention"]
+AttentionKind = Literal["cls_attention", "cls_attention_one_head", "cls_logits", "received_attention", "mean_query_attention"]
 VisionSignalKind = AttentionKind | Literal["keys", "states", "features", "cls_features", "kept_pixels"]
 
 ATTENTION_KINDS: frozenset[str] = frozenset(get_args(AttentionKind))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
-from math import floor
+from math import ceil, floor
 from typing import ClassVar, Literal
 
 from torch import Tensor
@@ -18,6 +18,9 @@ from vlmprune.methods.checks import check_choice, check_number
 from vlmprune.methods.layer_method import LayerBatch, LayerCut, LayerMethod, check_depth, check_layers
 from vlmprune.methods.needs import LAST_TOKEN_BEFORE_CUT, STILL_IMAGES, Need
 from vlmprune.methods.selection_macs import ScoredLayers
+
+# How a solved share becomes a number of tokens; it carries rounding errors of its own, which must not cost or add one.
+_ROUNDINGS = {"round": round, "floor": lambda count: floor(count + 1e-9), "ceil": lambda count: ceil(count - 1e-9)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +37,8 @@ class FastV(LayerMethod):
         layer: the paper's K, 0-based layer at whose input the tokens are dropped, an int >= 1.
         ratio: the paper's R, the share that is dropped, in [0, 1).
         rounding: "round" keeps `round(N * (1 - R))` tokens as the official code for transformers, "floor" truncates as
-            the one for lmms-eval does, whose argument is the kept share: `int(N * (1 - R))`.
+            the one for lmms-eval does, whose argument is the kept share: `int(N * (1 - R))`; "ceil" rounds up, as the inner
+            step of FlashVID does.
 
     Source: "An Image is Worth 1/2 Tokens After Layer 2: Plug-and-Play Inference Acceleration for Large
     Vision-Language Models", ECCV 2024, arXiv 2403.06764. The paper ranks by the attention that a token receives from
@@ -46,7 +50,7 @@ class FastV(LayerMethod):
 
     layer: int = 2
     ratio: float | None = None
-    rounding: Literal["round", "floor"] = "round"
+    rounding: Literal["round", "floor", "ceil"] = "round"
 
     name: ClassVar[str] = "fastv"
     needs: ClassVar[frozenset[Need]] = frozenset({STILL_IMAGES, LAST_TOKEN_BEFORE_CUT})
@@ -56,7 +60,7 @@ class FastV(LayerMethod):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_layers("layer", (self.layer,))
-        check_choice("rounding", self.rounding, ("round", "floor"))
+        check_choice("rounding", self.rounding, ("round", "floor", "ceil"))
         if self.ratio is None:
             if self.keep is None:
                 object.__setattr__(self, "keep", 0.25)
@@ -89,8 +93,7 @@ class FastV(LayerMethod):
         if self.keep >= (total if isinstance(self.keep, int) else 1):
             return ()
         share = share_after_cut(self.keep, self.layer, layers, total)
-        # A solved share carries rounding errors of its own, which must not cost a token.
-        count = round(total * share) if self.rounding == "round" else floor(total * share + 1e-9)
+        count = _ROUNDINGS[self.rounding](total * share)
         return (LayerCut(self.layer, max(1, count)),)
 
     def select_at_layer(self, batch: LayerBatch) -> Selection:
@@ -113,11 +116,12 @@ def fastv_count(total: int, ratio: float, rounding: str = "round") -> int:
     """Return how many of `total` tokens stay when the share `ratio` is dropped.
 
     "floor" is `int(total * keep)` for the number `keep` that `ratio` was made from: `1 - 0.9` is a little less than
-    0.1, and one token would be lost.
+    0.1, and one token would be lost. "ceil" likewise.
     """
     if rounding == "round":
         return round(total * (1 - ratio))
-    return int(total * float(1 - Decimal(repr(float(ratio)))))
+    kept = total * float(1 - Decimal(repr(float(ratio))))
+    return int(kept) if rounding == "floor" else ceil(kept)
 
 
 def share_after_cut(keep: Keep, cut: int, layers: int, total: int = 1) -> float:
