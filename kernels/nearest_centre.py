@@ -40,7 +40,9 @@ def nearest_centre(
         KernelUnavailableError: the forced implementation cannot run.
     """
     if features.dim() != 2 or not features.is_floating_point():
-        raise ValueError(f"features must be floating point [tokens, dim]; got {features.dtype} {tuple(features.shape)}.")
+        raise ValueError(
+            f"features must be floating point [tokens, dim]; got {features.dtype} {tuple(features.shape)}."
+        )
     if centres.dim() != 1 or centres.dtype != torch.int64:
         raise ValueError(f"centres must be int64 [centres]; got {centres.dtype} {tuple(centres.shape)}.")
     chosen = choose_implementation(features.device, implementation)

@@ -41,7 +41,9 @@ def peak_scores(
         KernelUnavailableError: the forced implementation cannot run.
     """
     if features.dim() != 2 or not features.is_floating_point():
-        raise ValueError(f"features must be floating point [tokens, dim]; got {features.dtype} {tuple(features.shape)}.")
+        raise ValueError(
+            f"features must be floating point [tokens, dim]; got {features.dtype} {tuple(features.shape)}."
+        )
     chosen = choose_implementation(features.device, implementation)
     bounds = check_offsets(offsets, features.shape[0])
     nearest = check_counts(neighbours, bounds)

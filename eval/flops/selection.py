@@ -121,8 +121,13 @@ def _input_macs(
         if signal.kind not in ATTENTION_KINDS:
             continue
         lengths = family.segments(config, work, signal.layer)
-        queries = sum(length * length if signal.kind == "received_attention" else length for length in lengths)
-        total += queries * hidden
+        if signal.kind == "received_attention":
+            pairs = sum(length * length for length in lengths)
+        elif signal.kind == "mean_query_attention":
+            pairs = sum(lengths) // facts.patches_per_token
+        else:
+            pairs = sum(lengths)
+        total += pairs * hidden
     tiles = max(1, work.crops // max(1, len(images)))
     shape = LanguageShape.from_config(config)
     scored = Scored(

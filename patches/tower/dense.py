@@ -13,7 +13,7 @@ from vlmprune.errors import UnsupportedMethodError
 from vlmprune.kernels.received_attention import received_attention
 from vlmprune.kernels.row_attention import row_attention
 from vlmprune.kernels.unmerge import unmerge
-from vlmprune.methods.batch import ATTENTION_KINDS, VisionSignal
+from vlmprune.methods.batch import ALL_QUERIES_KINDS, ATTENTION_KINDS, VisionSignal
 
 from ..calls import CallStack, TowerCall
 from ..hooks import HookSet
@@ -35,7 +35,7 @@ class DenseTowerReader(TowerReader):
         """Register hooks on the projections of every layer, and on what gives the features."""
         super().install(family, signals, calls, hooks)
         self.heads = family.vision_heads
-        whole_queries = {signal.layer for signal in signals if signal.kind == "received_attention"}
+        whole_queries = {signal.layer for signal in signals if signal.kind in ALL_QUERIES_KINDS}
         queries = {signal.layer for signal in signals if signal.kind in ATTENTION_KINDS}
         keys = queries | {signal.layer for signal in signals if signal.kind == "keys"}
         for layer in sorted(keys):
@@ -77,7 +77,7 @@ class DenseTowerReader(TowerReader):
                 return spread
             return torch.where(groups[..., None] < 0, scores.amin(1, keepdim=True), spread)
         # As many keys as a token stands for, so that each of them gets its share of the token's attention.
-        if signal.kind == "received_attention":
+        if signal.kind in ALL_QUERIES_KINDS:
             assert query is not None
             query = unmerge(query, groups)
         return self._scores(signal, query, unmerge(key, groups))
@@ -92,6 +92,8 @@ class DenseTowerReader(TowerReader):
             boundaries = torch.arange(tiles + 1, device=key.device, dtype=torch.int32) * tokens
             received = received_attention(query.flatten(0, 1), key.flatten(0, 1), boundaries, reduce_heads="none")
             return received.unflatten(0, (tiles, tokens))
+        if signal.kind == "mean_query_attention":
+            query = query.float().mean(1, keepdim=True)
         rows = row_attention(query[:, :1], key, logits=signal.kind == "cls_logits")
         return rows[:, 0].transpose(1, 2)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,6 +14,7 @@ from transformers.vision_utils import get_vision_window_index
 
 from vlmprune.errors import UnsupportedMethodError
 from vlmprune.kernels.received_attention import received_attention
+from vlmprune.kernels.row_attention import row_attention
 from vlmprune.methods.batch import CLS_KINDS, VisionSignal
 
 from ..calls import CallStack, TowerCall
@@ -51,7 +53,7 @@ class PackedTowerReader(TowerReader):
             if signal.kind in CLS_KINDS or signal.kind == "states":
                 raise UnsupportedMethodError(
                     f"{type(tower).__name__} has no CLS token, so there is no {signal.kind!r}; allowed: "
-                    "'received_attention', 'keys', 'features'."
+                    "'received_attention', 'mean_query_attention', 'keys', 'features'."
                 )
             if signal.kind not in ("features", "kept_pixels"):
                 self.layers[signal.layer] = family.vision_attention(signal.layer)
@@ -80,6 +82,18 @@ class PackedTowerReader(TowerReader):
         query, key = _rotary_function(attention)(query, key, *arguments["position_embeddings"])  # type: ignore[misc]
         if signal.kind == "keys":
             return self.raster_order(key.float().flatten(1).unflatten(0, (-1, self.merged_patches)).mean(1), call)
+        if signal.kind == "mean_query_attention":
+            keys = key.float().unflatten(0, (-1, self.merged_patches)).mean(1)
+            bounds: list[int] = arguments["cu_seqlens"].tolist()
+            given = [
+                row_attention(
+                    query[begin:end].float().mean(0)[None, None],
+                    keys[begin // self.merged_patches : end // self.merged_patches][None],
+                    scale=attention.scaling,
+                )[0, 0].T
+                for begin, end in pairwise(bounds)
+            ]
+            return self.raster_order(torch.cat(given), call)
         received = received_attention(
             query,
             key,

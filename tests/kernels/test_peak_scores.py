@@ -31,7 +31,9 @@ def plain_scores(features: torch.Tensor, offsets: tuple[int, ...], neighbours: t
 def test_ragged_segments(implementation: str, dtype: torch.dtype, dim: int, device: str) -> None:
     features = torch.randn(60, dim).to(dtype)
     got = peak_scores(features.to(device), OFFSETS, NEIGHBOURS, implementation=implementation)
-    torch.testing.assert_close(got.cpu(), torch.tensor(plain_scores(features, OFFSETS, NEIGHBOURS)), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        got.cpu(), torch.tensor(plain_scores(features, OFFSETS, NEIGHBOURS)), rtol=1e-4, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("implementation", ["torch", "triton"])
@@ -41,7 +43,9 @@ def test_equal_tokens_and_strides(implementation: str, device: str) -> None:
     features[7:10], features[15] = features[6], features[2]
     offsets, neighbours = (0, 12, 24), (1, 2)
     got = peak_scores(features.to(device), offsets, neighbours, implementation=implementation)
-    torch.testing.assert_close(got.cpu(), torch.tensor(plain_scores(features, offsets, neighbours)), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        got.cpu(), torch.tensor(plain_scores(features, offsets, neighbours)), rtol=1e-5, atol=1e-6
+    )
     assert got[0] > 0
     assert got[7:10].tolist() == [0.0] * 3
 

@@ -48,7 +48,9 @@ def fastvid(params: Mapping[str, Any], inputs: Tensors) -> dict[str, Tensor]:
     if newlines:
         # A newline stays with any token of its row.
         kept[places[..., -1]] = kept[places[..., :-1]].any(-1)
-    keep = torch.cat([torch.arange(first), first + kept.nonzero().flatten(), torch.arange(len(hidden) - after, len(hidden))])
+    keep = torch.cat(
+        [torch.arange(first), first + kept.nonzero().flatten(), torch.arange(len(hidden) - after, len(hidden))]
+    )
     text = hidden.clone()
     text[first : len(hidden) - after] = output
     results = {"segment_sizes": torch.tensor(lengths), "keep": keep, "output": text[keep]}

@@ -22,7 +22,7 @@ def holitom(params: Mapping[str, Any], inputs: Tensors) -> dict[str, Tensor]:
 
 def _outer(params: Mapping[str, Any], inputs: Tensors) -> dict[str, Tensor]:
     features, attention = inputs["features"].float(), inputs["attn"].float()
-    frames, tokens, _ = features.shape
+    tokens = features.shape[1]
     if params.get("D_context_share"):
         raise ValueError("D_context_share > 0 crashes in the official code; there is no such mode here.")
     grid = params.get("newline") == "grid"

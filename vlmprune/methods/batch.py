@@ -15,10 +15,14 @@ from vlmprune.layout import VisualLayout
 from .first_layer import FirstLayer
 from .projector import ProjectorLayers
 
-AttentionKind = Literal["cls_attention", "cls_attention_one_head", "cls_logits", "received_attention", "mean_query_attention"]
+AttentionKind = Literal[
+    "cls_attention", "cls_attention_one_head", "cls_logits", "received_attention", "mean_query_attention"
+]
 VisionSignalKind = AttentionKind | Literal["keys", "states", "features", "cls_features", "kept_pixels"]
 
 ATTENTION_KINDS: frozenset[str] = frozenset(get_args(AttentionKind))
+# Signals for which all tokens ask.
+ALL_QUERIES_KINDS: frozenset[str] = frozenset({"received_attention", "mean_query_attention"})
 # Signals that have a row a tile and not one a token.
 TILE_KINDS: frozenset[str] = frozenset({"cls_features"})
 CLS_KINDS: frozenset[str] = frozenset({"cls_attention", "cls_attention_one_head", "cls_logits", "cls_features"})
@@ -33,6 +37,8 @@ class VisionSignal(NamedTuple):
             "cls_logits": the same before the softmax.
             "cls_attention_one_head": the same after it, queries and keys of all heads taken as those of a single head, `[1]`.
             "received_attention": mean over all queries of the softmaxed attention, `[heads]`.
+            "mean_query_attention": softmaxed attention of the mean of all queries of a picture or frame, `[heads]`; over the mean
+                keys of patches that become one visual token.
             "keys": keys as the attention uses them, rotary positions applied where there are any, `[heads * head_dim]`; of
                 patches that become one visual token the mean.
             "states": output of the layer, `[dim]`; of towers that encode equally large tiles.

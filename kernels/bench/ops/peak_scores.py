@@ -17,9 +17,7 @@ def plan(case: Case) -> Plan:
     near = min(NEIGHBOURS, case.tokens)
     return features.nbytes + 8 * case.batch * case.tokens**2, [
         Contender("ours", "", lambda: peak_scores(features, offsets, (near,) * case.batch)),
-        Contender(
-            "torch", "cdist", lambda: [by_differences(each, near) for each in features.split(case.tokens)]
-        ),
+        Contender("torch", "cdist", lambda: [by_differences(each, near) for each in features.split(case.tokens)]),
     ]
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -33,16 +33,22 @@ def in_position_order(kept: Tensor, values: Tensor, groups: Tensor) -> VideoRows
 
 
 def select_videos(batch: VisualBatch, select: Callable[[int], VideoRows]) -> Selection:
-    """Return the selection of a batch of videos, each of them chosen by `select(number)`."""
-    return packed_rows([select(video) for video in range(len(batch.counts))], batch.features.dtype)
+    """Return the selection of a batch of videos, each of them chosen by `select(number)`.
 
+    Values that the model adds to the visual tokens later on (DeepStack) are those of the kept tokens themselves.
+    """
+    videos = [select(video) for video in range(len(batch.counts))]
+    packed = torch.cat([rows.kept + start for rows, start in zip(videos, batch.offsets, strict=False)])
 
-def packed_rows(videos: Sequence[VideoRows], dtype: torch.dtype) -> Selection:
-    """Pack the rows of several videos."""
+    def merge(deep: Tensor) -> Tensor:
+        # As the official codes do: what joins the visual tokens later on is not merged.
+        return deep[packed.to(deep.device)]
+
     return Selection(
         kept=torch.cat([rows.kept for rows in videos]),
         counts=tuple(len(rows.kept) for rows in videos),
-        features=torch.cat([rows.values for rows in videos]).to(dtype),
+        features=torch.cat([rows.values for rows in videos]).to(batch.features.dtype),
+        merge=merge,
         groups=torch.cat([rows.groups for rows in videos]),
     )
 
@@ -50,5 +56,4 @@ def packed_rows(videos: Sequence[VideoRows], dtype: torch.dtype) -> Selection:
 def frames_of(batch: VisualBatch, video: int) -> tuple[Tensor, slice]:
     """Return the features `[frames, frame tokens, dim]` of one video, and its place among the packed tokens."""
     span = slice(batch.offsets[video], batch.offsets[video + 1])
-    frames = int(batch.layouts[video].frame[-1]) + 1
-    return batch.features[span].unflatten(0, (frames, -1)), span
+    return batch.features[span].unflatten(0, (batch.layouts[video].frames, -1)), span

@@ -29,8 +29,8 @@ class FastVID(InputMethod):
     """Keep the most attended tokens of every frame of a scene, and merge the others into density peaks of its anchor frames.
 
     A video is cut in scenes where the cosine of the mean tokens of neighbouring frames is below `tau`, and where they are
-    least alike until there are `scenes`. Each scene gets its part of the budget by its length; the share `context` of it goes to its
-    anchors, the last frame and every `step`-th before it. The other part is spread over the frames, which keep their most
+    least alike until there are `scenes`. Each scene gets its part of the budget by its length; the share `context` of it goes to
+    its anchors, the last frame and every `step`-th before it. The other part is spread over the frames, which keep their most
     attended tokens as they are. An anchor's centres are the density peaks of its other tokens. What the scene does not keep is
     merged into them: every token goes, once for each anchor, to the centre of highest cosine, and a centre with `m` tokens
     becomes `w` times itself and `1 - w` times their mean, `w` the larger of `1 / (m + 1)` and `beta`.
@@ -45,9 +45,11 @@ class FastVID(InputMethod):
     frame of tokens a scene at most.
 
     Attributes:
+        keep: the paper's r; 0.1 for LLaVA and 0.27 for Qwen2.5-VL there, 0.25 here.
         scenes: the paper's c, scenes at least, as far as there are frames; 8.
         tau: cosine of mean tokens below which a scene ends; None for the official 0.84 of the form "qwen", 0.9 of the others.
-        ignore: cosine from which on a frame counts as the next one again; the official 0.95. None, as in the other forms, for none.
+        ignore: cosine from which on a frame counts as the next one again; the official 0.95. None for never, as in the other
+            forms.
         context: the paper's d, share of the budget that is merged into; 0.4.
         step: the paper's p, from one anchor to the next; 4.
         beta: least weight of a centre; 0.6.
@@ -118,7 +120,9 @@ class FastVID(InputMethod):
 
     def lengths(self, alike: Sequence[float]) -> tuple[int, ...]:
         """Return the frames of each scene, from the cosine of every frame and the next one."""
-        return fastvid_scenes(alike, self.scenes, (0.84 if self.form == "qwen" else 0.9) if self.tau is None else self.tau)
+        return fastvid_scenes(
+            alike, self.scenes, (0.84 if self.form == "qwen" else 0.9) if self.tau is None else self.tau
+        )
 
     def shares(self, alike: Sequence[float], lengths: Sequence[int], tokens: int, budget: int) -> FrameShares:
         """Return how many tokens each frame keeps.

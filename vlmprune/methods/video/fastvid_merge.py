@@ -32,7 +32,7 @@ def context_centres(features: Tensor, salient: Tensor, counts: Sequence[int]) ->
         salient: bool `[frames, tokens]`.
         counts: centres per frame.
     """
-    frames, tokens, _ = features.shape
+    tokens = features.shape[1]
     anchor = torch.tensor([count > 0 for count in counts], device=features.device)
     free = (~salient & anchor[:, None]).flatten().nonzero().flatten()
     kept: list[int] = salient.sum(1).tolist()

@@ -60,7 +60,15 @@ def anchors_of(shown: Sequence[int], step: int) -> list[int]:
     return list(shown)[::-1][::step]
 
 
-def official_shares(form: Form, tokens: int, budget: int, share: float, shown: Sequence[Sequence[int]], lengths: Sequence[int], step: int) -> FrameShares:
+def official_shares(
+    form: Form,
+    tokens: int,
+    budget: int,
+    share: float,
+    shown: Sequence[Sequence[int]],
+    lengths: Sequence[int],
+    step: int,
+) -> FrameShares:
     """Return the shares by the arithmetic of an official code, which may lose some of the budget.
 
     Args:

@@ -55,13 +55,15 @@ class FlashVID(InputMethod):
     many tokens enter.
 
     Attributes:
+        keep: tokens that enter the language model; the paper's r times the official expansion of 1.25.
         alpha: share of the budget that is picked, in [0, 1]; the paper's 0.7.
         temporal_threshold: cosine above which a token joins one of the frame before; the paper's 0.8.
         segment_threshold: cosine of mean tokens below which a scene ends; the paper's 0.9. None for one scene.
         min_segments: scenes at least; None for the official 8, or 4 where the tower merges patches (Qwen).
         complementary: whether videos are cut further until there are `min_segments`.
-        picking: "attention_diversity_relevance" (the official `attn_div_v2`), "attention_diversity" (`attn_div`), "diversity" (`div`)
-            or "attention" (`attn`); None for the first, or the second where the tower merges patches, as in the official code.
+        picking: "attention_diversity_relevance" (the official `attn_div_v2`), "attention_diversity" (`attn_div`),
+            "diversity" (`div`) or "attention" (`attn`); None for the first, or the second where the tower merges patches, as in
+            the official code.
         faithful: the official arithmetic: counts are rounded up in every frame, so that more than `keep` stays; a tree gets its
             sum divided by one more than the tokens that joined its root directly; none of equally similar tokens joins where
             one is too many; in scenes of one frame picked tokens are merged too.
@@ -102,7 +104,9 @@ class FlashVID(InputMethod):
         check_number("alpha", self.alpha, "[0, 1]", "the share of the budget that is picked")
         check_number("temporal_threshold", self.temporal_threshold, "[-1, 1]", "a cosine")
         if self.segment_threshold is not None:
-            check_number("segment_threshold", self.segment_threshold, "[-1, 2)", "a cosine; above 1 every frame is a scene")
+            check_number(
+                "segment_threshold", self.segment_threshold, "[-1, 2)", "a cosine; above 1 every frame is a scene"
+            )
         if self.min_segments is not None:
             check_int("min_segments", self.min_segments, 1)
         check_flag("complementary", self.complementary)
@@ -132,11 +136,7 @@ class FlashVID(InputMethod):
 
     def plan(self, frames: int, tokens: int, budget: int) -> FramePlan:
         """Return how many tokens each of `frames` frames of `tokens` tokens keeps."""
-        if self.faithful:
-            # Shares made from counts carry rounding errors that must not cost a token.
-            shares = [min(tokens, ceil(budget / frames - 1e-9))] * frames
-        else:
-            shares = even_shares(budget, frames)
+        shares = [min(tokens, -(-budget // frames))] * frames if self.faithful else even_shares(budget, frames)
         picked = [min(share, ceil(share * self.alpha)) for share in shares]
         return FramePlan(tuple(picked), tuple(share - pick for share, pick in zip(shares, picked, strict=True)))
 

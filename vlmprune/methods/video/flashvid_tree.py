@@ -75,10 +75,7 @@ def flashvid_picks(
     if picking == "attention":
         return segmented_topk(attention.flatten(), offsets, counts)
     packed = features.flatten(0, 1)
-    if picking == "diversity":
-        weights = torch.ones_like(attention)
-    else:
-        weights = attention.float()
+    weights = torch.ones_like(attention) if picking == "diversity" else attention.float()
     relevance = None
     if picking == "attention_diversity_relevance":
         relevance = _relevance(features, lengths)
@@ -219,7 +216,7 @@ def flashvid_clusters(
         faithful: clusters are rounded up in every frame, and a tree is its sum over one more than the tokens that joined its
             root directly; else the clusters of a scene are as many as asked for and a tree is its mean.
     """
-    frames, tokens, dim = features.shape
+    frames, tokens, _ = features.shape
     device = features.device
     places = left.flatten().nonzero().flatten()
     slot = torch.full((frames * tokens,), -1, device=device)
@@ -231,7 +228,8 @@ def flashvid_clusters(
     sizes_of_frames: list[int] = left.sum(1).tolist()
     counts = _clusters_of_frames(sizes_of_frames, lengths, budgets, faithful)
     offsets = list(accumulate(sizes_of_frames, initial=0))
-    scores = peak_scores(values, offsets, [min(count, 7) or min(1, size) for count, size in zip(counts, sizes_of_frames, strict=True)])
+    near = [min(count, 7) or min(1, size) for count, size in zip(counts, sizes_of_frames, strict=True)]
+    scores = peak_scores(values, offsets, near)
     centres = segmented_topk(scores, offsets, counts)
     ends = list(accumulate(counts, initial=0))
     assigned = nearest_centre(values, offsets, centres, ends)

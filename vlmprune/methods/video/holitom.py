@@ -47,9 +47,10 @@ class HoliTom(InputMethod):
     density peaks (DPC-kNN), and a cluster is `beta` times its centre and `1 - beta` times the mean of the others; of the
     other places every frame keeps the tokens with the highest attention received, as they are.
 
-    A cluster takes the position (and M-RoPE id) of its centre in the first frame of its window, and tokens come in position order.
-    `order="official"` puts the clusters of a window before its other tokens, as values in the same kept positions: the official
-    order for LLaVA-OneVision, whose positions are counted anew. Deepstack features are those of the kept tokens themselves.
+    A cluster takes the position (and M-RoPE id) of its centre in the first frame of its window, and tokens come in position
+    order. `order="official"` puts the clusters of a window before its other tokens, as values in the same kept positions: the
+    official order for LLaVA-OneVision, whose positions are counted anew. Deepstack features are those of the kept tokens
+    themselves.
 
     `keep` counts the tokens that enter the language model and is met, except where still places kept once leave fewer than
     that: a clip that stands still keeps one frame of tokens at most. The paper drops once more inside the language model by
@@ -57,9 +58,10 @@ class HoliTom(InputMethod):
     merging is not offered here.
 
     Attributes:
+        keep: the paper's r; 0.1 to 0.25 there, 0.25 here.
         tau: cosine above which a place is still; the paper's 0.8, and 0.65 for 10 % of the tokens.
         beta: share of the centre in its cluster; the official 0.6.
-        neighbours: tokens that a density is taken over, at most; the official 7.
+        neighbours: the official K, tokens that a density is taken over, at most; 7.
         max_window: frames of a window at most; the official 1024.
         order: "position" or "official".
         faithful: the official counts: the share of still places is rounded half to even in every window, that of other places
@@ -124,9 +126,7 @@ class HoliTom(InputMethod):
             keep: tokens of the video to keep, as a number; with `faithful` also as a share.
         """
         still: list[int] = windows.still.sum(1).tolist()
-        moving = [
-            tokens - count for count, length in zip(still, windows.lengths, strict=True) for _ in range(length)
-        ]
+        moving = [tokens - count for count, length in zip(still, windows.lengths, strict=True) for _ in range(length)]
         total = tokens * len(moving)
         share = keep if isinstance(keep, float) else keep / total
         ratio = min(share / ((total - windows.saved) / total), 1.0)
@@ -172,6 +172,4 @@ class HoliTom(InputMethod):
     def feature_macs(self, scored: Scored) -> int:
         """Cosines of neighbouring frames, and the distances among still places, those of one frame at most."""
         frames = max(1, scored.tiles)
-        return sum(
-            (total + (total // frames) ** 2) * scored.dim for total, kept in scored.images if kept < total
-        )
+        return sum((total + (total // frames) ** 2) * scored.dim for total, kept in scored.images if kept < total)

@@ -39,7 +39,7 @@ def holitom_windows(features: Tensor, threshold: float, longest: int) -> Windows
         threshold: cosine to the same place in the next frame above which a place is still.
         longest: frames of a window at most.
     """
-    frames, tokens, _ = features.shape
+    frames = len(features)
     runs = _still_runs(features, threshold)
     reach = min(longest, frames)
     # Places that are still through the last `width` frames before and at each frame.
