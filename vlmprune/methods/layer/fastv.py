@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from math import ceil, floor
@@ -20,7 +20,11 @@ from vlmprune.methods.needs import LAST_TOKEN_BEFORE_CUT, STILL_IMAGES, Need
 from vlmprune.methods.selection_macs import ScoredLayers
 
 # How a solved share becomes a number of tokens; it carries rounding errors of its own, which must not cost or add one.
-_ROUNDINGS = {"round": round, "floor": lambda count: floor(count + 1e-9), "ceil": lambda count: ceil(count - 1e-9)}
+_ROUNDINGS: dict[str, Callable[[float], int]] = {
+    "round": round,
+    "floor": lambda count: floor(count + 1e-9),
+    "ceil": lambda count: ceil(count - 1e-9),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
