@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from transformers import PreTrainedConfig
 
 from vlmprune.methods.attention_method import AttentionMethod
 from vlmprune.methods.base import Method
+from vlmprune.methods.needs import PIXELS
 
 from .families import vision_cost
 from .language import LanguageShape
@@ -71,6 +72,8 @@ def request_cost(
     Raises:
         UnknownNameError: the model type is not supported.
     """
+    if images and method is not None and any(PIXELS in part.needs for part in method.parts()):
+        work = replace(work, kept=tuple(kept for _, kept in images))
     vision, projector = vision_cost(config).macs(config, work, encoder_part(method))
     shape = LanguageShape.from_config(config)
     tokens = [n + text_tokens for n in visual_tokens]

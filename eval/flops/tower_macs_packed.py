@@ -66,7 +66,8 @@ class PackedTower:
     ) -> tuple[int, int]:
         """MACs of the tower, and of all its mergers.
 
-        Windows lose tokens as the picture has it; here each loses the same share. Attention with a bias is wider.
+        Windows lose tokens as the picture has it; here each loses the same share. Attention with a bias is wider. Patches are
+        embedded all, before any is dropped.
 
         Args:
             work: what the tower is given.
@@ -75,17 +76,20 @@ class PackedTower:
         """
         patches = sum(frames * rows * columns for frames, rows, columns in work.grids)
         tower = patches * self.patch_values * self.hidden
-        for grid in work.grids:
+        tokens = [frames * rows * columns // self.merge**2 for frames, rows, columns in work.grids]
+        chosen = work.kept or tokens
+        for grid, total, kept in zip(work.grids, tokens, chosen, strict=True):
             frames, rows, columns = grid
             whole = rows * columns
-            for layer, (attended, wide) in enumerate(self._left((rows, columns), method, facts)):
+            for layer, counts in enumerate(self._left((rows, columns), method, facts)):
+                attended, wide = (count * kept // total for count in counts)
                 tower += frames * (attended * 4 * self.hidden**2 + wide * self.ffn_weights)
                 runs = self.segments(VisionWork(grids=(grid,)), layer)
                 width = self.hidden
                 if method is not None and facts is not None and method.proportional and attended < whole:
                     width += facts.heads * 2 * EXTRA
                 tower += sum(2 * (length * attended // whole) ** 2 * width for length in runs)
-        return tower, self.mergers * (patches // self.merge**2) * self.merger_macs
+        return tower, self.mergers * sum(chosen) * self.merger_macs
 
     def _left(
         self, grid: tuple[int, int], method: EncoderMethod | None, facts: TowerFacts | None

@@ -16,12 +16,14 @@ class VisionWork:
     """Pictures of one request as the tower sees them.
 
     `crops`: pictures of the tower's fixed size (tiles and video frames included), or of `side` patches along their sides.
-    `grids`: (frames, rows, columns) of patches of every picture or video, for towers that take any size.
+    `grids`: (frames, rows, columns) of patches of every picture or video, for towers that take any size. `kept`: visual tokens
+    of each of them that the tower's blocks run on, where a method drops the others before the tower.
     """
 
     crops: int = 0
     side: int | None = None
     grids: tuple[tuple[int, int, int], ...] = ()
+    kept: tuple[int, ...] | None = None
 
 
 def one_crop_each(config: PreTrainedConfig, inputs: Mapping[str, Any], images: Sequence[int]) -> list[VisionWork]:

@@ -24,13 +24,14 @@ from transformers import PreTrainedConfig, PreTrainedModel
 import vlmprune
 from vlmprune.eval.flops import VisionWork, request_cost
 from vlmprune.eval.models.random_weights import build_random, preset_config
+from vlmprune.eval.run.cells import parse_keeps
 from vlmprune.eval.run.csv_lines import add_to_csv, flattened, this_run
 from vlmprune.eval.run.table_style import cost_style
 from vlmprune.methods.encoder_method import EncoderMethod
 from vlmprune.methods.registry import METHODS, make_method
 from vlmprune.patches.families.registry import family_of_config
 
-from .rounds import clocked, run_rounds, spread
+from .rounds import run_rounds, spread, worked
 
 # Patches along a side of the picture that a tower over pictures of any size is given: about 672 pixels.
 SIDE = 48
@@ -46,7 +47,7 @@ class TowerTime:
         output: what it hands on.
         dtype: of the weights.
         gflops: of tower and projector, counted.
-        time: milliseconds of encoding one picture: median and quartiles.
+        time: milliseconds of encoding one picture, on a CPU those that its threads work: median and quartiles.
         speedup: how many times faster than the unpatched tower of the same round: median and quartiles.
         rounds: how many of them.
     """
@@ -98,7 +99,7 @@ def measure_towers(
         method = chosen[index]
         applied: AbstractContextManager[Any] = nullcontext() if method is None else vlmprune.pruned(model, method)
         with applied:
-            took = clocked(lambda: inner.get_image_features(**inputs), model.device)
+            took = worked(lambda: inner.get_image_features(**inputs), model.device)
         if counts:
             times[index].append(took)
         return True
@@ -171,7 +172,7 @@ def tower_table(rows: Sequence[TowerTime]) -> Table:
 def main(
     preset: Annotated[str, typer.Option(help="A true architecture with random weights.")] = "llava-1.5-7b",
     methods: Annotated[str, typer.Option(help="Methods by comma; all that act in the tower by default.")] = "all",
-    keep: Annotated[float, typer.Option(help="Average share of tokens.")] = 0.5,
+    keep: Annotated[str, typer.Option(help="Average shares of tokens, by comma.")] = "0.5",
     output: Annotated[str, typer.Option(help="full or merged.")] = "full",
     dtype: Annotated[str, typer.Option(help="float32, bfloat16, by comma.")] = "float32,bfloat16",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, ...")] = "cpu",
@@ -187,7 +188,7 @@ def main(
         torch.set_num_threads(threads)
     acting = [name for name, cls in METHODS.items() if issubclass(cls, EncoderMethod)]
     names = acting if methods == "all" else methods.split(",")
-    made = [make_method(name, keep, output=output) for name in names]
+    made = [make_method(name, budget, output=output) for budget in parse_keeps(keep) for name in names]
     chosen = [method for method in made if isinstance(method, EncoderMethod)]
     console = Console(width=110)
     for each in dtype.split(","):

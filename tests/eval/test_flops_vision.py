@@ -16,6 +16,7 @@ from transformers import (
     SiglipVisionConfig,
 )
 
+import vlmprune
 from support.tiny_configs import MAKERS, TOWER, tiny_config
 from vlmprune.errors import UnknownNameError
 from vlmprune.eval.flops import VisionWork, request_cost, vision_cost
@@ -89,6 +90,19 @@ def test_packed_towers_match_the_counter_on_videos_and_cut_windows(model_type, g
     pixels = torch.zeros(frames * grid[0] * grid[1], 3 * 2 * 4 * 4)
     total = counted(lambda: model.model.visual(pixels, grid_thw=torch.tensor([shape])))
     assert total == 2 * sum(vision_cost(model.config).macs(model.config, VisionWork(grids=(shape,))))
+
+
+@pytest.mark.parametrize("model_type", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
+def test_patches_dropped_before_the_tower_are_not_counted(model_type):
+    model, shapes = eager(model_type), [(1, 8, 12), (1, 4, 4)]
+    pixels = torch.randn(112, 3 * 2 * 4 * 4)
+    with vlmprune.pruned(model, "pixelprune", keep=9 / 24):
+        total = counted(lambda: model.model.get_image_features(pixels, torch.tensor(shapes)))
+    method, kept = vlmprune.methods.PixelPrune(keep=9 / 24), [(24, 9), (4, 2)]
+    cost = request_cost(model.config, VisionWork(grids=tuple(shapes)), [11] * 3, 1, method=method, images=kept)
+    # Windows do not all lose the same share.
+    assert 2 * (cost.vision + cost.projector) == pytest.approx(total, rel=0.02 if model_type == "qwen2_5_vl" else 0)
+    assert total < counted(lambda: model.model.get_image_features(pixels, torch.tensor(shapes))) / 2
 
 
 @pytest.mark.parametrize("name", ["llava-next-7b", "llava-onevision-0.5b"])
