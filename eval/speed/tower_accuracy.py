@@ -11,6 +11,7 @@ from __future__ import annotations
 import csv
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -106,7 +107,7 @@ def measure_cells(
         with cells[index].applied_to(model):
             # One untimed picture after a method is put on.
             encode_images(model, inputs[index][0])
-            took = [worked(lambda given=given: encode_images(model, given), model.device) for given in inputs[index]]
+            took = [worked(partial(encode_images, model, given), model.device) for given in inputs[index]]
         if counts:
             times[index].append(sum(took) / len(took))
         return True

@@ -34,7 +34,7 @@ def render_screen(scene: Scene) -> np.ndarray:
         along, down = np.arange(x0, x1) + 0.5 - thing.x, np.arange(y0, y1) + 0.5 - thing.y
         distance = signed_distance(thing.shape, along[None, :], down[:, None], thing.radius)
         cover = np.clip(0.5 - distance, 0, 1).astype(np.float32)[:, :, None]
-        image[y0:y1, x0:x1] += cover * (np.float32(COLOURS[COLOUR_NAMES[thing.colour]]) - image[y0:y1, x0:x1])
+        image[y0:y1, x0:x1] += cover * (np.array(COLOURS[COLOUR_NAMES[thing.colour]], np.float32) - image[y0:y1, x0:x1])
     ink = 245.0 if scene.light_ink else 10.0
     for number, glyph in enumerate(scene.text):
         x = scene.text_x + number * GLYPH_SIZE
