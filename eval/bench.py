@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -27,15 +28,16 @@ from vlmprune.eval.reports.summary import Row, cell_result, make_rows, summarise
 from vlmprune.eval.run.cells import BASELINES, Cell, LeftOut, make_cells, not_reachable, usable_cells
 from vlmprune.eval.run.progress import progress_bar
 from vlmprune.eval.run.ranks import Ranks
-from vlmprune.eval.run.result_folder import ResultFolder, read_json, write_json
+from vlmprune.eval.run.result_folder import ResultFolder
 from vlmprune.eval.run.text_towers import equipped, text_tower_of
-from vlmprune.eval.speed.cell_times import time_cells
+from vlmprune.eval.speed.bench_times import timed_cells, turns_of_tasks
 
 
 @dataclass(frozen=True)
 class BenchOptions:
-    """What to run. `limit` is a number of items per task; `timing_seconds` 0 measures no time.
+    """What to run.
 
+    `limit` is a number of items per task; `timing_seconds` 0 measures no time; `random_seeds` is how often `random` is run.
     `text_tower` is the folder or hub name of the CLIP model that the vision tower came from, for methods that need it.
     """
 
@@ -53,6 +55,8 @@ class BenchOptions:
     task_folders: Sequence[str] = ()
     text_tower: str | None = None
     timing_seconds: float = 30.0
+    timing_batch_sizes: Sequence[int] = (1,)
+    random_seeds: int = 3
     command: Sequence[str] = field(default_factory=lambda: tuple(sys.argv))
 
 
@@ -76,39 +80,19 @@ def run_bench(options: BenchOptions, console: Console | None = None) -> list[Row
     described = configuration(options, loaded, tasks)
     ranks.require_same("the configuration", described)
     ranks.require_same("the cells", [cell.label for cell in cells])
-    folder = ranks.on_main(lambda: ResultFolder(options.out, described))
-    bench = _Bench(
-        options,
-        loaded,
-        cells,
-        tasks,
-        folder,
-        console or Console(stderr=True, quiet=not ranks.is_main),
-        ranks,
-        left_out,
-    )
-    model_seconds = bench.answer()
-    rows: list[Row] = []
-    if ranks.is_main:
-        answered = time.perf_counter()
-        timing = bench.time()
-        timing_seconds = time.perf_counter() - answered
-        stored = [{**folder.read(cell), "timing": timing.get(cell.label)} for cell in bench.answered]
-        rows = make_rows(stored, timing)
-        write_results(
-            options.command,
-            folder,
-            rows,
-            left_out,
-            {
-                "all": time.perf_counter() - started,
-                "answering_inside_the_model": model_seconds,
-                "measuring_times": timing_seconds,
-            },
-        )
-        print_tables(rows, folder.path, left_out)
+    folder = ranks.on_main(lambda: ResultFolder(options.out, described, required=STORED))
+    console = console or Console(stderr=True, quiet=not ranks.is_main)
+    bench = _Bench(options, loaded, cells, tasks, folder, console, ranks, left_out)
+    with ExitStack() as stack:
+        if ranks.is_main:
+            stack.enter_context(folder.locked())
+        rows = bench.run(started)
     ranks.close()
     return rows
+
+
+STORED = {"method": str, "title": str, "parameters": dict, "tasks": dict, "cost": dict}
+"""What a stored cell must hold."""
 
 
 def run_on_data(options: BenchOptions, data: Path, new_tokens: int = 32) -> list[Fidelity]:
@@ -125,7 +109,7 @@ def load_with_cells(options: BenchOptions) -> tuple[LoadedModel, list[Cell], lis
     loaded = load_model(options.model, options.dtype, options.device, options.batch_size)
     served = vlmprune.list_methods(loaded.model)
     baselines = [name for name in BASELINES if options.baselines and name in served]
-    cells = make_cells(options.methods, options.keeps, options.seed, baselines)
+    cells = make_cells(options.methods, options.keeps, options.seed, baselines, options.random_seeds)
     cells = equipped(cells, text_tower_of(loaded.source, options.text_tower), loaded.processor)
     return loaded, *usable_cells(loaded.model, cells, options.methods)
 
@@ -161,6 +145,26 @@ class _Bench:
         """The cells without those that turned out to be out of reach for some picture."""
         missing = {(item.title, repr(item.keep)) for item in self.left_out}
         return [cell for cell in self.cells if (cell.title, repr(cell.keep)) not in missing]
+
+    def run(self, started: float) -> list[Row]:
+        """Answer, measure times, write and print; rows in the first process. The tables hold all cells of the folder."""
+        model_seconds = self.answer()
+        if not self.ranks.is_main:
+            return []
+        tower = text_tower_of(self.loaded.source, self.options.text_tower)
+        earlier = equipped(self.folder.others(self.answered), tower, self.loaded.processor)
+        cells = in_order([*self.answered, *earlier])
+        answered = time.perf_counter()
+        timing = self.time(cells)
+        seconds = {
+            "all": answered - started,
+            "answering_inside_the_model": model_seconds,
+            "measuring_times": time.perf_counter() - answered,
+        }
+        rows = make_rows([self.folder.read(cell) for cell in cells], timing)
+        write_results(self.options.command, self.folder, rows, self.left_out, seconds)
+        print_tables(rows, self.folder.path, self.left_out)
+        return rows
 
     def answer(self) -> float:
         """Answer all items in every cell that is not stored yet; returns the seconds spent inside the model."""
@@ -206,34 +210,26 @@ class _Bench:
             average = sum(score.score for score in scores.values()) / len(scores)
             self.console.print(f"{what}: accuracy {100 * average:.1f} %, {seconds:.1f} s", markup=False)
 
-    def time(self) -> dict[str, Any]:
-        """Times of all cells, measured now unless all are stored: times of different runs must not be compared."""
-        if not self.options.timing_seconds:
+    def time(self, cells: Sequence[Cell]) -> dict[str, Any]:
+        """Times of these cells (see `timed_cells`); none where no time is given to it."""
+        options = self.options
+        if not options.timing_seconds:
             return {}
-        file = self.folder.path / "timing.json"
-        stored: dict[str, Any] = read_json(file) if file.exists() else {}
-        cells = self.answered
-        if all(cell.label in stored for cell in cells):
-            return stored
-        task = next(iter(self.tasks.values()))
-        document = (task.test_docs() if task.has_test_docs() else task.validation_docs())[0]
-        model, processor = self.loaded.model, self.loaded.processor
+        return timed_cells(
+            LiveModel(self.loaded.model, self.loaded.processor),
+            partial(turns_of_tasks, self.tasks, options.limit),
+            cells,
+            options.timing_batch_sizes,
+            options.timing_seconds,
+            self.folder.path / "timing.json",
+            self.console,
+        )
 
-        def inputs_of(cell: Cell) -> dict[str, Any]:
-            live = LiveModel(model, processor, resolution=cell.resolution(model, processor))
-            return live.encode_turn(str(task.doc_to_text(document)), task.doc_to_visual(document))
 
-        with progress_bar(self.console) as progress:
-            bar = progress.add_task(f"{'timing, rounds over all cells':<32}", total=None)
-            timing = time_cells(
-                model,
-                inputs_of,
-                cells,
-                self.options.timing_seconds,
-                lambda done, rounds: progress.update(bar, completed=done, total=rounds),
-            )
-        write_json(file, timing)
-        return timing
+def in_order(cells: Sequence[Cell]) -> list[Cell]:
+    """Cells of one title beside each other, titles and cells in the order in which they first occur."""
+    titles = list(dict.fromkeys(cell.title for cell in cells))
+    return sorted(cells, key=lambda cell: titles.index(cell.title))
 
 
 def _items(task: Any, limit: int | None) -> int:

@@ -52,6 +52,16 @@ def _require_extra(extra: str, *modules: str) -> None:
             raise missing_extra(extra, module)
 
 
+def _batch_sizes(option: str, text: str) -> list[int]:
+    try:
+        sizes = sorted({int(part) for part in text.split(",")})
+    except ValueError:
+        sizes = []
+    if not sizes or sizes[0] < 1:
+        raise typer.BadParameter(f"{option} {text!r}; allowed: whole numbers from 1, by comma.")
+    return sizes
+
+
 def _print_version(wanted: bool) -> None:
     if wanted:
         typer.echo(f"vlmprune {vlmprune.__version__}")
@@ -112,6 +122,8 @@ def bench(
     timing_seconds: Annotated[
         float, typer.Option(min=0, help="Time spent on measuring latency; 0 leaves it out.")
     ] = 30.0,
+    timing_batch_size: Annotated[str, typer.Option(help="Batch sizes by comma at which times are measured.")] = "1",
+    random_seeds: Annotated[int, typer.Option(min=1, help="Seeds that random is run with.")] = 3,
 ) -> None:
     """Measure accuracy and cost of a model, unpruned and pruned, through lmms-eval."""
     with _clear_errors():
@@ -138,6 +150,8 @@ def bench(
                 task_folders=include_path or (),
                 text_tower=text_tower,
                 timing_seconds=timing_seconds,
+                timing_batch_sizes=_batch_sizes("--timing-batch-size", timing_batch_size),
+                random_seeds=random_seeds,
             )
         )
 
@@ -169,12 +183,7 @@ def latency(
     with _clear_errors():
         if (model is None) == (random_weights is None):
             raise typer.BadParameter("Name one of --model and --random-weights.")
-        try:
-            sizes = sorted({int(part) for part in batch_size.split(",")})
-        except ValueError:
-            sizes = []
-        if not sizes or sizes[0] < 1:
-            raise typer.BadParameter(f"--batch-size {batch_size!r}; allowed: whole numbers from 1, by comma.")
+        sizes = _batch_sizes("--batch-size", batch_size)
         from vlmprune.eval.run.cells import make_cells, parse_keeps, parse_methods, usable_cells
 
         wanted = parse_methods(methods)

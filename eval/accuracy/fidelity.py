@@ -18,6 +18,7 @@ from vlmprune.eval.flops import equivalent_tokens
 from vlmprune.eval.models.loading import LoadedModel
 from vlmprune.eval.run.cells import Cell, LeftOut, not_reachable
 from vlmprune.eval.run.csv_lines import write_csv
+from vlmprune.eval.run.figures import keep_text
 from vlmprune.eval.run.machine import describe_machine
 from vlmprune.eval.run.progress import progress_bar
 from vlmprune.eval.run.ranks import Ranks
@@ -214,7 +215,7 @@ def fidelity_table(rows: Sequence[Fidelity]) -> Table:
     for row, following in zip(rows, [*rows[1:], None], strict=True):
         table.add_row(
             row.title,
-            "-" if row.keep is None else f"{row.keep:g}",
+            keep_text(row.keep),
             f"{row.visual_tokens:.0f}",
             f"{100 * row.same_answer:.1f}",
             f"{100 * row.same_first_token:.1f}",

@@ -100,11 +100,15 @@ class LiveModel(lmms):
         # lmms-eval 0.7 turns a bare (number, bool) into a string; what is wrapped it hands on as it is.
         return [GenerationResult(result) for result in results]
 
-    def encode_turn(self, text: str, visuals: Sequence[Any] | None) -> dict[str, Any]:
-        """The processor's output for one user turn, on the model's device."""
-        messages, images = user_turn(text, visuals)
-        question = Question(0, "", 0, messages, images, False)
-        return self._encode(self._prompts([question]), [question])
+    @property
+    def model(self) -> PreTrainedModel:
+        """The model."""
+        return self._model
+
+    def encode_turns(self, turns: Sequence[tuple[str, Sequence[Any] | None]]) -> dict[str, Any]:
+        """The processor's output for a batch of user turns (text and pictures), on the model's device."""
+        batch = [Question(i, "", 0, *user_turn(text, visuals), False) for i, (text, visuals) in enumerate(turns)]
+        return self._encode(self._prompts(batch), batch)
 
     @torch.inference_mode()
     def reply(

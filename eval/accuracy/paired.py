@@ -7,32 +7,63 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-RESAMPLES = 2000
+from .paired_intervals import difference_interval, ratio_interval
+
+NO_ITEM_SCORES = "no score for each item"
+OTHER_ITEMS = "other items were answered"
+FULL_NEAR_ZERO = "none: the full model's score cannot be told from 0"
+BOTH_DIRECTIONS = "none: more is better in some tasks, less in others"
 
 
-def compare_paired(tasks: Mapping[str, Any], full: Mapping[str, Any], seed: int = 0) -> dict[str, Any] | None:
-    """Difference and ratio to the unpruned model with 95 % bootstrap intervals, and how many items turned right or wrong.
+def compare_paired(tasks: Mapping[str, Any], full: Mapping[str, Any]) -> dict[str, Any]:
+    """Difference and ratio of the means, with 95 % intervals, and how many items turned right or wrong.
 
-    `tasks` and `full` are stored results by task, with `samples` of `doc_id` and `score`. Items are resampled within
-    each task, the same ones for both models; tasks weigh equally. None where some item has no score of its own, or where the
-    two runs did not answer the same items.
+    `tasks` and `full` are stored results by task, with `samples` of `doc_id` and `score`. Tasks weigh equally. `ratio` is the
+    mean of the scores over the full model's mean (turned round where less is better), and `ratio_95` its interval; where
+    one of them does not exist it is None, and `ratio_reason` says why. Where nothing can be compared the result is
+    `{"reason": words}`.
     """
     pairs = paired_scores(tasks, full)
     if pairs is None:
-        return None
-    generator = np.random.default_rng(seed)
-    differences, ratios = [], []
-    for sign, scores in pairs:
-        picks = generator.integers(0, len(scores), (RESAMPLES, len(scores)))
-        means = scores[picks].mean(1)
-        differences.append(sign * (means[:, 0] - means[:, 1]))
-        above, below = (means[:, 0], means[:, 1]) if sign > 0 else (means[:, 1], means[:, 0])
-        ratios.append(np.divide(above, below, out=np.full(RESAMPLES, np.nan), where=below != 0))
-    return {
+        return {"reason": why_not_paired(tasks, full)}
+    scores = [task for _, task in pairs]
+    signs = {sign for sign, _ in pairs}
+    scale = largest_change(scores)
+    low, high = difference_interval([sign * task for sign, task in pairs], scale)
+    result: dict[str, Any] = {
         **counted_changes(pairs)._asdict(),
-        "difference_95": _interval(np.mean(differences, axis=0)),
-        "relative_95": _interval(np.mean(ratios, axis=0)),
+        "difference_95": [low, high],
+        "ratio": None,
+        "ratio_95": None,
+        "ratio_reason": None,
     }
+    if len(signs) > 1:
+        return {**result, "ratio_reason": BOTH_DIRECTIONS}
+    ordered = scores if signs == {1.0} else [task[:, ::-1] for task in scores]
+    above, below = np.mean([task.mean(0) for task in ordered], axis=0)
+    interval = ratio_interval(ordered, scale)
+    return {
+        **result,
+        "ratio": float(above / below) if below else None,
+        "ratio_95": list(interval) if interval else None,
+        "ratio_reason": None if interval else FULL_NEAR_ZERO,
+    }
+
+
+def why_not_paired(tasks: Mapping[str, Any], full: Mapping[str, Any]) -> str:
+    """Why `paired_scores` gives nothing for two runs."""
+    for name, task in tasks.items():
+        ours = {sample["doc_id"] for sample in task["samples"]}
+        if ours != {sample["doc_id"] for sample in full.get(name, {}).get("samples", [])}:
+            return OTHER_ITEMS
+    return NO_ITEM_SCORES
+
+
+def largest_change(scores: Sequence[np.ndarray]) -> float:
+    """The largest change that an item can make: 1 for scores between 0 and 1, else the range that was seen."""
+    seen = np.concatenate(scores)
+    low, high = min(0.0, float(seen.min())), max(0.0, float(seen.max()))
+    return 1.0 if low == 0 and high <= 1 else high - low
 
 
 class Changes(NamedTuple):
@@ -73,10 +104,3 @@ def paired_scores(tasks: Mapping[str, Any], other: Mapping[str, Any]) -> list[tu
         sign = 1.0 if task["higher_is_better"] else -1.0
         pairs.append((sign, np.array([[ours[key], theirs[key]] for key in ours], dtype=float)))
     return pairs
-
-
-def _interval(values: np.ndarray) -> list[float] | None:
-    if np.isnan(values).any():
-        return None
-    low, high = np.quantile(values, [0.025, 0.975])
-    return [float(low), float(high)]

@@ -17,6 +17,7 @@ from .synthetic_request import synthetic_request
 
 GIB = 2**30
 CGROUP = Path("/sys/fs/cgroup")
+PROCESS = Path("/proc/self/status")
 TYPICAL_IMAGE = (672, 672)
 TYPICAL_TEXT = 128
 
@@ -155,23 +156,26 @@ def _kilobytes(file: Path, name: str) -> int | None:
 
 
 class PeakMemory:
-    """The highest memory use since `start`: of the GPU's allocator, or of the whole process where there is no GPU."""
+    """How far memory use rose since `start`: of the GPU's allocator, or of the process where there is no GPU."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
 
     def start(self) -> None:
-        """Forget earlier peaks."""
+        """Forget earlier peaks, and note what is in use."""
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
+            self._before: int | None = int(torch.cuda.memory_allocated(self.device))
         else:
-            self._resets = _reset_peak()
+            self._before = _kilobytes(PROCESS, "VmRSS:") if _reset_peak() else None
 
     def read(self) -> int | None:
         """Bytes; None where the system cannot tell."""
         if self.device.type == "cuda":
-            return int(torch.cuda.max_memory_allocated(self.device))
-        return _kilobytes(Path("/proc/self/status"), "VmHWM:") if self._resets else None
+            peak: int | None = int(torch.cuda.max_memory_allocated(self.device))
+        else:
+            peak = _kilobytes(PROCESS, "VmHWM:")
+        return max(peak - self._before, 0) if peak is not None and self._before is not None else None
 
 
 def _reset_peak() -> bool:

@@ -9,7 +9,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from vlmprune.eval.accuracy.against_baselines import Comparison, compare_with_baselines
+from vlmprune.eval.accuracy.against_baselines import Comparison, compare_all, compare_with_baselines
 from vlmprune.eval.run.cells import COMPARED, LeftOut
 from vlmprune.eval.run.machine import describe_machine
 from vlmprune.eval.run.result_folder import ResultFolder, write_json
@@ -17,7 +17,15 @@ from vlmprune.eval.run.result_folder import ResultFolder, write_json
 from .html_page import write_report
 from .plots import plot_pareto
 from .summary import Row, results_csv
-from .tables import accuracy_tables, as_markdown, baseline_table, cost_table
+from .tables import (
+    accuracy_tables,
+    as_markdown,
+    baseline_table,
+    best_table,
+    cost_table,
+    paired_table,
+    time_tables,
+)
 
 PLOTS: dict[str, tuple[Callable[[Row], float | None], str]] = {
     "accuracy_vs_flops.png": (
@@ -58,9 +66,12 @@ def write_results(
             "flops": "2 per multiply-accumulate; matrix and attention products, also of selecting; attention in full, not causal",
             "visual_tokens_after": "mean over language-model layers and requests",
             "relative": "mean over tasks of score / score of the unpruned model",
-            "paired": "against the unpruned model on the same items; 95 % intervals by bootstrap within tasks",
+            "ratio": "mean score / mean score of the unpruned model (of full)",
+            "paired": "against the unpruned model on the same items; 95 % intervals with one changed item added in "
+            "each direction (Bonett and Price; Fieller for the ratio)",
             "against_baselines": "exact sign test on the same items, adjusted for all comparisons (false discovery rate 5 %)",
-            "times": "milliseconds at batch size 1, medians with quartiles, all cells in turn within one run",
+            "methods_compared": "every two cells of one budget, the same tests adjusted for all of them",
+            "times": "milliseconds, medians with quartiles over rounds and requests, all cells in turn within one run",
             "formulas": "as published, on visual tokens only; they are multiply-accumulates",
         },
         "cells": [
@@ -73,11 +84,15 @@ def write_results(
                 "average": row.average,
                 "relative": row.relative,
                 "paired": row.paired,
+                "timing": row.times or None,
             }
             for row in rows
         ],
         "against_baselines": [
             {**asdict(comparison), "verdict": comparison.verdict} for comparison in _comparisons(rows)
+        ],
+        "methods_compared": [
+            {**asdict(comparison), "verdict": comparison.verdict} for comparison in _all_comparisons(rows)
         ],
         "left_out": [item.described() for item in left_out],
     }
@@ -96,7 +111,12 @@ def _comparisons(rows: Sequence[Row]) -> list[Comparison]:
     return compare_with_baselines([row.result for row in rows], COMPARED)
 
 
+def _all_comparisons(rows: Sequence[Row]) -> list[Comparison]:
+    return compare_all([row.result for row in rows])
+
+
 def _tables(rows: Sequence[Row]) -> list[Table]:
     comparisons = _comparisons(rows)
     against = [baseline_table(comparisons)] if comparisons else []
-    return [*accuracy_tables(rows), *against, cost_table(rows)]
+    found = [*accuracy_tables(rows), paired_table(rows), *against, best_table(_all_comparisons(rows)), cost_table(rows)]
+    return [table for table in (*found, *time_tables(rows)) if table is not None]

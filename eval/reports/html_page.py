@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from vlmprune.errors import VlmpruneError
+from vlmprune.eval.run.figures import keep_text, percent, with_quartiles
 from vlmprune.eval.run.result_folder import read_json
 
 from .summary import NOT_COUNTED
+from .tables import paired_texts
 
 Run = dict[str, Any]
 Column = tuple[str, Callable[[Run], Any]]
@@ -85,9 +87,14 @@ def _accuracy(content: Run, folder: Path) -> str:
         *_identity(),
         *((name, lambda cell, name=name: _percent(cell["tasks"][name]["score"])) for name in tasks),
         ("mean", lambda cell: _percent(cell["average"])),
-        ("of full", lambda cell: _percent(cell["relative"])),
-        ("95 %", lambda cell: _percents((cell.get("paired") or {}).get("relative_95"))),
-        ("better / worse items", lambda cell: _changes(cell.get("paired"))),
+    ]
+    against = [cell for cell in cells if cell.get("paired")]
+    paired: list[Column] = [
+        *_identity(),
+        *(
+            (name, lambda cell, place=place: paired_texts(cell["paired"])[place])
+            for place, name in enumerate(("points", "95 %", "of full %", "95 %", "better", "worse", "items"))
+        ),
     ]
     cost: list[Column] = [
         *_identity(),
@@ -118,6 +125,7 @@ def _accuracy(content: Run, folder: Path) -> str:
         _facts(facts)
         + "<h3>Accuracy (%)</h3>"
         + _table(accuracy, cells)
+        + ("<h3>Against the unpruned model on the same items</h3>" + _table(paired, against) if against else "")
         + plots
         + "<h3>Cost of one request</h3>"
         + _table(cost, cells)
@@ -145,7 +153,7 @@ FLOPS = {
 def _fidelity(content: Run, folder: Path) -> str:
     columns: list[Column] = [
         ("method", lambda row: row["title"]),
-        ("keep", lambda row: "-" if row["keep"] is None else f"{row['keep']:g}"),
+        ("keep", lambda row: keep_text(row["keep"])),
         ("visual tokens", lambda row: f"{row['visual_tokens']:.1f}"),
         ("same answer %", lambda row: _percent(row["same_answer"])),
         ("same first token %", lambda row: _percent(row["same_first_token"])),
@@ -169,7 +177,7 @@ def _fidelity(content: Run, folder: Path) -> str:
 def _latency(content: Run, folder: Path) -> str:
     columns: list[Column] = [
         ("method", lambda row: row["title"]),
-        ("keep", lambda row: "-" if row["keep"] is None else f"{row['keep']:g}"),
+        ("keep", lambda row: keep_text(row["keep"])),
         ("picture", lambda row: "x".join(map(str, row["image_size"]))),
         ("batch", lambda row: row["batch_size"]),
         ("tokens before", lambda row: row["visual_tokens_before"]),
@@ -183,7 +191,7 @@ def _latency(content: Run, folder: Path) -> str:
             }.items()
         ),
         ("KV MiB", lambda row: f"{row['kv_cache_bytes'] / 2**20:.1f}"),
-        ("peak GiB", lambda row: "-" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 2**30:.2f}"),
+        ("peak GiB above", lambda row: "unknown" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 2**30:.3g}"),
     ]  # fmt: skip
     facts = {
         "model": f"{content['model']} ({content['dtype']}, {content['device']})",
@@ -197,7 +205,7 @@ def _latency(content: Run, folder: Path) -> str:
 def _identity() -> list[Column]:
     return [
         ("method", lambda cell: cell["title"]),
-        ("keep", lambda cell: "-" if cell["keep"] is None else f"{cell['keep']:g}"),
+        ("keep", lambda cell: keep_text(cell["keep"])),
         ("tokens before", lambda cell: f"{cell['cost']['visual_tokens_before']:.0f}"),
         ("after", lambda cell: f"{cell['cost']['visual_tokens_after']:.1f}"),
     ]
@@ -233,15 +241,7 @@ def _picture(path: Path) -> str:
 
 
 def _percent(value: float | None) -> str:
-    return "-" if value is None else f"{100 * value:.1f}"
-
-
-def _percents(values: Sequence[float] | None) -> str:
-    return "-" if not values else " to ".join(_percent(value) for value in values)
-
-
-def _changes(paired: Run | None) -> str:
-    return "-" if not paired else f"{paired['better']} / {paired['worse']} of {paired['items']}"
+    return "none" if value is None else percent(value)
 
 
 def _giga(value: float | None) -> str:
@@ -249,5 +249,4 @@ def _giga(value: float | None) -> str:
 
 
 def _spread(row: Run | None, key: str) -> str:
-    values = (row or {}).get(key)
-    return "-" if not values else f"{values['median']:.2f} ({values['q25']:.2f} to {values['q75']:.2f})"
+    return with_quartiles((row or {}).get(key))

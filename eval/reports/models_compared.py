@@ -6,12 +6,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from vlmprune.eval.run.figures import keep_text
 from vlmprune.eval.run.result_folder import read_json
 
 from .html_page import ReportError, written
 
 LEGEND = (
-    "Accuracy in per cent of the unpruned model's, mean of tasks. **Bold**: better than every baseline that the model serves at "
+    "Mean accuracy in per cent of the unpruned model's mean. **Bold**: better than every baseline that the model serves at "
     "this budget; *italic*: worse than at least one; plain: these items do not tell (exact sign tests on the same items, "
     "5 % false discovery rate over all comparisons of a model)."
 )
@@ -31,7 +32,7 @@ def write_comparison(folders: Sequence[str | Path], file: str | Path) -> Path:
         "model",
         *(name for run, name in zip(runs, names, strict=True) for name in (name, *[""] * (len(_keeps(run)) - 1))),
     ]
-    lines = [first, ["---", *["---:"] * len(columns)], ["keep", *(f"{keep:g}" for _, keep in columns)]]
+    lines = [first, ["---", *["---:"] * len(columns)], ["keep", *(keep_text(keep) for _, keep in columns)]]
     lines += [[f"`{method}`", *(_entry(run, method, keep) for run, keep in columns)] for method in methods]
     unpruned = "; ".join(
         f"{name} {100 * run['cells'][0]['average']:.1f} %" for run, name in zip(runs, names, strict=True)
@@ -60,9 +61,10 @@ def _keeps(run: Mapping[str, Any]) -> list[float]:
 
 def _entry(run: Mapping[str, Any], method: str, keep: float) -> str:
     cell = next((cell for cell in run["cells"] if (cell["title"], cell["keep"]) == (method, keep)), None)
-    if cell is None or cell["relative"] is None:
-        return "-"
-    text = f"{100 * cell['relative']:.0f}"
+    full = run["cells"][0]["average"]
+    if cell is None or not full:
+        return "not run" if full else "full is 0"
+    text = f"{100 * cell['average'] / full:.0f}"
     pairs = [pair for pair in run["against_baselines"] if (pair["method"], pair["keep"]) == (method, keep)]
     verdicts = {pair["verdict"] for pair in pairs}
     if "worse" in verdicts:

@@ -22,7 +22,10 @@ from vlmprune.eval.flops import (
 )
 from vlmprune.eval.run.cells import FULL, Cell
 from vlmprune.eval.run.csv_lines import csv_text
+from vlmprune.eval.run.figures import keep_text
 from vlmprune.methods.base import Method
+
+from .seeds import merge_seeds
 
 NOT_COUNTED = "not counted"
 """What stands for the FLOPs of a method that does not say what it computes."""
@@ -75,6 +78,7 @@ def cell_result(
         "title": cell.title,
         "keep": cell.keep,
         "parameters": dict(cell.parameters),
+        "repeats": cell.repeats,
         "tasks": {name: asdict(score) for name, score in scores.items()},
         "cost": dict(cost),
         "seconds": dict(seconds),
@@ -83,7 +87,12 @@ def cell_result(
 
 @dataclass(frozen=True)
 class Row:
-    """One row of the tables. `relative` is the mean over tasks of score divided by the unpruned model's score."""
+    """One row of the tables.
+
+    `relative` is the mean over tasks of score divided by the unpruned model's score, as papers print it; `paired` (see
+    `compare_paired`) has the ratio of the means, which the tables show, with its interval. `seeds` are the averages of a cell
+    that was run with several seeds, whose mean the row shows. `times` are spreads in milliseconds (see `time_cells`).
+    """
 
     title: str
     keep: float | int | None
@@ -95,8 +104,8 @@ class Row:
     average: float
     relative: float | None
     paired: dict[str, Any] | None
-    prefill_ms: float | None
-    decode_ms: float | None
+    times: dict[str, Any]
+    seeds: tuple[float, ...]
     result: dict[str, Any]
 
     @property
@@ -110,18 +119,23 @@ class Row:
         return self.flops["prefill_total"] or 0.0
 
     @property
+    def prefill_ms(self) -> float | None:
+        """Median time to the first token, where it was measured."""
+        return self.times["prefill_ms"]["median"] if self.times else None
+
+    @property
     def keep_text(self) -> str:
         """The budget as it was given."""
-        return "-" if self.keep is None else f"{self.keep:g}"
+        return keep_text(self.keep)
 
 
 def make_rows(results: Sequence[Mapping[str, Any]], timing: Mapping[str, Any]) -> list[Row]:
-    """Rows of finished cells, the unpruned one first in `results`."""
-    full = next((result for result in results if result["method"] == FULL), None)
+    """Rows of finished cells, the unpruned one first in `results`; cells that differ by their seed alone become one row."""
+    merged = merge_seeds(results)
+    full = next((result for result in merged if result["method"] == FULL), None)
     rows = []
-    for result in results:
+    for result in merged:
         scores = {name: task["score"] for name, task in result["tasks"].items()}
-        times = timing.get(result["label"])
         rows.append(
             Row(
                 title=result["title"],
@@ -134,8 +148,8 @@ def make_rows(results: Sequence[Mapping[str, Any]], timing: Mapping[str, Any]) -
                 average=fmean(scores.values()),
                 relative=relative_score(result["tasks"], full["tasks"]) if full else None,
                 paired=compare_paired(result["tasks"], full["tasks"]) if full and result is not full else None,
-                prefill_ms=times["prefill_ms"]["median"] if times else None,
-                decode_ms=times["decode_ms_per_token"]["median"] if times else None,
+                times=timing.get(result["label"]) or {},
+                seeds=tuple(result.get("seeds", ())),
                 result=dict(result),
             )
         )
@@ -155,22 +169,16 @@ def relative_score(tasks: Mapping[str, Any], full: Mapping[str, Any]) -> float |
     return fmean(ratios)
 
 
-def interval(row: Row) -> tuple[float, float] | tuple[None, None]:
-    """The 95 % interval of `relative`, where there is one."""
-    low_high = (row.paired or {}).get("relative_95")
-    return (low_high[0], low_high[1]) if low_high else (None, None)
-
-
 def results_csv(rows: Sequence[Row]) -> str:
     """One line a cell: budget, tokens, GFLOPs by stage, cache, times, scores."""
     return csv_text([{key: _csv_text(value) for key, value in _line(row).items()} for row in rows])
 
 
 def _line(row: Row) -> dict[str, Any]:
-    cost, times = row.result["cost"], row.result.get("timing") or {}
+    cost, times = row.result["cost"], row.times
     line: dict[str, Any] = {
         "method": row.title,
-        "keep": None if row.keep is None else str(row.keep),
+        "keep": None if row.keep is None else row.keep_text,
         "visual_tokens_before": row.before,
         "visual_tokens_after": row.after,
         "text_tokens": cost["text_tokens"],
@@ -184,12 +192,27 @@ def _line(row: Row) -> dict[str, Any]:
     for kind in ("prefill_ms", "decode_ms_per_token"):
         for part, ending in (("median", ""), ("q25", "_q25"), ("q75", "_q75")):
             line[f"{kind}{ending}"] = times.get(kind, {}).get(part)
-    low, high = interval(row)
-    return (
-        line
-        | row.scores
-        | {"average": row.average, "relative": row.relative, "relative_low": low, "relative_high": high}
-    )
+    line |= row.scores
+    line |= {"average": row.average, "seeds": len(row.seeds) or None, "relative": row.relative}
+    if row.seeds:
+        line |= {"average_lowest_seed": min(row.seeds), "average_highest_seed": max(row.seeds)}
+    return line | _paired_columns(row.paired or {})
+
+
+def _paired_columns(paired: Mapping[str, Any]) -> dict[str, Any]:
+    difference, ratio = paired.get("difference_95") or (None, None), paired.get("ratio_95") or (None, None)
+    return {
+        "difference": paired.get("difference"),
+        "difference_low": difference[0],
+        "difference_high": difference[1],
+        "ratio": paired.get("ratio"),
+        "ratio_low": ratio[0],
+        "ratio_high": ratio[1],
+        "better": paired.get("better"),
+        "worse": paired.get("worse"),
+        "items": paired.get("items"),
+        "no_interval": paired.get("reason") or paired.get("ratio_reason"),
+    }
 
 
 def _giga(flops: float | None) -> float | str:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal
 
 from transformers import PreTrainedModel
@@ -21,10 +21,12 @@ from vlmprune.methods.registry import get_method, make_method, method_names
 
 FULL = "full"
 ALL = "all"
-BASELINES = ("random", "uniform", "pool")
+RANDOM = "random"
+BASELINES = (RANDOM, "uniform", "pool")
 """Honest cheap baselines that every table shows."""
 COMPARED = (*BASELINES, LOWER_RESOLUTION)
 """What methods are compared with where it is in the table."""
+SeedFrom = Literal["benchmark", "name", "repetition"]
 
 
 @dataclass(frozen=True)
@@ -32,13 +34,15 @@ class Cell:
     """One row of the table: a method with parameters at a budget, or the unpruned model.
 
     The unpruned model given smaller pictures is one too ("lower_resolution"). `keep` is None for the unpruned model and where
-    the parameters themselves fix the budget.
+    the parameters themselves fix the budget. `seed_from` says where a method's seed comes from: the benchmark's own, asked for
+    by name, or a repetition of the first with another one.
     `resources` are parameters too, but belong to the model and not to the row's name: a text tower, the tokenizer.
     """
 
     method: str = FULL
     keep: Keep | None = None
     parameters: tuple[tuple[str, Any], ...] = ()
+    seed_from: SeedFrom = "benchmark"
     resources: tuple[tuple[str, Any], ...] = field(default=(), repr=False, compare=False)
 
     @property
@@ -54,8 +58,14 @@ class Cell:
     @property
     def title(self) -> str:
         """The method with those of its parameters that were asked for, as `parse_methods` reads it."""
-        shown = [f"{name}={_text(value)}" for name, value in self.parameters if name != "seed"]
+        hidden = {"seed"} if self.seed_from == "benchmark" else set()
+        shown = [f"{name}={_text(value)}" for name, value in self.parameters if name not in hidden]
         return ":".join([self.method, *shown])
+
+    @property
+    def repeats(self) -> str | None:
+        """Label of the cell that this one repeats with another seed."""
+        return replace(self, seed_from="benchmark").label if self.seed_from == "repetition" else None
 
     @property
     def label(self) -> str:
@@ -73,6 +83,16 @@ class Cell:
     def arguments(self) -> dict[str, Any]:
         """All that the method is made with besides its budget."""
         return {**dict(self.resources), **dict(self.parameters)}
+
+    @classmethod
+    def from_stored(cls, result: Mapping[str, Any]) -> Cell:
+        """The cell of a stored result."""
+        parameters = {
+            key: tuple(value) if isinstance(value, list) else value for key, value in result["parameters"].items()
+        }
+        source: SeedFrom = "repetition" if result.get("repeats") else "benchmark"
+        cell = cls(result["method"], result["keep"], tuple(sorted(parameters.items())), source)
+        return cell if cell.title == result["title"] else replace(cell, seed_from="name")
 
     def make_method(self) -> Method | None:
         """The method as an object; None for the unpruned model."""
@@ -192,11 +212,15 @@ def parse_keeps(text: str) -> list[Keep]:
 
 
 def make_cells(
-    methods: Iterable[tuple[str, dict[str, Any]]], keeps: Iterable[Keep], seed: int, baselines: Iterable[str] = ()
+    methods: Iterable[tuple[str, dict[str, Any]]],
+    keeps: Iterable[Keep],
+    seed: int,
+    baselines: Iterable[str] = (),
+    random_seeds: int = 1,
 ) -> list[Cell]:
     """The unpruned cell, then `baselines` not named among the methods and every method, each at every budget.
 
-    `seed` goes to the methods that take one and were given none.
+    `seed` goes to the methods that take one and were given none; `random` is repeated with as many seeds as `random_seeds`.
     """
     wanted = list(methods)
     named = {name for name, _ in wanted}
@@ -214,7 +238,10 @@ def make_cells(
         own: list[Keep | None] = [None] if method.keep is None else []
         takes_keep = method.keep is not None or isinstance(method, AdaptiveMethod) or not parameters
         given_keeps = budgets if takes_keep and method.site != "attention" else []
-        cells.extend(Cell(name, keep, tuple(sorted(given.items()))) for keep in [*own, *given_keeps])
+        for number in range(random_seeds if name == RANDOM and "seed" not in parameters else 1):
+            source: SeedFrom = "name" if "seed" in parameters else "repetition" if number else "benchmark"
+            seeded = {**given, "seed": given["seed"] + number} if number else given
+            cells.extend(Cell(name, keep, tuple(sorted(seeded.items())), source) for keep in [*own, *given_keeps])
     return list({cell.label: cell for cell in cells}.values())
 
 

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 from vlmprune.errors import VlmpruneError
 
@@ -18,16 +21,23 @@ class ResultFolderError(VlmpruneError, RuntimeError):
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write `content` so that the file is either the old or the new one, whatever happens."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Write `content` so that the file is either the old or the new one, whatever happens.
+
+    Raises:
+        ResultFolderError: it cannot be written; names the file.
+    """
     unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with unfinished.open("w", encoding="utf-8") as file:
             json.dump(content, file, indent=1, allow_nan=False, default=str)
             file.write("\n")
         os.replace(unfinished, path)
+    except OSError as error:
+        raise ResultFolderError(f"{str(path)!r} cannot be written: {error.strerror or error}.") from error
     finally:
-        unfinished.unlink(missing_ok=True)
+        with suppress(OSError):
+            unfinished.unlink()
 
 
 def read_json(path: Path) -> Any:
@@ -47,12 +57,25 @@ def read_json(path: Path) -> Any:
 class ResultFolder:
     """`configuration.json`, one file a finished cell under `cells/`, and `timing.json`.
 
+    Args:
+        path: the folder.
+        configuration: what decides results besides method and budget.
+        write: whether to begin a new folder.
+        required: what every stored cell must hold, with its type.
+
     Raises:
         ResultFolderError: `path` holds results of another configuration, or other files.
     """
 
-    def __init__(self, path: str | Path, configuration: Mapping[str, Any], write: bool = True) -> None:
+    def __init__(
+        self,
+        path: str | Path,
+        configuration: Mapping[str, Any],
+        write: bool = True,
+        required: Mapping[str, type] | None = None,
+    ) -> None:
         self.path = Path(path)
+        self.required = dict(required or {})
         self.configuration = json.loads(json.dumps(configuration, default=str))
         file = self.path / "configuration.json"
         if self.path.exists() and not self.path.is_dir():
@@ -64,10 +87,7 @@ class ResultFolder:
                 f"--out {str(path)!r} is not empty and holds no vlmprune results; name another folder."
             )
         elif write:
-            try:
-                write_json(file, self.configuration)
-            except OSError as error:
-                raise ResultFolderError(f"--out {str(path)!r} cannot be written: {error}") from error
+            write_json(file, self.configuration)
 
     def _compare(self, stored: Any) -> None:
         changed = list(differences(stored, self.configuration))
@@ -93,12 +113,49 @@ class ResultFolder:
 
     def read(self, cell: Cell) -> dict[str, Any]:
         """The cell's result."""
-        result = read_json(self.cell_file(cell))
-        if not isinstance(result, dict) or result.get("label") != cell.label:
+        result = self._checked(self.cell_file(cell))
+        if result.get("label") != cell.label:
             raise ResultFolderError(
                 f"Result file {str(self.cell_file(cell))!r} is not of cell {cell.label!r}. Delete it."
             )
         return result
+
+    def others(self, cells: Iterable[Cell]) -> list[Cell]:
+        """The finished cells that are not among `cells`: those of earlier runs in this folder."""
+        known = {self.cell_file(cell) for cell in cells}
+        files = sorted(file for file in (self.path / "cells").glob("*.json") if file not in known)
+        return [Cell.from_stored(self._checked(file)) for file in files]
+
+    def _checked(self, file: Path) -> dict[str, Any]:
+        result = read_json(file)
+        if not isinstance(result, dict):
+            raise ResultFolderError(f"Result file {str(file)!r} holds no cell. Delete it.")
+        for name, kind in self.required.items():
+            if not isinstance(result.get(name), kind):
+                what = f"no {name!r}" if name not in result else f"{name!r} of type {type(result[name]).__name__}"
+                raise ResultFolderError(f"Result file {str(file)!r} is damaged: it has {what}. Delete it.")
+        return result
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the folder: another run that wants it while the context lasts is refused.
+
+        Raises:
+            ResultFolderError: another run holds it.
+        """
+        lock = FileLock(str(self.path / ".lock"))
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            raise ResultFolderError(
+                f"Another run is writing to {str(self.path)!r}. Wait until it has ended, or name another --out."
+            ) from None
+        except OSError as error:
+            raise ResultFolderError(f"--out {str(self.path)!r} cannot be written: {error}") from error
+        try:
+            yield
+        finally:
+            lock.release()
 
     def write(self, cell: Cell, result: Mapping[str, Any]) -> None:
         """Store the finished cell."""

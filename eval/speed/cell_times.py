@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -51,23 +51,30 @@ def time_generation(
 @torch.inference_mode()
 def time_cells(
     model: PreTrainedModel,
-    inputs_of: Callable[[Cell], dict[str, Any]],
+    requests_of: Callable[[Cell], Sequence[Mapping[str, Any]]],
     cells: Sequence[Cell],
     seconds: float = 20.0,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Medians and quartiles in milliseconds by cell label, from rounds over all cells.
 
-    Every round visits every cell, in an order of its own, so that a machine that slows down or speeds up does so for
-    all of them. The first round warms up and sets how many follow within about `seconds` (3 to 15). After a method
-    is put on, one untimed pass goes first. `inputs_of` gives what a cell is asked. `on_progress` gets (rounds
-    done, rounds planned).
+    Every round visits every cell with one of the requests, in an order of its own, so that a machine that slows down or speeds up
+    does so for all of them; the requests take turns. The first round warms up and sets how many follow within about
+    `seconds` (3 to 15, or as many as there are requests). After a method is put on, one untimed pass goes first.
+
+    Args:
+        model: the model, without a method.
+        requests_of: gives inputs of `generate` for a cell, as many for each, all of one batch size.
+        cells: what is timed; the unpruned one gives the others their `speed_up`, within rounds.
+        seconds: time for everything.
+        on_progress: gets (rounds done, rounds planned).
     """
-    inputs = {cell.label: inputs_of(cell) for cell in cells}
     prefills: dict[str, list[float]] = {cell.label: [] for cell in cells}
     decodes: dict[str, list[float]] = {cell.label: [] for cell in cells}
 
     def visit(cell: Cell, counts: bool) -> bool:
+        requests = requests_of(cell)
+        inputs = dict(requests[len(prefills[cell.label]) % len(requests)])
         with cell.applied_to(model):
             time_generation(model, inputs[cell.label], 1)
             prefill, decode = time_generation(model, inputs[cell.label])
@@ -76,12 +83,20 @@ def time_cells(
             decodes[cell.label].extend(decode)
         return True
 
-    run_rounds(cells, visit, seconds, MOST_ROUNDS, on_progress)
+    count = len(requests_of(cells[0]))
+    run_rounds(cells, visit, seconds, max(MOST_ROUNDS, count), on_progress)
+    full = next((prefills[cell.label] for cell in cells if cell.is_full), None)
     return {
         cell.label: {
             "prefill_ms": spread(prefills[cell.label]),
             "decode_ms_per_token": spread(decodes[cell.label]),
+            **({"speed_up": _speed_up(full, prefills[cell.label])} if full else {}),
             "rounds": len(prefills[cell.label]),
+            "requests": min(count, len(prefills[cell.label])),
         }
         for cell in cells
     }
+
+
+def _speed_up(full: Sequence[float], pruned: Sequence[float]) -> dict[str, float]:
+    return spread([slow / fast for slow, fast in zip(full, pruned, strict=True)], 1)

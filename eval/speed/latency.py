@@ -29,7 +29,7 @@ class Measurement:
 
     `prefill` is one forward, tower included; `ideal` the same work without the dropped tokens and without selecting them;
     `selection` their difference; `overhead` their ratio; `first_token` is the time of `generate` until the first token.
-    `peak_bytes`: of the GPU's allocator, or of the whole process on a CPU.
+    `peak_bytes`: the highest use of memory during `generate` above that before it (the GPU's allocator, on a CPU the process).
     """
 
     title: str

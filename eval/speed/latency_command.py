@@ -14,9 +14,9 @@ from rich.table import Table
 from transformers import PreTrainedModel
 
 from vlmprune.eval.models.synthetic_request import for_model, synthetic_request
-from vlmprune.eval.reports.tables import three_figures
 from vlmprune.eval.run.cells import FULL, Cell
 from vlmprune.eval.run.csv_lines import flattened, write_csv
+from vlmprune.eval.run.figures import keep_text, median_text, three_figures, with_quartiles
 from vlmprune.eval.run.machine import describe_machine
 from vlmprune.eval.run.progress import progress_bar
 from vlmprune.eval.run.ranks import Ranks
@@ -80,6 +80,8 @@ def run_latency(
         if part:
             output.print(latency_table(part))
             output.print()
+            output.print(quartile_table(part))
+            output.print()
     if ranks.is_main and folder is not None:
         write_json(
             folder.path / "latency.json",
@@ -135,36 +137,55 @@ def _line(row: Measurement) -> dict[str, Any]:
 
 
 def latency_table(rows: Sequence[Measurement]) -> Table:
-    """Medians in milliseconds, or seconds where these are many; "select" is what the prefill takes beyond the ideal one."""
+    """Medians in milliseconds, or seconds where these are many.
+
+    "select" is what the prefill takes beyond the ideal one, "+GiB" the peak of memory above what was in use before the request.
+    """
     first = rows[0]
-    unit, divisor = ("s", 1e3) if max(row.end_to_end["median"] for row in rows) >= 1e5 else ("ms", 1.0)
+    unit, divisor = _unit(rows)
     table = cost_style(
         f"{first.image_size[0]} x {first.image_size[1]} pixels ({first.visual_tokens_before} visual tokens), {first.text_tokens} "
         f"text tokens, batch size {first.batch_size}: {unit}, medians of {first.rounds} rounds"
     )
     table.add_column("method", no_wrap=True, max_width=16)
-    for name in ("keep", "tokens", "tower", "select", "prefill", "over", "TTFT", "/token", "all", "KV MiB", "peak GiB"):
+    for name in ("keep", "tokens", "tower", "select", "prefill", "over", "TTFT", "/token", "all", "KV MiB", "+GiB"):
         table.add_column(name, justify="right", no_wrap=True)
     for row, following in zip(rows, [*rows[1:], None], strict=True):
         times = (row.vision, row.selection, row.prefill, row.first_token, row.decode_per_token, row.end_to_end)
-        tower, select, prefill, first_token, decode, whole = (_short(part["median"] / divisor) for part in times)
+        tower, select, prefill, first_token, decode, whole = (median_text(part, divisor) for part in times)
         table.add_row(
             row.title,
-            "-" if row.keep is None else f"{row.keep:g}",
+            keep_text(row.keep),
             f"{row.visual_tokens_after:.0f}",
             tower,
-            "-" if row.title == FULL else select,
+            "none" if row.title == FULL else select,
             prefill,
             f"{row.overhead['median']:.2f}x",
             first_token,
             decode,
             whole,
             three_figures(row.kv_cache_bytes / 2**20),
-            "-" if row.peak_bytes is None else f"{row.peak_bytes / 2**30:.2f}",
+            "unknown" if row.peak_bytes is None else three_figures(row.peak_bytes / 2**30),
             end_section=following is None or following.title != row.title,
         )
     return table
 
 
-def _short(value: float) -> str:
-    return f"-{three_figures(-value)}" if value < 0 else three_figures(value)
+def quartile_table(rows: Sequence[Measurement]) -> Table:
+    """Between what the middle half of the rounds lies, in the unit of `latency_table`."""
+    unit, divisor = _unit(rows)
+    table = cost_style(f"Quartiles of the same times: {unit}")
+    table.add_column("method", no_wrap=True, max_width=16)
+    for name in ("keep", "tower", "select", "prefill", "TTFT", "/token", "all"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for row, following in zip(rows, [*rows[1:], None], strict=True):
+        times = (row.vision, row.selection, row.prefill, row.first_token, row.decode_per_token, row.end_to_end)
+        texts = [with_quartiles(part, divisor).partition("(")[2].rstrip(")") for part in times]
+        texts[1] = "none" if row.title == FULL else texts[1]
+        last = following is None or following.title != row.title
+        table.add_row(row.title, keep_text(row.keep), *texts, end_section=last)
+    return table
+
+
+def _unit(rows: Sequence[Measurement]) -> tuple[str, float]:
+    return ("s", 1e3) if max(row.end_to_end["median"] for row in rows) >= 1e5 else ("ms", 1.0)

@@ -17,9 +17,9 @@ from vlmprune.eval.models.loading import pick_device
 from vlmprune.eval.models.memory import require_memory
 from vlmprune.eval.models.random_weights import build_random, preset_config, preset_image_processor, random_dtype
 from vlmprune.eval.models.synthetic_request import for_model, parse_sizes, synthetic_request
-from vlmprune.eval.reports.tables import three_figures
 from vlmprune.eval.run.cells import Cell
 from vlmprune.eval.run.csv_lines import add_to_csv, flattened, this_run
+from vlmprune.eval.run.figures import keep_text, median_text, with_quartiles
 from vlmprune.eval.run.table_style import cost_style
 
 from .selection_cost import SelectionCost, measure_selection
@@ -47,7 +47,7 @@ def selection_table(rows: Sequence[SelectionCost]) -> Table:
     first = rows[0]
     table = cost_style(
         f"{first.visual_tokens_before} visual and {first.text_tokens} text tokens, full prefill "
-        f"{three_figures(first.full['median'])} ms; ms, medians of {first.rounds} rounds"
+        f"{median_text(first.full)} ms; ms, medians (quartiles) of {first.rounds} rounds"
     )
     table.add_column("method", no_wrap=True, max_width=20)
     for name in ("keep", "tokens", "select", "prefill", "saved", "share %", "quartiles", "over"):
@@ -55,9 +55,9 @@ def selection_table(rows: Sequence[SelectionCost]) -> Table:
     for row in rows:
         table.add_row(
             row.title,
-            "-" if row.keep is None else f"{row.keep:g}",
+            keep_text(row.keep),
             f"{row.visual_tokens_after:.0f}",
-            *(three_figures(part["median"]) for part in (row.selection, row.pruned, row.saved)),
+            *(with_quartiles(part).replace(" ", "\n", 1) for part in (row.selection, row.pruned, row.saved)),
             f"{100 * row.share['median']:.2f}",
             f"{100 * row.share['q25']:.2f} to {100 * row.share['q75']:.2f}",
             f"{row.overhead['median']:.3f}x",

@@ -26,6 +26,7 @@ from vlmprune.eval.flops import VisionWork, request_cost
 from vlmprune.eval.models.random_weights import build_random, preset_config
 from vlmprune.eval.run.cells import parse_keeps
 from vlmprune.eval.run.csv_lines import add_to_csv, flattened, this_run
+from vlmprune.eval.run.figures import keep_text
 from vlmprune.eval.run.table_style import cost_style
 from vlmprune.methods.encoder_method import EncoderMethod
 from vlmprune.methods.registry import METHODS, make_method
@@ -158,7 +159,7 @@ def tower_table(rows: Sequence[TowerTime]) -> Table:
     for row in rows:
         table.add_row(
             row.method,
-            "-" if row.keep is None else f"{row.keep:g}",
+            keep_text(row.keep),
             row.output,
             f"{row.gflops:.1f}",
             f"{row.time['median']:.0f}",

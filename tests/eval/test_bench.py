@@ -21,7 +21,8 @@ from vlmprune.eval.models.loading import load_model
 from vlmprune.eval.models.names import ModelLoadError
 from vlmprune.eval.reports.plots import pareto_front
 from vlmprune.eval.reports.summary import make_rows, relative_score
-from vlmprune.eval.reports.tables import accuracy_tables, cost_table, short_names, three_figures
+from vlmprune.eval.reports.tables import accuracy_tables, cost_table, paired_table, short_names, time_tables
+from vlmprune.eval.run.figures import three_figures
 from vlmprune.eval.run.result_folder import ResultFolderError
 
 
@@ -77,7 +78,7 @@ def test_results_table_and_plot(options, capsys):
     assert markdown[4].startswith("| full | - | 64 |")
     page = (out / "report.html").read_text()
     assert page.count("data:image/png;base64,") == 3
-    assert page.count("<td>divprune</td>") == 4
+    assert page.count("<td>divprune</td>") == 6
     assert "Run it again" in page
     stored = [json.loads(file.read_text()) for file in (out / "cells").iterdir()]
     assert [len(cell["tasks"]["toy"]["samples"]) for cell in stored] == [4] * 5
@@ -225,15 +226,20 @@ def test_pareto_front():
 def test_tables_of_large_models_fit(options):
     results = [large_result("full", None), large_result("a-method-with-a-long-name:alpha=0.5", 0.05)]
     timing = {
-        r["label"]: {"prefill_ms": {"median": 12345.6}, "decode_ms_per_token": {"median": 123.4}} for r in results
+        r["label"]: {
+            "prefill_ms": {"median": 12345.6, "q25": 11000, "q75": 13000},
+            "decode_ms_per_token": {"median": 123.4, "q25": 120, "q75": 125},
+            "rounds": 3,
+        }
+        for r in results
     }
     rows = make_rows(results, timing)
-    for table in (*accuracy_tables(rows), cost_table(rows)):
+    for table in (*accuracy_tables(rows), paired_table(rows), cost_table(rows), *time_tables(rows)):
         console = Console(file=io.StringIO(), width=100)
         console.print(table)
         text = console.file.getvalue()
         assert text.count("…") == 1
-        assert len([line for line in text.splitlines() if line.strip()]) == 5
+        assert len([line for line in text.splitlines() if line.strip()]) == (4 if "same" in text else 5)
 
 
 def large_result(title, keep):

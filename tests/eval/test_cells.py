@@ -119,6 +119,19 @@ def test_parameters_that_fix_the_budget_make_one_cell():
     assert labels == ["full", "pyramiddrop:ratios=0.5+0.25", "pyramiddrop keep=0.5", "pyramiddrop keep=0.25"]
 
 
+def test_random_is_repeated_with_other_seeds():
+    cells = make_cells([("divprune", {})], [0.5, 8], 7, ["random"], random_seeds=3)
+    random = [cell for cell in cells if cell.method == "random"]
+    assert [(cell.label, dict(cell.parameters)["seed"]) for cell in random] == [
+        *(("random keep=0.5", 7), ("random keep=8", 7), ("random:seed=8 keep=0.5", 8), ("random:seed=8 keep=8", 8)),
+        *(("random:seed=9 keep=0.5", 9), ("random:seed=9 keep=8", 9)),
+    ]
+    assert [cell.repeats for cell in random[::2]] == [None, "random keep=0.5", "random keep=0.5"]
+    named = make_cells(parse_methods("random:seed=3,random:seed=4"), [0.5], 7, random_seeds=3)
+    assert [cell.label for cell in named] == ["full", "random:seed=3 keep=0.5", "random:seed=4 keep=0.5"]
+    assert len({cell.slug for cell in [*cells, *named]}) == len(cells) + 2
+
+
 def test_file_names_differ():
     cells = [Cell("pool", 0.5), Cell("pool", 1), Cell("pool", 1.0), Cell("a:b", 1), Cell("a", 1, (("b", 1),)), Cell()]
     assert len({cell.slug for cell in cells}) == len(cells)

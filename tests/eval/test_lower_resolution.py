@@ -62,7 +62,7 @@ def test_keeping_all_changes_nothing(qwen, toy):
 def test_a_tower_over_one_tile_gets_a_smaller_square_and_costs_what_is_counted(toy, keep):
     model, processor = toy.model(), toy.processor()
     live = LiveModel(model, processor, resolution=LowerResolution(model, processor, keep))
-    inputs = live.encode_turn("what colour is the circle ?", [toy.image(0, (40, 70))])
+    inputs = live.encode_turns([("what colour is the circle ?", [toy.image(0, (40, 70))])])
     side = 5 if keep == 0.5 else 3
     assert inputs["pixel_values"].shape == (1, 3, 4 * side, 4 * side)
     assert (inputs["input_ids"] == model.config.image_token_id).sum() == side**2

@@ -3,8 +3,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from vlmprune.eval.accuracy.against_baselines import compare_with_baselines
+from vlmprune.eval.accuracy.against_baselines import chance_of, compare_all, compare_with_baselines
 from vlmprune.eval.accuracy.paired import compare_paired
+from vlmprune.eval.accuracy.paired_intervals import difference_interval, ratio_interval
+from vlmprune.eval.reports.seeds import merge_seeds
 
 
 def task(scores, higher_is_better=True):
@@ -15,7 +17,9 @@ def task(scores, higher_is_better=True):
 def test_equal_runs_differ_by_nothing():
     result = compare_paired({"a": task([1, 0, 1])}, {"a": task([1, 0, 1])})
     assert result["difference"] == 0
-    assert result["difference_95"] == [0, 0]
+    low, high = result["difference_95"]
+    assert -1 < low < -0.3
+    assert high == pytest.approx(-low)
     assert (result["better"], result["worse"], result["items"]) == (0, 0, 3)
 
 
@@ -31,8 +35,9 @@ def test_the_interval_is_that_of_paired_differences():
     assert low == pytest.approx(change.mean() - 1.96 * error, abs=0.2 * error)
     assert high == pytest.approx(change.mean() + 1.96 * error, abs=0.2 * error)
     assert result["better"] - result["worse"] == change.sum()
-    below, above = result["relative_95"]
-    assert below < pruned.mean() / full.mean() < above
+    below, above = result["ratio_95"]
+    assert result["ratio"] == pytest.approx(pruned.mean() / full.mean())
+    assert below < result["ratio"] < above
 
 
 def test_tasks_weigh_equally_and_less_can_be_better():
@@ -40,15 +45,53 @@ def test_tasks_weigh_equally_and_less_can_be_better():
     full = {"big": task([1.0] * 90), "error": task([0.1] * 10, higher_is_better=False)}
     result = compare_paired(tasks, full)
     assert result["difference"] == pytest.approx(-0.05)
-    assert result["relative_95"] == pytest.approx([0.75, 0.75])
     assert result["worse"] == 10
+    assert (result["ratio"], result["ratio_95"]) == (None, None)
+    assert "less in others" in result["ratio_reason"]
+    error = {"error": tasks["error"]}
+    assert compare_paired(error, {"error": full["error"]})["ratio"] == pytest.approx(0.5)
 
 
 def test_nothing_is_said_without_scores_of_the_same_items():
-    assert compare_paired({"a": task([1, None])}, {"a": task([1, 0])}) is None
-    assert compare_paired({"a": task([1, 0, 1])}, {"a": task([1, 0])}) is None
-    assert compare_paired({"a": task([1])}, {}) is None
-    assert compare_paired({"a": task([0, 0])}, {"a": task([0, 0])})["relative_95"] is None
+    assert compare_paired({"a": task([1, None])}, {"a": task([1, 0])}) == {"reason": "no score for each item"}
+    assert compare_paired({"a": task([1, 0, 1])}, {"a": task([1, 0])}) == {"reason": "other items were answered"}
+    assert compare_paired({"a": task([1])}, {}) == {"reason": "other items were answered"}
+    zero = compare_paired({"a": task([0, 0])}, {"a": task([0, 0])})
+    assert (zero["ratio"], zero["ratio_95"]) == (None, None)
+    assert "cannot be told from 0" in zero["ratio_reason"]
+    assert zero["difference_95"][0] < 0 < zero["difference_95"][1]
+
+
+@pytest.mark.parametrize("tasks", [1, 5])
+@pytest.mark.parametrize(("items", "lost", "won"), [(2, 0.0, 0.0), (10, 0.2, 0.05), (30, 0.02, 0.0), (30, 0.3, 0.1)])
+def test_intervals_hold_the_truth_often_enough_in_small_samples(tasks, items, lost, won):
+    generator = np.random.default_rng(items)
+    right = 0.9
+    truth = right * (1 - lost) + (1 - right) * won
+    runs, held, held_ratio = 300, 0, 0
+    for _ in range(runs):
+        full = generator.random((tasks, items)) < right
+        pruned = np.where(full, generator.random((tasks, items)) >= lost, generator.random((tasks, items)) < won)
+        scores = list(np.stack([pruned, full], -1).astype(float))
+        low, high = difference_interval(scores, 1.0)
+        held += low <= truth - right <= high
+        ratio = ratio_interval(scores, 1.0)
+        held_ratio += ratio is None or ratio[0] <= truth / right <= ratio[1]
+    assert min(held, held_ratio) >= 0.92 * runs
+
+
+def test_one_task_without_a_right_answer_leaves_the_interval():
+    tasks = {"easy": task([1] * 20), "hard": task([0] * 20)}
+    result = compare_paired(tasks, {"easy": task([1] * 20), "hard": task([0] * 19 + [1])})
+    low, high = result["ratio_95"]
+    assert low < result["ratio"] < 1 < high
+
+
+def test_scores_beyond_one_widen_the_interval_by_their_range():
+    one = compare_paired({"a": task([0, 1, 1])}, {"a": task([1, 1, 1])})
+    hundred = compare_paired({"a": task([0, 100, 100])}, {"a": task([100, 100, 100])})
+    assert hundred["difference_95"] == pytest.approx([100 * value for value in one["difference_95"]])
+    assert hundred["ratio_95"] == pytest.approx(one["ratio_95"])
 
 
 def cell(title, keep, scores, tokens=100):
@@ -94,3 +137,39 @@ def test_cells_with_other_items_are_not_compared():
 def test_methods_that_leave_the_language_model_all_tokens_are_not_compared():
     results = [cell("random", 0.5, [1.0, 0.0]), cell("tower", 0.5, [1.0, 1.0], 200), cell("m", 0.5, [1.0, 1.0], 120)]
     assert [comparison.method for comparison in compare_with_baselines(results, ["random"])] == ["m"]
+
+
+def test_all_methods_of_a_budget_are_compared_and_ties_are_named():
+    right, wrong = [1.0] * 40, [0.0] * 40
+    results = [
+        cell("a", 0.5, right),
+        cell("b", 0.5, right[:39] + wrong[39:]),
+        cell("c", 0.5, wrong),
+        cell("a", 1, right),
+    ]
+    found = {(c.method, c.baseline): c.verdict for c in compare_all(results)}
+    assert found == {("b", "a"): "a tie", ("c", "a"): "worse", ("c", "b"): "worse"}
+
+
+def test_a_count_and_a_share_are_not_the_same_budget():
+    assert compare_all([cell("a", 1, [1.0]), cell("b", 1.0, [1.0])]) == []
+
+
+def test_against_the_mean_of_seeds_the_size_of_a_change_counts():
+    # Right where the mean is 2/3, wrong where it is 2/3: as many better as worse, and the mean says worse.
+    mean = np.array([[1.0, 2 / 3]] * 60 + [[0.0, 2 / 3]] * 60)
+    assert chance_of([(1.0, mean)]) < 0.01
+    even = np.array([[1.0, 2 / 3]] * 40 + [[0.0, 2 / 3]] * 20)
+    assert chance_of([(1.0, even)]) > 0.9
+
+
+def test_seeds_become_one_row_with_their_mean_and_spread():
+    first = {**cell("random", 0.5, [1.0, 0.0]), "label": "random keep=0.5"}
+    second = {**cell("random:seed=1", 0.5, [1.0, 1.0]), "label": "random:seed=1 keep=0.5", "repeats": "random keep=0.5"}
+    for result in (first, second):
+        result["tasks"]["a"]["score"] = float(np.mean([s["score"] for s in result["tasks"]["a"]["samples"]]))
+    (merged,) = merge_seeds([first, second])
+    assert merged["seeds"] == [0.5, 1.0]
+    assert merged["tasks"]["a"]["score"] == 0.75
+    assert [sample["score"] for sample in merged["tasks"]["a"]["samples"]] == [1.0, 0.5]
+    assert merge_seeds([second]) == [second]

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 
 from vlmprune.eval.run.cells import Cell
@@ -45,6 +48,44 @@ def test_damaged_cells_are_named(tmp_path, content):
         folder.read(CELL)
     with pytest.raises(ResultFolderError, match=r"pool-keep=0\.5"):
         folder.has(CELL)
+
+
+def test_a_cell_without_its_fields_is_named(tmp_path):
+    ResultFolder(tmp_path, CONFIGURATION).write(CELL, {"cost": {}})
+    with pytest.raises(ResultFolderError, match=r"pool-keep=0\.5\.json' is damaged: it has no 'tasks'"):
+        ResultFolder(tmp_path, CONFIGURATION, required={"cost": dict, "tasks": dict}).has(CELL)
+
+
+def test_a_folder_knows_the_cells_of_earlier_runs(tmp_path):
+    folder = ResultFolder(tmp_path, CONFIGURATION)
+    cells = [
+        CELL,
+        Cell("random", 1, (("seed", 0),)),
+        Cell("random", 1, (("seed", 1),), "repetition"),
+        Cell("pyramiddrop", None, (("ratios", (0.5, 0.25)),)),
+    ]
+    for cell in cells:
+        stored = {"method": cell.method, "title": cell.title, "keep": cell.keep, "repeats": cell.repeats}
+        folder.write(cell, {**stored, "parameters": dict(cell.parameters)})
+    assert set(folder.others([CELL])) == set(cells[1:])
+
+
+def test_a_folder_is_held_by_one_run(tmp_path):
+    folder = ResultFolder(tmp_path, CONFIGURATION)
+    code = f"import filelock; a = filelock.FileLock({str(tmp_path / '.lock')!r}); a.acquire(); print(1, flush=True); input()"
+    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        other.stdout.readline()
+        with pytest.raises(ResultFolderError, match="Another run is writing"), folder.locked():
+            pass
+        other.communicate(b"\n")
+    with folder.locked():
+        assert ResultFolder(tmp_path, CONFIGURATION).path == tmp_path
+
+
+def test_what_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "cells").touch()
+    with pytest.raises(ResultFolderError, match=r"cells/pool-keep=0\.5\.json' cannot be written"):
+        write_json(tmp_path / "cells" / "pool-keep=0.5.json", {})
 
 
 def test_files_are_old_or_new_and_as_readable_as_any(tmp_path):
