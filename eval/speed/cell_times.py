@@ -76,8 +76,8 @@ def time_cells(
         requests = requests_of(cell)
         inputs = dict(requests[len(prefills[cell.label]) % len(requests)])
         with cell.applied_to(model):
-            time_generation(model, inputs[cell.label], 1)
-            prefill, decode = time_generation(model, inputs[cell.label])
+            time_generation(model, inputs, 1)
+            prefill, decode = time_generation(model, inputs)
         if counts:
             prefills[cell.label].append(prefill)
             decodes[cell.label].extend(decode)
