@@ -256,7 +256,7 @@ def test_undo_is_exact_and_the_cache_is_no_one_elses():
     ("parameters", "message"),
     [
         ({"keep": 0.5}, r"keep=0.5: 'var' changes attention and drops no visual tokens"),
-        ({}, r"tau=20 cannot be exceeded by hidden states of \d+ channels"),
+        ({"tau": 20.0}, r"tau=20 cannot be exceeded by hidden states of \d+ channels"),
         ({"tau": 2.0, "first_layer": 4}, r"first_layer=4 leaves none of 4 layers to change; nearest: first_layer=3"),
         ({"tau": 2.0, "dimensions": (3, -1)}, "dimensions="),
         ({"tau": 2.0, "move_fraction": 0.0}, "move_fraction=0.0"),

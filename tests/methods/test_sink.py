@@ -10,6 +10,7 @@ from support.layerwise import language_model_inputs, placeholders
 from support.tiny_models import LLAVA_CLIP_GQA
 from vlmprune.errors import BudgetError, ParameterError
 from vlmprune.methods import Sink
+from vlmprune.methods.shared.attention_sinks import sink_threshold
 
 FAMILIES = [deeper(LLAVA_CLIP_GQA), deeper(qwen2_5_vl.CASES[0])]
 ROWS = {"single": [[3, "A", 4]], "three rows": [[3, "A", 4], [2, "B", 2, "small", 6], [9, "large"]]}
@@ -43,7 +44,10 @@ def test_kept_tokens_are_those_of_the_plain_test(family, parameters, rows):
     with torch.no_grad(), vlmprune.pruned(model, "sink", **parameters):
         model(**inputs)
         records = vlmprune.last_run(model).images
-    tau, dimensions = parameters.get("tau", 20.0), parameters.get("dimensions")
+    tau, dimensions = (
+        parameters.get("tau", 20 * (model.config.get_text_config().hidden_size / 4096) ** 0.5),
+        parameters.get("dimensions"),
+    )
     for row, own in enumerate(rows):
         alone = family.inputs([own])
         spikes = plain_spikes(model, alone, 2, tau, dimensions)
@@ -66,7 +70,20 @@ def test_counts_and_refusals():
     assert Sink(tau=20.0).schedule(576, 32) == ((2, None),)
     with pytest.raises(ParameterError, match="both set the budget"):
         Sink(keep=0.5, tau=20.0)
+    # Layer 2 of 6 leaves an average of a third at least.
+    assert Sink(keep=0.34).cut_layers(6) == (2,)
+    assert Sink(keep=0.25).cut_layers(6) == (1,)
+    assert Sink(keep=40).cut_layers(6) == (1, 2)
+    assert [Sink(keep=40).schedule(total, 6)[0].layer for total in (100, 200)] == [2, 1]
     with pytest.raises(BudgetError, match=r"keep=0\.25.*nearest"):
-        Sink(keep=0.25).cut_layers(6)
+        Sink(keep=0.25, layer=2).cut_layers(6)
+
+
+def test_threshold_falls_with_the_width():
+    assert [sink_threshold(None, width) for width in (4096, 5120, 1024)] == [20.0, 20.0, 10.0]
+    assert sink_threshold(20.0, 128) == 20.0
+
+
+def test_refusals():
     with pytest.raises(ParameterError, match="dimensions="):
         Sink(dimensions=("a",))

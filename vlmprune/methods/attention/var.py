@@ -17,6 +17,7 @@ from vlmprune.methods.shared.attention_sinks import (
     check_dimensions,
     check_reachable,
     sink_dimensions,
+    sink_threshold,
     sink_values,
 )
 
@@ -39,8 +40,10 @@ class VAR(AttentionMethod):
     with such sinks, all channels where it does not. Published ones go by name: `dimensions="llama-2-7b"` (LLaVA-1.5-7B),
     "llama-2-13b", "qwen2-vl-7b", "internvl2-8b".
 
-    The defaults are the official code's. The paper's rho is the lowest share of visual tokens that are no sinks: 0.8 for
-    general tasks is `highest_share=0.2`, 0.5 against hallucination 0.5, 0.9 for vision-centric tasks 0.1.
+    The defaults are the official code's on models of the published widths, `tau=20` is its threshold on any. States of some
+    hundred channels and less spike everywhere, so that the threshold tells little there. The paper's rho is the lowest share
+    of visual tokens that are no sinks: 0.8 for general tasks is `highest_share=0.2`, 0.5 against hallucination 0.5, 0.9 for
+    vision-centric tasks 0.1.
 
     Source: "See What You Are Told: Visual Attention Sink in Large Multimodal Models", ICLR 2025, arXiv 2503.03321. The paper
     moves the share p of a sink's weight; the official code keeps p = 0.6 and moves 0.4, as here. The paper spares the last
@@ -49,7 +52,8 @@ class VAR(AttentionMethod):
     with several images, rows count from the first image of the row on, and visual tokens are those of all images.
 
     Attributes:
-        tau: the spike above which a token is a sink; it must be below the root of the hidden state's width.
+        tau: the spike above which a token is a sink; it must be below the root of the hidden state's width. None for the
+            published 20, in hidden states of fewer than 4096 channels for `20 * sqrt(channels / 4096)`.
         move_fraction: share of a sink's weight that moves, in (0, 1].
         highest_share: highest share of sinks in the weight of visual tokens, in [0, 1].
         lowest_weight: lowest weight of visual tokens, in [0, 1].
@@ -58,7 +62,7 @@ class VAR(AttentionMethod):
         dimensions: channels in which sinks spike, a model's name for published ones, or None to find them.
     """
 
-    tau: float = 20.0
+    tau: float | None = None
     move_fraction: float = 0.4
     highest_share: float = 0.5
     lowest_weight: float = 0.2
@@ -77,7 +81,8 @@ class VAR(AttentionMethod):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_number("tau", self.tau, "(0, inf)")
+        if self.tau is not None:
+            check_number("tau", self.tau, "(0, inf)")
         check_number("move_fraction", self.move_fraction, "(0, 1]")
         check_number("highest_share", self.highest_share, "[0, 1]")
         check_number("lowest_weight", self.lowest_weight, "[0, 1]")
@@ -97,16 +102,16 @@ class VAR(AttentionMethod):
 
     def check_width(self, width: int) -> None:
         """Raise ParameterError if no token of that width can be a sink."""
-        check_reachable(self.tau, width)
+        check_reachable(sink_threshold(self.tau, width), width)
 
     def sink_dimensions(self, first: Tensor) -> Tensor:
         """Return the given channels, or those in which `first` spikes."""
         assert self.dimensions is None or isinstance(self.dimensions, tuple)
-        return sink_dimensions(first, self.dimensions, self.tau)
+        return sink_dimensions(first, self.dimensions, sink_threshold(self.tau, first.shape[-1]))
 
     def find_sinks(self, hidden: Tensor, dimensions: Tensor) -> Tensor:
-        """Return where a token spikes above `tau`."""
-        return sink_values(hidden, dimensions[:, None]) > self.tau
+        """Return where a token spikes above the threshold."""
+        return sink_values(hidden, dimensions[:, None]) > sink_threshold(self.tau, hidden.shape[-1])
 
     def change(self, query: Tensor, key: Tensor, value: Tensor, flags: Tensor, last: Tensor, scale: float) -> Tensor:
         """Return by how much the attention's output changes."""

@@ -21,8 +21,12 @@ from vlmprune.methods.shared.attention_sinks import (
     Dimensions,
     check_dimensions,
     sink_dimensions,
+    sink_threshold,
     sink_values,
 )
+
+# The layer from which on the paper finds sinks.
+_FIRST = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,15 +38,16 @@ class Sink(LayerMethod):
     solved for the share after the cut. Without parameters `keep` is 0.25. With `tau` just the sinks leave, the tokens that
     spike above it, and their number follows from the image; at least the one that spikes least stays.
 
-    The channels are those in which the first token of the row spikes above `tau` (20 without one), as it does in language
-    models with such sinks, all channels where it does not; published ones go by the name of a model. The paper's setting is
-    `Sink(tau=20)`: it is the sinks of VAR, which the paper masks to show that accuracy does not change; it proposes no
-    pruning by them.
+    The channels are those in which the first token of the row spikes above `tau` (without one above 20, or less where it is
+    narrow, see `VAR`), as it does in language models with such sinks, all channels where it does not; published ones go by
+    the name of a model. The paper's setting is `Sink(tau=20)`: it is the sinks of VAR, which the paper masks to show that
+    accuracy does not change; it proposes no pruning by them.
 
     Positions: original.
 
     Attributes:
-        layer: 0-based layer at whose input the tokens are dropped, an int >= 1; sinks are there from layer 2 on.
+        layer: 0-based layer at whose input the tokens are dropped, an int >= 1; None for 2, from which on sinks are there, or 1
+            where `keep` cannot be reached at 2.
         tau: the spike above which a token leaves; None where `keep` says how many do.
         dimensions: channels in which sinks spike, the name of a model for published ones ("llama-2-7b", which is LLaVA-1.5-7B's,
             "llama-2-13b", "qwen2-vl-7b", "internvl2-8b"), or None to find them.
@@ -51,7 +56,7 @@ class Sink(LayerMethod):
     sinks these are; the budget is ours.
     """
 
-    layer: int = 2
+    layer: int | None = None
     tau: float | None = None
     dimensions: Dimensions = None
 
@@ -62,7 +67,8 @@ class Sink(LayerMethod):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_layers("layer", (self.layer,))
+        if self.layer is not None:
+            check_layers("layer", (self.layer,))
         object.__setattr__(self, "dimensions", check_dimensions(self.dimensions))
         if self.tau is not None:
             check_number("tau", self.tau, "(0, inf)")
@@ -76,19 +82,23 @@ class Sink(LayerMethod):
 
     def cut_layers(self, layers: int) -> tuple[int, ...]:
         """Return the one layer."""
-        check_depth("layer", (self.layer,), layers)
+        check_depth("layer", () if self.layer is None else (self.layer,), layers)
+        if isinstance(self.keep, int) and self.layer is None:
+            return tuple(sorted({1, min(_FIRST, layers - 1)}))
+        cut = self._layer(layers)
         if isinstance(self.keep, float):
-            share_after_cut(self.keep, self.layer, layers)
-        return (self.layer,)
+            share_after_cut(self.keep, cut, layers)
+        return (cut,)
 
     def schedule(self, total: int, layers: int) -> tuple[LayerCut, ...]:
         """Return the one cut, without a count where the threshold decides."""
         if self.keep is None:
-            return (LayerCut(self.layer, None),)
+            return (LayerCut(self._layer(layers), None),)
         if self.keep >= (total if isinstance(self.keep, int) else 1):
             return ()
-        share = share_after_cut(self.keep, self.layer, layers, total)
-        return (LayerCut(self.layer, max(1, round(total * share))),)
+        cut = self._layer(layers, total)
+        share = share_after_cut(self.keep, cut, layers, total)
+        return (LayerCut(cut, max(1, round(total * share))),)
 
     def select_at_layer(self, batch: LayerBatch) -> Selection:
         """Take the lowest scores of each image, or all below the threshold."""
@@ -114,7 +124,8 @@ class Sink(LayerMethod):
         assert self.dimensions is None or isinstance(self.dimensions, tuple)
         rows = torch.arange(len(hidden), device=hidden.device)
         first = torch.zeros_like(rows) if batch.valid is None else batch.valid.int().argmax(1).to(rows.device)
-        channels = sink_dimensions(hidden[rows, first], self.dimensions, 20.0 if self.tau is None else self.tau)
+        tau = sink_threshold(self.tau, hidden.shape[-1])
+        channels = sink_dimensions(hidden[rows, first], self.dimensions, tau)
         return torch.cat(
             [
                 sink_values(hidden[row, columns], channels[row])
@@ -125,3 +136,10 @@ class Sink(LayerMethod):
     def own_macs(self, scored: ScoredLayers) -> int:
         """Norms, which are counted nowhere."""
         return 0
+
+    def _layer(self, layers: int, total: int = 1) -> int:
+        if self.layer is not None:
+            return self.layer
+        average = self.keep / total if isinstance(self.keep, int) else self.keep
+        early = layers <= _FIRST or (average is not None and average * layers <= _FIRST)
+        return 1 if early else _FIRST

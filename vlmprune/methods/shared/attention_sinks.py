@@ -21,6 +21,19 @@ Dimensions = Sequence[int] | str | None
 _EPSILON = 1e-6
 
 
+# The published threshold, and the width of the language model that it is published for.
+_TAU, _WIDTH = 20.0, 4096
+
+
+def sink_threshold(tau: float | None, width: int) -> float:
+    """Return `tau`, or that for hidden states of `width` channels.
+
+    The published 20 says that one of 4096 channels holds a tenth of the energy (400 of 4096). In narrower states it is the
+    threshold for the same share, as the highest possible spike is the root of the width; in wider ones it stays 20.
+    """
+    return tau if tau is not None else _TAU * min(1.0, width / _WIDTH) ** 0.5
+
+
 def check_dimensions(given: Dimensions) -> tuple[int, ...] | None:
     """Return channels that were given by themselves or by the name of a model as a tuple.
 
