@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from .layers.continued import ContinuedLayers
     from .layers.run import LayerRun
     from .prefill.compaction import Compaction
+    from .prefill.host_masks import HostMasks
 
 PIXELS = {"image": "pixel_values", "video": "pixel_values_videos"}
 """The argument that has what is encoded, by modality."""
@@ -89,6 +90,7 @@ class LanguageModelCall:
         attention_run: what changes in its attention, or None.
         record: what a prefill kept before the first layer.
         drafts: how many of the last tokens are drafts of assisted decoding, which no method may look at.
+        host_masks: what the host made of the caller's mask, where it does not pass that on.
     """
 
     model_call: ModelCall
@@ -101,6 +103,7 @@ class LanguageModelCall:
     attention_run: AttentionRun | None = None
     record: RunRecord | None = None
     drafts: int = 0
+    host_masks: HostMasks | None = None
 
     @cached_property
     def tokens(self) -> Tensor:

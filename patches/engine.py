@@ -21,7 +21,9 @@ from .families.family import Family
 from .hooks import HookSet, forget_compiled
 from .outputs import restored_outputs
 from .prefill.given_mask import warn_of_embeddings
+from .prefill.host_masks import read_host_masks
 from .prefill.model_calls import check_no_replica, read_model_call
+from .prefill.placed_features import check_placed
 from .router_logits import watch_balancing_loss
 from .run_records import text_record
 from .sites import Sites
@@ -112,18 +114,24 @@ class PruningEngine:
             args, kwargs = (), {**dict(zip(self._language_parameters, args, strict=False)), **kwargs}
             check_not_exported()
             self.calls.model.append(ModelCall(kwargs, direct=True))
+        if args:
+            args, kwargs = (), {**dict(zip(self._language_parameters, args, strict=False)), **kwargs}
         call = begin_language_call(self.calls.model[-1], kwargs)
+        call.host_masks = read_host_masks(call, self.family.multimodal_model, self.family.language_model)
         if call.state is not None:
             self.sites.check_continues(call.state)
         visuals = self.sites.input.visuals(call, self.options.current.visual_mask)
         if visuals is not None:
             self.hooks.check_in_place()
+            if self.family.is_general and visuals.encoded:
+                check_placed(self.family, call, visuals)
             arguments = self.sites.prefill(call, visuals, self.options.current.pipelines or self._applied)
+            arguments = self._masked(call, arguments)
             self.sites.begin_attention(call, visuals)
             self.record = call.record
             return args, arguments
         if call.state is not None:
-            arguments = self.sites.continued(call, call.state)
+            arguments = self._masked(call, self.sites.continued(call, call.state))
             self.sites.begin_attention(call, None)
             return args, arguments
         if call.past == 0:
@@ -144,6 +152,13 @@ class PruningEngine:
             return None
         self.record = call.record or self.record
         return restored_outputs(call, state, output, self.family.decoder_layers)
+
+    def _masked(self, call: LanguageModelCall, arguments: dict[str, Any]) -> dict[str, Any]:
+        """Return the arguments with the masks that the host would have made for them, where it makes masks."""
+        if call.host_masks is None:
+            return arguments
+        blocks = self.family.attention_blocks(call.model_call.inputs, call.columns)
+        return call.host_masks.arguments(call, arguments, blocks)
 
     def _tell_of_embeddings(self, call: LanguageModelCall) -> None:
         embeddings, mask = call.model_call.inputs.get("inputs_embeds"), self.options.current.visual_mask

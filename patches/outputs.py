@@ -32,7 +32,12 @@ def restored_outputs(call: LanguageModelCall, state: PrunedCacheState, output: A
     if output.past_key_values is not None:
         set_cache_state(output.past_key_values, state)
 
+    width = None if call.entry is None else call.entry.width
+
     def spread(hidden: Tensor, layer: int) -> Tensor:
+        if call.layer_run is None and width is not None and hidden.shape[1] < width:
+            # Some hosts go on with the last tokens alone (`logits_to_keep`) once no later layer needs the others' states.
+            return hidden
         if call.layer_run is not None:
             return call.layer_run.restored(hidden, layer)
         return hidden if call.entry is None else restore_columns(hidden, call.entry)

@@ -220,10 +220,10 @@ def _check_served(method: Method, family: Family) -> None:
     for part in method.parts():
         need = _unmet(part, family)
         if need is not None:
-            where = ", ".join(_families_with(need))
+            where, why = ", ".join(_families_with(need)), family.reason(need)
             served = ", ".join(list_methods(family.model))
             raise UnsupportedMethodError(
-                f"{part.name!r} needs {need.sentence}, which this {family.name} model does not have."
+                f"{part.name!r} needs {need.sentence}, which this {family.name} model does not have{why and f': {why}'}."
                 f"{where and f' Families that have them: {where}.'} It can be served with: {served}."
             )
 

@@ -18,13 +18,14 @@ from ..cache.marks import AttentionMarks
 from ..cache.state import LayerGroup, PrunedCacheState
 from ..cache.trace import columns_held, highest_positions, positions_lowered
 from ..calls import CallStack, LanguageModelCall
+from ..families.decoder import check_decoder
 from ..families.family import Family
 from ..hooks import HookSet
 from ..layers.run import LayerRun
-from ..layers.scores import check_decoder, rotate
 from ..parts import Part, missing_parts
 from ..prefill.packing import packed_prompts
 from ..prefill.visuals import PrefillVisuals
+from ..rotation import rotate
 from .run import AttentionRun
 
 _PARTS = tuple(Part(f"self_attn.{name}") for name in ("v_proj", "o_proj"))

@@ -11,6 +11,7 @@ from transformers.cache_utils import DynamicLayer
 
 from vlmprune.errors import UnsupportedCallError
 
+from .lengths import entries
 from .state import PrunedCacheState
 
 _STATE = "_vlmprune_state"
@@ -48,7 +49,7 @@ class PrunedCache:
         state = None if self._vlmprune_running else self.__dict__.get(_STATE)
         if state is None:
             return super().get_seq_length(*args, **kwargs)  # type: ignore[misc]
-        return self.layers[0].get_seq_length() + (state.caller_length - state.cache_length)  # type: ignore[attr-defined]
+        return entries(self) + (state.caller_length - state.cache_length)
 
     def get_mask_sizes(self, *args: Any, **kwargs: Any) -> Any:
         """Return what the host makes masks from; only inside a patched forward."""
@@ -130,7 +131,7 @@ class PrunedCache:
         kind = _host_class(self).__name__
         if state is None:
             return f"{kind}(pruned by vlmprune, its state lost)"
-        held = [int(layer.get_seq_length()) for layer in self.layers]  # type: ignore[attr-defined]
+        held = [entries(self, layer) for layer in range(len(self.layers))]  # type: ignore[attr-defined]
         return f"{kind}(pruned by {state.method!r}: {state.caller_past(self)} tokens, entries per layer {held})"
 
     def _change_rows(self, change: Any) -> None:

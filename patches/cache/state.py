@@ -12,6 +12,7 @@ from torch import Tensor
 
 from vlmprune.errors import UnsupportedCallError
 
+from .lengths import entries
 from .marks import AttentionMarks
 
 
@@ -163,7 +164,7 @@ class PrunedCacheState:
 
     def caller_past(self, cache: Any) -> int:
         """Return how many tokens of the caller's sequence the cache stands for now."""
-        return self.caller_length + int(cache.layers[0].get_seq_length()) - self.cache_length
+        return self.caller_length + entries(cache) - self.cache_length
 
     def check_entries(self, cache: Any) -> int:
         """Return how many tokens the cache stands for now, as `caller_past`.
@@ -176,9 +177,7 @@ class PrunedCacheState:
                 f"A cache pruned by {self.method!r} holds several prompts packed in one row, of which none can be continued; "
                 "allowed: one prompt a row, or `use_cache=False`."
             )
-        added = [
-            int(cache.layers[group.first_layer].get_seq_length()) - group.cache_length for group in self.layer_groups
-        ]
+        added = [entries(cache, group.first_layer) - group.cache_length for group in self.layer_groups]
         if added[0] < 0 or added.count(added[0]) != len(added):
             raise UnsupportedCallError(
                 f"The layers of a cache pruned by {self.method!r} hold {added} entries more than its prefill left in them; "
@@ -190,7 +189,7 @@ class PrunedCacheState:
         """Raise UnsupportedCallError if a layer of a static cache has no room for `new_columns` more tokens."""
         for group in self.layer_groups:
             layer = cache.layers[group.first_layer]
-            room = layer.get_max_length()
+            room = layer.get_max_length() if hasattr(layer, "get_seq_length") else -1
             if room < 0 or getattr(layer, "is_sliding", False):
                 continue
             held = int(layer.get_seq_length())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any, ClassVar
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from vlmprune.errors import UnsupportedFamilyError, UnsupportedMethodError
 from vlmprune.layout import VisualLayout
 from vlmprune.methods.batch import TowerFacts
+from vlmprune.methods.needs import DECODER_ATTENTION, FIRST_LAYER, LayerNeed, Need
 from vlmprune.methods.projector import ProjectorLayers
 
 from ..calls import PIXELS
@@ -20,6 +22,7 @@ from ..tower.dense import DenseTowerReader
 from ..tower.encoded_visuals import EncodedVisuals
 from ..tower.projector_layers import projector_layers
 from ..tower.reader import TowerReader
+from .decoder import decoder_gap
 from .facts import TOWER_FACTS, PictureKind, Preparation, TowerKind
 from .wrappers import without_wrappers
 
@@ -45,6 +48,9 @@ class Family:
         text_positions: whether 2-D position ids are to the host the tokens' 1-D positions, which tell packed prompts apart.
         has_tiles: whether images are cut in a thumbnail and crops.
         has_equal_tiles: whether an image is encoded as one or several tiles of one size.
+        multimodal_path: from the model to the module that merges image features into the text embeddings; "" is the model itself.
+        language_path: from that module to the decoder that it calls.
+        is_general: whether the facts were found by looking at the model, and no family of its own knows them.
     """
 
     name: ClassVar[str]
@@ -58,6 +64,9 @@ class Family:
     text_positions: ClassVar[bool] = True
     has_tiles: ClassVar[bool] = False
     has_equal_tiles: ClassVar[bool] = False
+    multimodal_path: ClassVar[str] = "model"
+    language_path: ClassVar[str] = "language_model"
+    is_general: ClassVar[bool] = False
 
     parts: ClassVar[tuple[Part, ...]] = (
         Part("multimodal_model", ("input_ids", "inputs_embeds", "attention_mask", "position_ids", "past_key_values")),
@@ -103,12 +112,12 @@ class Family:
     @cached_property
     def multimodal_model(self) -> nn.Module:
         """The module that merges image features into the text embeddings and calls the language model."""
-        return without_wrappers(self.model.model)  # type: ignore[arg-type]
+        return _submodule(self.model, self.multimodal_path)
 
     @cached_property
     def language_model(self) -> nn.Module:
         """The decoder whose input is compacted."""
-        return without_wrappers(self.multimodal_model.language_model)  # type: ignore[arg-type]
+        return _submodule(self.multimodal_model, self.language_path)
 
     @property
     def first_layer(self) -> nn.Module:
@@ -127,13 +136,24 @@ class Family:
     def check_encoding(self, modality: str, inputs: Mapping[str, Any]) -> None:
         """Raise LayoutError for arguments of `get_{modality}_features`, by name, that the host would not refuse clearly."""
 
+    def attention_blocks(self, inputs: Mapping[str, Any], columns: int) -> Tensor | None:
+        """Return the block of tokens that see each other both ways, int64 `[batch, columns]`, -1 for none.
+
+        None where the family does not know; the blocks are then read of the mask that the host made, if it made one.
+
+        Args:
+            inputs: the arguments of the model's forward by name.
+            columns: tokens per row of the call.
+        """
+        return None
+
     def changed_features(self, inputs: Mapping[str, Any]) -> str | None:
         """Return which argument of `get_{modality}_features`, by name, takes other layers than configured, or None."""
         return None
 
     def token_counts(self, modality: str, features: Sequence[Tensor]) -> tuple[int, ...]:
         """Return the visual tokens of each image or video, given its features as `get_{modality}_features` returns them."""
-        return tuple(len(feature) for feature in features)
+        return tuple(math.prod(feature.shape[:-1]) for feature in features)
 
     @property
     def vision_tower(self) -> nn.Module:
@@ -236,6 +256,23 @@ class Family:
         """Whether queries and keys of the first decoder layer can be read."""
         return not missing_parts(self, FIRST_LAYER_PARTS)
 
+    @cached_property
+    def decoder_gap(self) -> str | None:
+        """Why tokens cannot be dropped between decoder layers, in words; None where they can."""
+        # What a method needs of the layers before the last is checked once it says which it cuts.
+        last = decoder_gap(self.language_model, range(self.decoder_layers - 1, self.decoder_layers))
+        return last and decoder_gap(self.language_model, range(self.decoder_layers))
+
+    def reason(self, need: Need) -> str:
+        """Return why the model does not meet a need, in words; nothing where the need itself says all."""
+        of_layers = isinstance(need, LayerNeed) or need in (FIRST_LAYER, DECODER_ATTENTION)
+        return (self.decoder_gap or "") if of_layers else ""
+
+    @property
+    def has_decoder_layers(self) -> bool:
+        """Whether tokens can be dropped between the decoder layers, and their attention be read."""
+        return self.decoder_gap is None
+
     @property
     def has_grid(self) -> bool:
         """Whether every image is one plain grid of tokens, as pooling needs it."""
@@ -270,3 +307,9 @@ class Family:
         rows = features.to(device, parameter.dtype).view(-1, features.shape[-1] // self.tower_facts.patches_per_token)
         projected: Tensor = self.projector(rows)
         return projected.to(features.device)
+
+
+def _submodule(module: nn.Module, path: str) -> nn.Module:
+    for name in path.split(".") if path else ():
+        module = without_wrappers(getattr(module, name))
+    return module

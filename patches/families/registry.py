@@ -7,9 +7,10 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from vlmprune.errors import UnsupportedFamilyError, unknown
+from vlmprune.errors import UnsupportedFamilyError, nearest, unknown
 
 from .family import Family
+from .general import general_family
 from .llava import Llava
 from .llava_next import LlavaNext
 from .llava_onevision import LlavaOnevision
@@ -33,6 +34,8 @@ def find_vlm(model: Any) -> nn.Module:
     """
     found = find_inside(model, lambda item: _family_of(item) is not None)
     if found is None:
+        found = find_inside(model, _may_be_general)
+    if found is None:
         supported = ", ".join(name for family in FAMILIES for name in family.model_classes)
         raise UnsupportedFamilyError(f"{_described(model)} Supported: {supported}.")
     return found
@@ -45,14 +48,30 @@ def find_family(model: Any) -> Family:
         UnsupportedFamilyError: there is no model of a supported family inside; names the supported classes.
     """
     found = find_vlm(model)
-    family = _family_of(found)
-    assert family is not None
+    family = _family_of(found) or _general_of(found)
     return family(found)
 
 
 def _family_of(model: object) -> type[Family] | None:
     names = [cls.__name__ for cls in type(model).__mro__]
     return next((family for family in FAMILIES if any(name in family.model_classes for name in names)), None)
+
+
+def _may_be_general(model: object) -> bool:
+    """Return whether a module is a whole model that generates and sees images, of a class that no family names."""
+    if not isinstance(model, PreTrainedModel) or not model.can_generate():
+        return False
+    inner = getattr(model, "model", None)
+    return any(hasattr(each, "get_image_features") for each in (model, inner)) or hasattr(model.config, "vision_config")
+
+
+def _general_of(model: nn.Module) -> type[Family]:
+    try:
+        return general_family(model)
+    except UnsupportedFamilyError as error:
+        names = [name for family in FAMILIES for name in family.model_classes]
+        match = nearest(type(model).__name__, names) or names[0]
+        raise UnsupportedFamilyError(f"{error} Nearest class that is supported: {match}.") from None
 
 
 def _described(model: object) -> str:

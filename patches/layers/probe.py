@@ -17,9 +17,10 @@ from vlmprune.methods.needs import LayerNeed
 from ..calls import CallStack
 from ..families.family import Family
 from ..hooks import HookSet
+from ..rotation import rotate, rotate_heads
 from .batch_parts import batch_parts
 from .run import LayerRun
-from .scores import cached_keys, rotary_row, rotate, rotate_heads
+from .scores import cached_keys, rotary_row
 
 _WORDS = {
     "last token": "last token attention",

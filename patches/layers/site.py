@@ -24,11 +24,13 @@ from ..cache.trim import check_can_trim, trim_cache
 from ..call_options import RowPipelines
 from ..calls import CallStack, LanguageModelCall
 from ..coordinates import mean_coordinates
+from ..families.decoder import check_decoder
 from ..families.family import Family
 from ..hooks import HookSet
 from ..prefill.entry_cut import EntryCut
 from ..prefill.packing import packed_prompts
 from ..prefill.sequence_bounds import SEQUENCE_BOUNDS, padding_before
+from ..prefill.token_arguments import token_arguments
 from ..prefill.visuals import PrefillVisuals
 from ..tracing import never_compiled
 from .continued import ContinuedLayers, follows_length, rotary_positions
@@ -36,7 +38,6 @@ from .deepstack import add_deepstack, hold_back_deepstack
 from .observer import LayerObserver
 from .probe import LayerProbe
 from .run import LayerRun
-from .scores import check_decoder
 from .text_spans import find_text_spans
 from .visual_tokens import VisualTokens
 
@@ -133,6 +134,8 @@ class LayerSite:
             )
         if any(schedule) and self.method.trims_cache(self.family.decoder_layers) is not None:
             check_can_trim(call.cache, self.method.name)
+        if any(schedule):
+            self._check_arguments(call)
         spans = self._text_spans(call, visuals)
         self._check_text(spans, visuals.spans.rows, schedule)
         run = self.layer_run(call)
@@ -164,6 +167,16 @@ class LayerSite:
         run.group_inputs(0, call.past)
         call.layer_run = run
         return hold_back_deepstack(run, arguments)
+
+    def _check_arguments(self, call: LanguageModelCall) -> None:
+        """Raise UnsupportedCallError for what the host would go on using by its own columns after a cut."""
+        names = token_arguments(call.arguments)
+        if names or call.host_masks is not None:
+            named = names[0] if names else "an attention_mask of the host's own"
+            raise UnsupportedCallError(
+                f"{type(self.family.language_model).__name__} is given {named} in this call, which cannot be placed behind a cut "
+                f"between layers; allowed: methods that act before the first layer, not {self.method.name!r}."
+            )
 
     def continued_layers(self, call: LanguageModelCall, state: PrunedCacheState) -> ContinuedLayers:
         """Return what the layers are given in a call without images whose cache holds other tokens in later layers."""

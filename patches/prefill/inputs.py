@@ -18,6 +18,7 @@ from .entry_cut import EntryCut
 from .image_spans import ImageSpans
 from .packing import check_packing, packed_arguments, packed_positions
 from .position_gaps import dropped_positions
+from .token_arguments import compact_token_arguments, token_places
 
 
 def compacted_inputs(
@@ -86,7 +87,9 @@ def compacted_inputs(
         mask = mask.to(call.mask.dtype)
     arguments = packed_arguments(call.arguments, compaction)
     arguments = {**arguments, "inputs_embeds": compacted, "position_ids": positions, "attention_mask": mask}
-    return compact_deepstack(arguments, compaction, cut.columns, merging_of(selection, spans)), left_behind
+    merged = merging_of(selection, spans)
+    arguments = compact_token_arguments(arguments, token_places(call, compaction, cut.columns, merged))
+    return compact_deepstack(arguments, compaction, cut.columns, merged), left_behind
 
 
 def _positions(

@@ -38,6 +38,13 @@ def read_model_call(family: Family, call: ModelCall, parameters: Collection[str]
         )
     call.encoded = {name: given[name] for name in family.modalities if given.get(name) is not None}
     present = [name for name in family.modalities if name in call.encoded or inputs.get(PIXELS[name]) is not None]
+    others = [name for modality, name in PIXELS.items() if modality not in family.modalities and name in parameters]
+    unserved = [name for name in others if inputs.get(name) is not None]
+    if unserved:
+        raise UnsupportedCallError(
+            f"{unserved[0]} was given, and of {family.name} models vlmprune serves {' and '.join(family.modalities)} tokens "
+            "only; allowed: calls without it."
+        )
     if not present:
         return
     break_graph()

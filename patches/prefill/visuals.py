@@ -94,7 +94,10 @@ def read_visuals(
     spans = []
     for modality, output in call.encoded.items():
         features = output.pooler_output
-        origins = _origins(modality, output, features, signals, live)
+        # An item of no tokens stands for a row of text, where features come by row.
+        origins = [
+            origin for origin in _origins(modality, output, features, signals, live) if origin[0].counts[origin[1]]
+        ]
         counts = [visuals.counts[image] for visuals, image in origins]
         shown: dict[EncodedVisuals, set[int]] = {}
         for visuals, image in origins:

@@ -8,8 +8,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 import vlmprune
 from support.tiny_configs import MAKERS, TEXT, TOWER, tiny_config
 from vlmprune.errors import UnsupportedFamilyError, UnsupportedMethodError
+from vlmprune.patches.families.decoder import check_decoder
 from vlmprune.patches.families.registry import FAMILIES, family_of_config, find_family
-from vlmprune.patches.layers.scores import check_decoder
 from vlmprune.patches.parts import Part, missing_parts
 
 

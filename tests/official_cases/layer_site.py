@@ -23,7 +23,7 @@ from vlmprune.methods.layer.fastv import fastv_count, fastv_keep
 from vlmprune.methods.layer.pyramiddrop import pyramiddrop_keep
 from vlmprune.methods.layer_method import LayerBatch, LayerCut
 from vlmprune.methods.staged_method import stage_counts
-from vlmprune.patches.layers.scores import rotate
+from vlmprune.patches.rotation import rotate
 
 
 @dataclass(frozen=True, kw_only=True)

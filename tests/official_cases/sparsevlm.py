@@ -25,7 +25,7 @@ from vlmprune.methods.layer.sparsevlm import (
     recycled_tokens,
     select_and_recycle,
 )
-from vlmprune.patches.layers.scores import rotate_heads
+from vlmprune.patches.rotation import rotate_heads
 
 
 def sparsevlm_raters(params: Mapping[str, Any], inputs: Tensors) -> dict[str, Tensor]:

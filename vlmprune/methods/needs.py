@@ -53,6 +53,10 @@ class FamilyFacts(Protocol):
         """Whether queries and keys of the first decoder layer can be read."""
 
     @property
+    def has_decoder_layers(self) -> bool:
+        """Whether tokens can be dropped between the decoder layers, and their attention be read."""
+
+    @property
     def has_grid(self) -> bool:
         """Whether every image is one plain grid of tokens."""
 
@@ -106,6 +110,7 @@ class LayerNeed(Need):
     rows: Literal["last token", "text", "visual", "all tokens", "none"] = "last token"
     keys: bool = True
     values: bool = False
+    met_by: Callable[[FamilyFacts], bool] = field(default=lambda family: family.has_decoder_layers, compare=False)
 
 
 STILL_IMAGES = Need(
