@@ -90,7 +90,8 @@ def general_family(model: nn.Module) -> type[GeneralFamily]:
     shape = read_shape(model)
     if shape.missing:
         raise UnsupportedFamilyError(f"{type(model).__name__} lacks {'; '.join(shape.missing)}.")
-    return made_family(type(model), shape)
+    cls: Any = type(model)
+    return made_family(cls, shape)
 
 
 @lru_cache(maxsize=64)
