@@ -220,8 +220,8 @@ def test_methods_that_do_not_serve_videos_say_so(case):
     model = case.build(torch.float32)
     images, videos = case.inputs([[3, "A", 4]]), case.inputs([[3, "A", 2, "video", 4]])
     others = [name for name in vlmprune.list_methods(model) if name not in (*SERVING, "var")]
-    assert {"fastervlm", "pyramiddrop", "fastv", "todre"} <= set(others)
-    layers = {"fastv": {"layer": 1}, "todre": {"layer": 3}}
+    assert {"pyramiddrop", "sparsevlm", "visiondrop"} <= set(others)
+    layers = {"fastv": {"layer": 1}}
     methods = [get_method(name)(keep=0.8, **layers.get(name, REQUIRED.get(name, {}))) for name in others]
     for method in (*methods, [DivPrune(keep=0.5), FastV(layer=1, keep=0.8)]):
         with torch.no_grad(), vlmprune.pruned(model, method):

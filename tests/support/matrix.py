@@ -10,7 +10,7 @@ from support.deeper_tower import deeper_tower, one_tile
 from support.families import llava_next, qwen3_vl
 from support.family_cases import FAMILY_CASES
 from support.tiny_models import LLAVA_CLIP_GQA, FamilyCase
-from vlmprune.methods.needs import FIRST_LAYER, INSTRUCTION, PIXELS, VIDEOS, LayerNeed
+from vlmprune.methods.needs import FIRST_LAYER, GRID, INSTRUCTION, PIXELS, VIDEOS, LayerNeed
 from vlmprune.methods.registry import METHODS, make_method
 from vlmprune.patches.families.registry import find_family
 
@@ -115,6 +115,9 @@ def _cases() -> list[object]:
         for name in METHOD_PARAMETERS:
             # Methods for videos: support/video_matrix.py.
             if any(VIDEOS in part.needs for part in _PARTS[name]):
+                continue
+            # There the grid is that of frames.
+            if not facts.has_grid and any(GRID in part.needs for part in _PARTS[name]):
                 continue
             if all(need.met_by(facts) for part in _PARTS[name] for need in part.needs):
                 case = fitting(name, family)

@@ -58,7 +58,12 @@ def random_batch(
             side = layout.tile_grid or (1, layout.total)
             maps.append(values(1 + crops[0] * crops[1], side[0] * side[1], 2))
         if signal.kind in TILE_KINDS:
-            tile_vision[signal] = tuple(tiles[:, 0] for tiles in maps)
+            rows = [tiles[:, 0] for tiles in maps]
+            # Each frame of a video is a tile.
+            tile_vision[signal] = tuple(
+                values(layout.frames, 2) if layout.frames > 1 else tiles
+                for layout, tiles in zip(images, rows, strict=True)
+            )
             continue
         index = [layout.row * (layout.tile_grid or (1, 1))[1] + layout.column for layout in images]
         picked = [

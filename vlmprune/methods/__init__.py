@@ -11,6 +11,7 @@ from .base import Method as Method
 from .encoder_method import EncoderMethod as EncoderMethod
 from .input_method import InputMethod as InputMethod
 from .layer_method import LayerMethod as LayerMethod
+from .picture_method import FrameOrVideoMethod as FrameOrVideoMethod
 from .picture_method import PictureMethod as PictureMethod
 from .registry import register as register
 
@@ -30,5 +31,15 @@ _classes = {
 }
 globals().update(_classes)
 __all__ = sorted(
-    [*_classes, "AttentionMethod", "EncoderMethod", "InputMethod", "LayerMethod", "Method", "PictureMethod", "register"]
+    [
+        *_classes,
+        "AttentionMethod",
+        "EncoderMethod",
+        "InputMethod",
+        "LayerMethod",
+        "Method",
+        "FrameOrVideoMethod",
+        "PictureMethod",
+        "register",
+    ]
 )

@@ -153,8 +153,8 @@ CLS_TOKEN = Need(
 GRID = Need(
     "grid",
     "visual tokens that form one plain grid",
-    "`VisualLayout.grid`",
-    met_by=lambda family: family.has_grid,
+    "`VisualLayout.grid`; frames of videos have one in every family",
+    met_by=lambda family: family.has_grid or "video" in family.modalities,
 )
 WHOLE_TILES = Need(
     "whole_tiles",

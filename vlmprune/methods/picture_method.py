@@ -11,12 +11,25 @@ from .input_method import InputMethod
 
 @dataclass(frozen=True, kw_only=True)
 class PictureMethod(InputMethod):
-    """An input method made for pictures that serves videos too, frame by frame or the video as one picture.
+    """An input method made for pictures, which serves videos frame by frame.
+
+    In every frame of a video it chooses as in an image of its own, with an even share of the video's budget: the larger
+    shares are evenly spaced, and where the budget is below one token a frame, evenly spaced frames get one.
+    """
+
+    @property
+    def frame_by_frame(self) -> bool:
+        """True: a video is so many pictures."""
+        return True
+
+
+@dataclass(frozen=True, kw_only=True)
+class FrameOrVideoMethod(PictureMethod):
+    """A method for pictures that can also choose among the tokens of all frames at once.
 
     Attributes:
-        per: "frame" chooses in every frame of a video as in an image, with an even share of the video's budget (the larger
-            shares evenly spaced, and only evenly spaced frames where the budget is below one token a frame); "video" chooses
-            among the tokens of all frames at once. Images are served alike by both.
+        per: "frame" for an even share of the budget in every frame of a video, "video" for the best tokens of all frames,
+            wherever they are. Images are served alike by both.
     """
 
     per: Literal["frame", "video"] = "frame"

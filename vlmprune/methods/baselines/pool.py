@@ -12,13 +12,13 @@ from torch.nn.functional import adaptive_avg_pool2d
 
 from vlmprune.errors import UnsupportedCallError
 from vlmprune.methods.batch import Selection, VisualBatch
-from vlmprune.methods.input_method import InputMethod
-from vlmprune.methods.needs import GRID, STILL_IMAGES, Need
+from vlmprune.methods.needs import GRID, Need
+from vlmprune.methods.picture_method import PictureMethod
 from vlmprune.methods.selection_macs import Scored
 
 
 @dataclass(frozen=True, kw_only=True)
-class Pool(InputMethod):
+class Pool(PictureMethod):
     """Average-pool the token grid to the nearest smaller grid of at most `keep` tokens.
 
     The pooled grid keeps the shape of the image as well as the count allows, so it can hold a few tokens fewer than the
@@ -26,7 +26,7 @@ class Pool(InputMethod):
     """
 
     name: ClassVar[str] = "pool"
-    needs: ClassVar[frozenset[Need]] = frozenset({STILL_IMAGES, GRID})
+    needs: ClassVar[frozenset[Need]] = frozenset({GRID})
     merges: ClassVar[bool] = True
 
     def select(self, batch: VisualBatch) -> Selection:

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from vlmprune.kernels.max_min import max_min
 from vlmprune.methods.batch import Selection, VisualBatch
-from vlmprune.methods.input_method import InputMethod
 from vlmprune.methods.needs import Need
+from vlmprune.methods.picture_method import FrameOrVideoMethod
 from vlmprune.methods.selection_macs import Scored, all_pairs_macs
 
 
 @dataclass(frozen=True, kw_only=True)
-class DivPrune(InputMethod):
+class DivPrune(FrameOrVideoMethod):
     """Keep tokens greedily so that the smallest cosine distance among them stays as large as possible.
 
     First pick: the token whose nearest neighbour is farthest; every next pick: the token farthest from all picked
@@ -27,8 +27,14 @@ class DivPrune(InputMethod):
 
     Source: "DivPrune: Diversity-based Visual Token Pruning for Large Multimodal Models", CVPR 2025, arXiv 2503.02175.
     The official code computes distances in the model's dtype and may pick a duplicate twice; here distances are fp32
-    and picked tokens are masked.
+    and picked tokens are masked. Of a video it picks among the tokens of all frames, so that a token that stands still is
+    picked once.
+
+    Attributes:
+        per: "video" to pick among all frames of a video at once, "frame" to pick in every frame by itself.
     """
+
+    per: Literal["frame", "video"] = "video"
 
     name: ClassVar[str] = "divprune"
     needs: ClassVar[frozenset[Need]] = frozenset()

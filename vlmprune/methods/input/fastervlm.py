@@ -9,14 +9,14 @@ from typing import ClassVar
 from torch import Tensor
 
 from vlmprune.methods.batch import Selection, TowerFacts, VisionSignal, VisualBatch
-from vlmprune.methods.input_method import InputMethod
-from vlmprune.methods.needs import STILL_IMAGES, TOWER_ATTENTION, Need
+from vlmprune.methods.needs import TOWER_ATTENTION, Need
+from vlmprune.methods.picture_method import FrameOrVideoMethod
 from vlmprune.methods.selection_macs import Scored
 from vlmprune.methods.shared.tile_segments import select_evenly
 
 
 @dataclass(frozen=True, kw_only=True)
-class FasterVLM(InputMethod):
+class FasterVLM(FrameOrVideoMethod):
     """Keep the tokens that the vision tower's CLS token attends to most.
 
     The score is the softmaxed CLS attention (over all keys, CLS included, not renormalised) of the layer whose output
@@ -32,7 +32,7 @@ class FasterVLM(InputMethod):
     """
 
     name: ClassVar[str] = "fastervlm"
-    needs: ClassVar[frozenset[Need]] = frozenset({STILL_IMAGES, TOWER_ATTENTION})
+    needs: ClassVar[frozenset[Need]] = frozenset({TOWER_ATTENTION})
     symbols: ClassVar[Mapping[str, str]] = {
         "R": "keep=1 - R",
         "T": "keep=T * tiles, per image",

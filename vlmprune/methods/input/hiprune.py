@@ -15,14 +15,14 @@ from vlmprune.kernels.segmented_topk import segmented_topk
 from vlmprune.layout import VisualLayout
 from vlmprune.methods.batch import Selection, TowerFacts, VisionSignal, VisualBatch
 from vlmprune.methods.checks import check_flag, check_int, check_number
-from vlmprune.methods.input_method import InputMethod
-from vlmprune.methods.needs import STILL_IMAGES, TOWER_ATTENTION, Need
+from vlmprune.methods.needs import TOWER_ATTENTION, Need
+from vlmprune.methods.picture_method import FrameOrVideoMethod
 from vlmprune.methods.selection_macs import Scored
 from vlmprune.methods.shared.tile_segments import even_counts, tile_segments, to_device, top_of_segments
 
 
 @dataclass(frozen=True, kw_only=True)
-class HiPrune(InputMethod):
+class HiPrune(FrameOrVideoMethod):
     """Keep the tokens that a middle tower layer attends to most, their neighbours, and the best of a deep layer.
 
     Scores are the attention that a token receives from all tokens of its tile (the CLS token's query included),
@@ -53,7 +53,7 @@ class HiPrune(InputMethod):
     faithful: bool = False
 
     name: ClassVar[str] = "hiprune"
-    needs: ClassVar[frozenset[Need]] = frozenset({STILL_IMAGES, TOWER_ATTENTION})
+    needs: ClassVar[frozenset[Need]] = frozenset({TOWER_ATTENTION})
     symbols: ClassVar[Mapping[str, str]] = {"l": "object_layer="}
 
     def __post_init__(self) -> None:
@@ -121,7 +121,8 @@ class HiPrune(InputMethod):
         segments, device = tile_segments(batch.layouts), scores.device
         counts = even_counts(segments, batch.budgets)
         # Attention summed over the queries, of which there is one a patch.
-        tokens = to_device(torch.tensor(batch.counts).repeat_interleave(torch.tensor(batch.counts)), device)
+        queries = torch.tensor([layout.total // layout.frames for layout in batch.layouts])
+        tokens = to_device(queries.repeat_interleave(torch.tensor(batch.counts)), device)
         summed = scores * tokens * batch.tower.patches_per_token
         order = to_device(segments.order, device)
         sizes = to_device(segments.sizes, device).flatten()

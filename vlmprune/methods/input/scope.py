@@ -12,15 +12,15 @@ from torch import Tensor
 from vlmprune.kernels.coverage import coverage
 from vlmprune.methods.batch import Selection, TowerFacts, VisionSignal, VisualBatch
 from vlmprune.methods.checks import check_choice, check_number
-from vlmprune.methods.input_method import InputMethod
-from vlmprune.methods.needs import STILL_IMAGES, TOWER_ATTENTION, TOWER_FEATURES, Need
+from vlmprune.methods.needs import TOWER_ATTENTION, TOWER_FEATURES, Need
+from vlmprune.methods.picture_method import PictureMethod
 from vlmprune.methods.selection_macs import Scored, pairs_in_tiles_macs
 from vlmprune.methods.shared.features import features_signal, tower_features
 from vlmprune.methods.shared.tile_segments import even_counts, local_indices, tile_segments, to_device
 
 
 @dataclass(frozen=True, kw_only=True)
-class SCOPE(InputMethod):
+class SCOPE(PictureMethod):
     """Keep tokens greedily, each with the highest gain in coverage times its CLS attention to the power `alpha`.
 
     A set of tokens covers a token by its highest cosine to the set, or by 0 if that is negative; cosines are of the
@@ -43,7 +43,7 @@ class SCOPE(InputMethod):
     combined: Literal["multi", "add"] = "multi"
 
     name: ClassVar[str] = "scope"
-    needs: ClassVar[frozenset[Need]] = frozenset({STILL_IMAGES, TOWER_ATTENTION, TOWER_FEATURES})
+    needs: ClassVar[frozenset[Need]] = frozenset({TOWER_ATTENTION, TOWER_FEATURES})
     symbols: ClassVar[Mapping[str, str]] = {"mode": "combined"}
 
     def __post_init__(self) -> None:

@@ -17,16 +17,16 @@ from vlmprune.layout import VisualLayout
 from vlmprune.methods.base import Method
 from vlmprune.methods.batch import Selection, TowerFacts, VisionSignal, VisualBatch
 from vlmprune.methods.checks import check_choice, check_flag
-from vlmprune.methods.input_method import InputMethod
 from vlmprune.methods.layer.todre_relevance import ToDRERelevance
-from vlmprune.methods.needs import STILL_IMAGES, TOWER_ATTENTION, Need
+from vlmprune.methods.needs import TOWER_ATTENTION, Need
+from vlmprune.methods.picture_method import FrameOrVideoMethod
 from vlmprune.methods.selection_macs import Scored, picked_rows_macs
 from vlmprune.methods.shared.patches import patch_budgets, patches_of, select_patches
 from vlmprune.methods.shared.tile_segments import to_device
 
 
 @dataclass(frozen=True, kw_only=True)
-class ToDRE(InputMethod):
+class ToDRE(FrameOrVideoMethod):
     """Keep tokens greedily, each with the lowest sum of cosines to those kept before ("max_sum"), from a pivot on.
 
     The pivot is the token with the highest CLS attention (mean over heads) of the last vision tower layer, in the
@@ -56,7 +56,7 @@ class ToDRE(InputMethod):
     tau: float = 0.1
 
     name: ClassVar[str] = "todre"
-    needs: ClassVar[frozenset[Need]] = frozenset({STILL_IMAGES, TOWER_ATTENTION})
+    needs: ClassVar[frozenset[Need]] = frozenset({TOWER_ATTENTION})
     symbols: ClassVar[Mapping[str, str]] = {"K": "keep as an int, the number kept per image", "l": "layer="}
 
     def __post_init__(self) -> None:

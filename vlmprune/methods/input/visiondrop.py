@@ -10,6 +10,7 @@ from vlmprune.budget import token_budget
 from vlmprune.methods.base import Method
 from vlmprune.methods.input.visionzip import VisionZip
 from vlmprune.methods.layer.visiondrop_stages import ENTRY, VisionDropStages
+from vlmprune.methods.needs import STILL_IMAGES, Need
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +41,7 @@ class VisionDrop(VisionZip):
     layers: tuple[int, ...] | None = None
 
     name: ClassVar[str] = "visiondrop"
+    needs: ClassVar[frozenset[Need]] = VisionZip.needs | {STILL_IMAGES}
     symbols: ClassVar[Mapping[str, str]] = {"layer_list": "layers="}
 
     def __post_init__(self) -> None:

@@ -13,8 +13,8 @@ from vlmprune.kernels.merge_to_targets import merge_to_targets
 from vlmprune.kernels.segmented_topk import segmented_topk
 from vlmprune.methods.batch import Selection, TowerFacts, VisionSignal, VisualBatch
 from vlmprune.methods.checks import check_choice, check_flag, check_number
-from vlmprune.methods.input_method import InputMethod
-from vlmprune.methods.needs import STILL_IMAGES, TOWER_ATTENTION, TOWER_FEATURES, Need
+from vlmprune.methods.needs import TOWER_ATTENTION, TOWER_FEATURES, Need
+from vlmprune.methods.picture_method import PictureMethod
 from vlmprune.methods.selection_macs import Scored
 from vlmprune.methods.shared.features import features_signal
 from vlmprune.methods.shared.tile_segments import tile_segments, to_device
@@ -25,7 +25,7 @@ MergeAt = Literal["tower", "projected"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class VisionZip(InputMethod):
+class VisionZip(PictureMethod):
     """Keep the tokens that the CLS token attends to most, and merge the others into a few evenly spaced ones of them.
 
     Of `T` tokens that a tile keeps, `round(T * contextual)` (one at least, if `T` is more than one) are contextual,
@@ -64,7 +64,7 @@ class VisionZip(InputMethod):
     order: Literal["position", "official"] = "position"
 
     name: ClassVar[str] = "visionzip"
-    needs: ClassVar[frozenset[Need]] = frozenset({STILL_IMAGES, TOWER_ATTENTION, TOWER_FEATURES})
+    needs: ClassVar[frozenset[Need]] = frozenset({TOWER_ATTENTION, TOWER_FEATURES})
     merges: ClassVar[bool] = True
 
     def __post_init__(self) -> None:

@@ -13,8 +13,8 @@ from torch.nn.functional import normalize
 
 from vlmprune.methods.batch import Selection, TowerFacts, VisionSignal, VisualBatch
 from vlmprune.methods.checks import check_number
-from vlmprune.methods.input_method import InputMethod
-from vlmprune.methods.needs import STILL_IMAGES, TOWER_ATTENTION, TOWER_FEATURES, Need
+from vlmprune.methods.needs import TOWER_ATTENTION, TOWER_FEATURES, Need
+from vlmprune.methods.picture_method import PictureMethod
 from vlmprune.methods.selection_macs import Scored, pairs_in_tiles_macs
 from vlmprune.methods.shared.features import features_signal, tower_features
 from vlmprune.methods.shared.tile_segments import even_counts, local_indices, tile_segments, to_device
@@ -24,7 +24,7 @@ STEP, STEP_TOKENS = 8, 576
 
 
 @dataclass(frozen=True, kw_only=True)
-class VisPruner(InputMethod):
+class VisPruner(PictureMethod):
     """Keep the tokens that the CLS token attends to most, and of the others those that are left when duplicates are taken out.
 
     Of `T` tokens that a tile keeps, `int(T * rho)` are the highest by the CLS attention of the layer whose output
@@ -49,7 +49,7 @@ class VisPruner(InputMethod):
     rho: float = 0.5
 
     name: ClassVar[str] = "vispruner"
-    needs: ClassVar[frozenset[Need]] = frozenset({STILL_IMAGES, TOWER_ATTENTION, TOWER_FEATURES})
+    needs: ClassVar[frozenset[Need]] = frozenset({TOWER_ATTENTION, TOWER_FEATURES})
     symbols: ClassVar[Mapping[str, str]] = {"T": "keep=T * tiles, per image", "important_ratio": "rho="}
 
     def __post_init__(self) -> None:

@@ -12,14 +12,14 @@ from torch import Tensor
 from vlmprune.errors import ParameterError
 from vlmprune.methods.batch import Selection, TowerFacts, VisionSignal, VisualBatch
 from vlmprune.methods.checks import check_int
-from vlmprune.methods.input_method import InputMethod
-from vlmprune.methods.needs import STILL_IMAGES, TOWER_ATTENTION, Need
+from vlmprune.methods.needs import TOWER_ATTENTION, Need
+from vlmprune.methods.picture_method import FrameOrVideoMethod
 from vlmprune.methods.selection_macs import Scored
 from vlmprune.methods.shared.tile_segments import select_evenly
 
 
 @dataclass(frozen=True, kw_only=True)
-class VTCCLS(InputMethod):
+class VTCCLS(FrameOrVideoMethod):
     """Keep the tokens that the CLS tokens of several vision tower layers attend to most, summed over these layers.
 
     Every layer counts with its softmaxed CLS attention (over all keys, CLS included), averaged over heads. Every tile
@@ -41,7 +41,7 @@ class VTCCLS(InputMethod):
     start_layer: int = -8
 
     name: ClassVar[str] = "vtc_cls"
-    needs: ClassVar[frozenset[Need]] = frozenset({STILL_IMAGES, TOWER_ATTENTION})
+    needs: ClassVar[frozenset[Need]] = frozenset({TOWER_ATTENTION})
     symbols: ClassVar[Mapping[str, str]] = {
         "K": "start_layer=-(K + 1), the last K layers up to the feature layer of a CLIP tower",
         "layer": "start_layer=",

@@ -14,7 +14,7 @@ from vlmprune.kernels.row_attention import row_attention
 from vlmprune.methods.batch import Selection
 from vlmprune.methods.checks import check_number
 from vlmprune.methods.layer_method import LayerBatch, LayerCut, LayerMethod, ProbedLayer, check_depth, check_layers
-from vlmprune.methods.needs import ALL_TOKENS_BEFORE_CUT, STILL_IMAGES, Need
+from vlmprune.methods.needs import ALL_TOKENS_BEFORE_CUT, Need
 from vlmprune.methods.selection_macs import ScoredLayers
 
 SYSTEM, VISUAL, TEXT = 1, 2, 3
@@ -47,7 +47,7 @@ class ToDRERelevance(LayerMethod):
     tau: float = 0.1
 
     name: ClassVar[str] = "todre_relevance"
-    needs: ClassVar[frozenset[Need]] = frozenset({STILL_IMAGES, ALL_TOKENS_BEFORE_CUT})
+    needs: ClassVar[frozenset[Need]] = frozenset({ALL_TOKENS_BEFORE_CUT})
     symbols: ClassVar[Mapping[str, str]] = {"l": "layer="}
     is_stage: ClassVar[bool] = True
     positions = "original"
