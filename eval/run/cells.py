@@ -17,7 +17,9 @@ from vlmprune.errors import BudgetError, ParameterError, UnsupportedMethodError,
 from vlmprune.eval.models.lower_resolution import LOWER_RESOLUTION, LowerResolution, taking_smaller_pictures
 from vlmprune.methods.adaptive_method import AdaptiveMethod
 from vlmprune.methods.base import Method
+from vlmprune.methods.pipeline import check_call
 from vlmprune.methods.registry import get_method, make_method, method_names
+from vlmprune.patches.families.registry import find_family
 
 FULL = "full"
 ALL = "all"
@@ -251,14 +253,18 @@ def names_all(methods: Iterable[tuple[str, dict[str, Any]]]) -> bool:
 
 
 def usable_cells(
-    model: PreTrainedModel, cells: Iterable[Cell], methods: Sequence[tuple[str, dict[str, Any]]]
+    model: PreTrainedModel,
+    cells: Iterable[Cell],
+    methods: Sequence[tuple[str, dict[str, Any]]],
+    modality: Literal["image", "video"] = "image",
 ) -> tuple[list[Cell], list[LeftOut]]:
     """Put every cell's method on and off once; returns the cells that the model can give, and those that it cannot.
 
-    Budgets out of reach are left out, and so are methods that cannot serve the model where all methods were asked for.
+    Budgets out of reach are left out, and so are methods that cannot serve the model, or calls of that modality, where all
+    methods were asked for.
 
     Raises:
-        UnsupportedMethodError: a method asked for by name cannot serve the model.
+        UnsupportedMethodError: a method asked for by name cannot serve the model, or such calls.
         ParameterError: its parameters do not fit the model.
         VlmpruneError: nothing of `methods` is left; the first error.
     """
@@ -268,6 +274,7 @@ def usable_cells(
     for cell in cells:
         try:
             with cell.applied_to(model):
+                _check_modality(model, cell, modality)
                 usable.append(cell)
         except BudgetError as error:
             errors.append(error)
@@ -281,6 +288,13 @@ def usable_cells(
     if errors and not any(cell.method in asked for cell in usable):
         raise errors[0]
     return usable, list(left_out.values())
+
+
+def _check_modality(model: PreTrainedModel, cell: Cell, modality: str) -> None:
+    method, family = cell.make_method(), find_family(model) if cell.is_pruned else None
+    if method is not None and family is not None:
+        for part in method.parts():
+            check_call(part, (modality,), family)
 
 
 def not_reachable(cell: Cell, error: BudgetError) -> LeftOut:

@@ -85,7 +85,7 @@ class AttentionSite:
         if visuals is None and marks is None:
             return
         if visuals is not None:
-            check_call(self.method, set(visuals.modalities))
+            check_call(self.method, set(visuals.modalities), self.family)
             call.check_mask()
             if packed_prompts(call, text_axis=self.family.text_positions) is not None:
                 raise UnsupportedCallError(

@@ -126,7 +126,7 @@ class LayerSite:
             return arguments
         call.check_mask()
         if any(schedule):
-            check_call(self.method, set(visuals.modalities))
+            check_call(self.method, set(visuals.modalities), self.family)
         if any(schedule) and packed_prompts(call, text_axis=self.family.text_positions) is not None:
             raise UnsupportedCallError(
                 f"Several prompts are packed in one row, and {self.method.name!r} scores with the last token of a row; "

@@ -137,7 +137,7 @@ class InputSite:
         method = pipelines.row(spans.rows[0], call.batch).at_input
         if not visuals.encoded:
             check_needs_no_tower(method, self.family.tower_facts)
-        check_call(method, modalities)
+        check_call(method, modalities, self.family)
         self._check_layers(method, visuals)
         shown = tuple(budgets[image] for image in spans.first_of)
         items = scored_items(method, visuals.layouts, modalities, shown)
@@ -150,7 +150,7 @@ class InputSite:
         for row, count in zip(visuals.spans.rows, visuals.spans.counts, strict=True):
             method = pipelines.row(row, call.batch).at_input
             if VIDEOS in method.needs and method.budget(count) < count:
-                check_call(method, visuals.modalities)
+                check_call(method, visuals.modalities, self.family)
 
     def _coordinates(self, call: LanguageModelCall, visuals: PrefillVisuals) -> Tensor:
         padding, spans = padding_before(call), visuals.spans

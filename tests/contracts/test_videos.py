@@ -21,7 +21,7 @@ def pruned(model, method, keep):
 @over_video_matrix
 @over_rows
 def test_pruned_forward_and_decode_equal_the_layers_by_hand(method, case, rows):
-    rows, steps = as_served(case, rows), 4
+    rows, steps = as_served(method, case, rows), 4
     model, inputs = case.build(torch.float32), case.inputs(rows)
     with torch.no_grad(), pruned(model, method, 0.4), entering(model) as entered:
         logits = model(**inputs).logits
@@ -39,7 +39,7 @@ def test_pruned_forward_and_decode_equal_the_layers_by_hand(method, case, rows):
 
 @over_video_matrix
 def test_budgets_and_newlines(method, case):
-    rows = as_served(case, ROWS["mixed"])
+    rows = as_served(method, case, ROWS["mixed"])
     model, inputs = case.build(torch.float32), case.inputs(rows)
     with torch.no_grad(), pruned(model, method, 0.4):
         model(**inputs)
@@ -61,7 +61,7 @@ def test_budgets_and_newlines(method, case):
 @over_video_matrix
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_keep_everything_is_bit_identical_and_undone(method, case, dtype):
-    model, inputs = case.build(dtype), case.inputs(as_served(case, ROWS["mixed"]), dtype=dtype)
+    model, inputs = case.build(dtype), case.inputs(as_served(method, case, ROWS["mixed"]), dtype=dtype)
     with torch.no_grad():
         logits, tokens = model(**inputs).logits, model.generate(**inputs, max_new_tokens=3, do_sample=False)
         with pruned(model, method, 1.0):
@@ -75,7 +75,7 @@ def test_keep_everything_is_bit_identical_and_undone(method, case, dtype):
 @over_video_matrix
 @pytest.mark.parametrize("padding", ["left", "right"])
 def test_row_in_a_batch_equals_row_alone(method, case, padding):
-    rows = [row for row in as_served(case, ROWS["mixed"]) if served_alone(method, row)]
+    rows = [row for row in as_served(method, case, ROWS["mixed"]) if served_alone(method, row)]
     model, batch = case.build(torch.float32), case.inputs(rows, padding)
     with torch.no_grad(), pruned(model, method, 0.4):
         together = model(**batch).logits
@@ -90,7 +90,7 @@ def test_row_in_a_batch_equals_row_alone(method, case, padding):
 
 @over_video_matrix
 def test_cache_beams_and_a_second_turn(method, case):
-    rows = as_served(case, [[2, "A", 3, "video", 4], [1, "video small", 2], [6]])
+    rows = as_served(method, case, [[2, "A", 3, "video", 4], [1, "video small", 2], [6]])
     model, inputs = case.build(torch.float32), case.inputs(rows)
     greedy = {"max_new_tokens": 4, "do_sample": False}
     with torch.no_grad(), pruned(model, method, 0.4):

@@ -108,7 +108,7 @@ def test_methods_for_tiles(case):
 
 @over_cases
 @over_calls
-@pytest.mark.parametrize("method", ["fastervlm", "pool"])
+@pytest.mark.parametrize("method", ["zooprune", "tokencorr"])
 def test_methods_that_know_no_videos(case, call, method, refused):
     inputs = case.inputs([[3, "video A", 4]])
     refused(case, call, inputs, UnsupportedMethodError, "does not serve videos", method)

@@ -11,7 +11,7 @@ from support.families import llava_onevision, qwen2_5_vl, qwen2_vl, qwen3_vl
 from support.families.qwen_case import QwenCase
 from support.matrix import ENCODER_METHODS, METHOD_PARAMETERS, fitting
 from support.tiny_models import FamilyCase, Row
-from vlmprune.methods.needs import STILL_IMAGES
+from vlmprune.methods.needs import GRID, STILL_IMAGES
 from vlmprune.methods.registry import METHODS, make_method
 from vlmprune.patches.families.registry import find_family
 
@@ -34,10 +34,13 @@ ON_EVERY_FAMILY = frozenset({"evs", "vidcom2", "fastervlm", "pool"})
 ONE_OF_EACH_KIND = (qwen3_vl.CASES[0], llava_onevision.CASES[0])
 
 
-def as_served(case: FamilyCase, rows: Sequence[Row]) -> list[Row]:
-    """Return the rows with videos of one length where the host stacks them."""
+def as_served(method: str, case: FamilyCase, rows: Sequence[Row]) -> list[Row]:
+    """Return the rows with videos of one length where the host stacks them, and without images where their kind is not served."""
     if isinstance(case, QwenCase):
         return list(rows)
+    needs = {need for part in make_method(method, **METHOD_PARAMETERS[method]).parts() for need in part.needs}
+    if GRID in needs and not find_family(case.build(torch.float32)).has_grid:
+        rows = [[item for item in row if not isinstance(item, str) or "video" in item] for row in rows]
     return [
         [item.replace("large", "B").replace("small", "C") if "video" in str(item) else item for item in row]
         for row in rows

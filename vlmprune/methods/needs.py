@@ -69,7 +69,7 @@ class FamilyFacts(Protocol):
         """Whether images are cut in a thumbnail and crops."""
 
 
-def _always(_: object) -> bool:
+def _always(*_: object) -> bool:
     return True
 
 
@@ -82,14 +82,14 @@ class Need:
         sentence: what must be there, as in "the method needs ...".
         supplied_by: what supplies it.
         met_by: whether a model can give it, from the facts of its family.
-        met_by_call: whether a call can give it, from the modalities ("image", "video") that it holds.
+        met_by_call: whether a call can give it, from the modalities ("image", "video") that it holds and the model's family.
     """
 
     name: str
     sentence: str
     supplied_by: str
     met_by: Callable[[FamilyFacts], bool] = field(default=_always, compare=False)
-    met_by_call: Callable[[Collection[str]], bool] = field(default=_always, compare=False)
+    met_by_call: Callable[[Collection[str], FamilyFacts], bool] = field(default=_always, compare=False)
 
     def __repr__(self) -> str:
         return f"<need {self.name}>"
@@ -117,14 +117,14 @@ STILL_IMAGES = Need(
     "still_images",
     "images and no videos",
     "the call",
-    met_by_call=lambda modalities: "video" not in modalities,
+    met_by_call=lambda modalities, family: "video" not in modalities,
 )
 VIDEOS = Need(
     "videos",
     "videos",
     "the call; images beside them stay whole",
     met_by=lambda family: "video" in family.modalities,
-    met_by_call=lambda modalities: "video" in modalities,
+    met_by_call=lambda modalities, family: "video" in modalities,
 )
 TOWER_ATTENTION = Need(
     "tower_attention",
@@ -155,6 +155,7 @@ GRID = Need(
     "visual tokens that form one plain grid",
     "`VisualLayout.grid`; frames of videos have one in every family",
     met_by=lambda family: family.has_grid or "video" in family.modalities,
+    met_by_call=lambda modalities, family: family.has_grid or "image" not in modalities,
 )
 WHOLE_TILES = Need(
     "whole_tiles",

@@ -12,7 +12,7 @@ from .checks import check_flag
 from .encoder_method import EncoderMethod
 from .input_method import InputMethod
 from .layer_method import LayerMethod
-from .needs import PIXELS, ordered
+from .needs import PIXELS, FamilyFacts, ordered
 from .pass_through import PassThrough
 
 
@@ -135,16 +135,20 @@ def stages(method: Method) -> tuple[Method, ...]:
     )
 
 
-def check_call(part: Method, modalities: Collection[str]) -> None:
+def check_call(part: Method, modalities: Collection[str], family: FamilyFacts) -> None:
     """Raise UnsupportedMethodError unless a call that holds `modalities` ("image", "video") meets the needs of a stage."""
     from .registry import METHODS
 
     held = sorted(set(modalities))
     for need in ordered(part.needs):
-        if not need.met_by_call(held):
-            refused = next((modality for modality in held if not need.met_by_call((modality,))), held[0])
-            served = [name for name, cls in METHODS.items() if all(n.met_by_call(held) for n in cls.needs)]
+        if not need.met_by_call(held, family):
+            refused = next((modality for modality in held if not need.met_by_call((modality,), family)), held[0])
+            served = [
+                name
+                for name, cls in METHODS.items()
+                if all(each.met_by(family) and each.met_by_call(held, family) for each in cls.needs)
+            ]
             raise UnsupportedMethodError(
-                f"{part.name!r} does not serve {refused}s, and this call holds one. "
+                f"{part.name!r} does not serve {refused}s, and this call holds one; it needs {need.sentence}. "
                 f"Methods that do: {', '.join(served) or 'none'}."
             )
