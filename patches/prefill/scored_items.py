@@ -169,6 +169,10 @@ def _joined(
     counts = tuple(totals)
     first = torch.tensor(batch.offsets[:-1]).repeat_interleave(torch.tensor(counts)).to(device, non_blocking=True)
     selection = Selection(kept - first, counts)
+    if chosen.scores is not None:
+        scores = torch.full((batch.offsets[-1],), torch.nan, device=device)
+        scores[index] = chosen.scores.to(device, torch.float32)
+        selection = replace(selection, scores=scores)
     if chosen.groups is not None:
         outputs = _starts(chosen.counts).repeat_interleave(torch.tensor([item.layout.total for item in items]))
         places = torch.empty_like(order).index_copy_(0, order, torch.arange(len(order), device=device))

@@ -23,6 +23,7 @@ class Pool(PictureMethod):
 
     The pooled grid keeps the shape of the image as well as the count allows, so it can hold a few tokens fewer than the
     budget (58 of a 24 x 24 grid become 7 x 8). A pooled token takes the position of the token in the middle of its cell.
+    Of a video every frame is pooled with an even share of the budget.
     """
 
     name: ClassVar[str] = "pool"

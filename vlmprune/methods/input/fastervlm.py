@@ -26,6 +26,8 @@ class FasterVLM(FrameOrVideoMethod):
 
     Of the paper's symbols, the reduction ratio R is `1 - keep`; T tokens a tile are `keep=T * tiles`.
 
+    Videos are served too, every frame as an image with an even share of the budget, or all frames at once: `per="video"`.
+
     Source: "[CLS] Attention is All You Need for Training-Free Visual Token Pruning", arXiv 2412.01818v1. The official
     code scores in the model's half precision; here scores are fp32, ties go to the lowest index. On LLaVA-NeXT it
     also selects among padding tokens, which transformers' models do not have.

@@ -32,6 +32,8 @@ class HiPrune(FrameOrVideoMethod):
     that many; newlines are dropped first. Kept tokens stay in raster order and have the positions that the family's
     default gives them (as in the official code: compacted ids in LLaVA, the original M-RoPE ids in Qwen).
 
+    Videos are served too, every frame as an image with an even share of the budget, or all frames at once: `per="video"`.
+
     Source: "HiPrune: Hierarchical Attention for Efficient Token Pruning in VLMs", arXiv 2508.00553. As in the
     official code, neighbours are taken by index: those beside the border of a tile wrap to the next row, those above
     and below it become the tile's first and last token; the paper leaves them out. Where the official code differs:

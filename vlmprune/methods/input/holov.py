@@ -35,6 +35,8 @@ class HoloV(PictureMethod):
     tokens of its run, scaled to the attention's mean. A run's weight is the mean score of its tokens. Newlines are no
     part of a run and are dropped first; kept tokens stay in position order.
 
+    Videos are served too, every frame as an image with an even share of the budget.
+
     Source: "Don't Just Chase 'Highlighted Tokens' in MLLMs: Revisiting Visual Holistic Context Retention", NeurIPS
     2025, arXiv 2510.02912. Runs are consecutive tokens of the flattened sequence, thumbnail first, as in the official
     code, not windows of the image. `mode="code"` (the default): `beta` 0.09, tokens of a run are taken by attention

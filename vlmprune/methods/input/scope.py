@@ -29,6 +29,8 @@ class SCOPE(PictureMethod):
     Every tile keeps the same number of tokens, as far as it has that many; newlines are dropped first. Kept tokens
     stay in raster order; ties go to the lowest index.
 
+    Videos are served too, every frame as an image with an even share of the budget.
+
     Source: "SCOPE: Saliency-Coverage Oriented Token Pruning for Efficient Multimodel LLMs", NeurIPS 2025, arXiv
     2510.24214. Paper and official code agree. The code computes in half precision, where gains of early picks often
     tie; here they are fp32. It divides `keep` by all tiles of the call, here by those of the image; on LLaVA-NeXT it

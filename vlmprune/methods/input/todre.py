@@ -37,6 +37,8 @@ class ToDRE(FrameOrVideoMethod):
     and image hardly look at each other there. `keep` counts the tokens of the first stage; `keep=1.0` drops nothing
     at all.
 
+    Videos are served too, every frame as an image with an even share of the budget, or all frames at once: `per="video"`.
+
     Source: "ToDRE: Effective Visual Token Pruning via Token Diversity and Task Relevance", arXiv 2505.18757. There is
     no official code. The paper draws a random pivot where there is no CLS token and says nothing of newlines and of
     the order.

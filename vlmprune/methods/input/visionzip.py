@@ -41,6 +41,8 @@ class VisionZip(PictureMethod):
     (CLS, dominant, contextual tokens), dominant patches of the crops row by row, CLS tokens of the crops, contextual
     tokens crop by crop, as values in the same kept positions.
 
+    Videos are served too, every frame as an image with an even share of the budget.
+
     Source: "VisionZip: Longer is Better but Not Necessary in Vision Language Models", CVPR 2025, arXiv 2412.04467.
     The paper averages similar tokens; target plus mean is the official code's, and so is the CLS token among the
     dominant ones. The official code merges features before the projector (`merge_at="tower"`, the default where there

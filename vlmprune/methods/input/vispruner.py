@@ -35,6 +35,8 @@ class VisPruner(PictureMethod):
     attention received in the tower's last layer. Every tile keeps the same number of tokens, as far as it has that
     many; newlines are dropped first. Kept tokens stay in raster order.
 
+    Videos are served too, every frame as an image with an even share of the budget.
+
     Source: "Beyond Text-Visual Attention: Exploiting Visual Cues for Effective Token Pruning in VLMs", ICCV 2025,
     arXiv 2412.01818v2. The split by places and the 8 are the official code's; the paper says neither. The official
     code stops with an error where the list has an odd length; here the even places are then one more, and a round

@@ -26,6 +26,8 @@ class VTCCLS(FrameOrVideoMethod):
     of a tiled image keeps the same number of tokens, as far as it has that many; newlines are dropped first. Kept
     tokens stay in raster order. With `start_layer` equal to the feature layer it is FasterVLM.
 
+    Videos are served too, every frame as an image with an even share of the budget, or all frames at once: `per="video"`.
+
     Source: "[CLS] Token Tells Everything Needed for Training-free Efficient MLLMs", arXiv 2412.05819. The paper sums
     the last K layers; the official code those from a layer that it is given (16 of 24 by default) to the feature
     layer, the last but one, as here. The official code sums half-precision scores, serves LLaVA-1.5 with one image a

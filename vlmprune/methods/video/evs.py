@@ -72,8 +72,9 @@ class EVS(InputMethod):
 
     def select(self, batch: VisualBatch) -> Selection:
         """Take the highest scores, `budgets[i]` of each video."""
-        scores = [evs_score(video, self.dtype == "model").flatten() for video in videos_of(batch)]
-        return Selection(segmented_topk(torch.cat(scores), batch.offsets, batch.budgets), batch.budgets)
+        scores = torch.cat([evs_score(video, self.dtype == "model").flatten() for video in videos_of(batch)])
+        kept = segmented_topk(scores, batch.offsets, batch.budgets)
+        return Selection(kept, batch.budgets, scores=scores)
 
     def feature_macs(self, scored: Scored) -> int:
         """One cosine a token."""
