@@ -18,7 +18,7 @@ from .errors import (
 from .methods.base import Method
 from .methods.needs import FamilyFacts, Need, ordered
 from .methods.pipeline import Pipeline, make_pipeline
-from .methods.registry import METHODS, make_method
+from .methods.registry import known_methods, make_method
 from .record import RunRecord
 
 if TYPE_CHECKING:
@@ -193,11 +193,11 @@ def list_methods(model: Any = None) -> list[str]:
         UnsupportedFamilyError: there is no model of a supported family inside.
     """
     if model is None:
-        return list(METHODS)
+        return list(known_methods())
     from vlmprune.patches.families.registry import find_family
 
     family = find_family(model)
-    return [name for name, cls in METHODS.items() if _unmet(cls, family) is None]
+    return [name for name, cls in known_methods().items() if _unmet(cls, family) is None]
 
 
 def _pipeline(method: Any, keep: object, parameters: dict[str, Any]) -> Pipeline:

@@ -93,6 +93,20 @@ def methods() -> None:
         typer.echo(f"{name:<{width}}  {line}{f' ({own})' if own else ''}")
 
 
+@app.command(name="new-method")
+def new_method(
+    name: Annotated[str, typer.Argument(help="Name of the method: lower-case words joined by underscores.")],
+    site: Annotated[str, typer.Option(help="Where it acts: input or layer.")] = "input",
+    folder: Annotated[Path, typer.Option(help="Where the package's folder is made.")] = Path(),
+) -> None:
+    """Write a package with a method of your own to start from; `pip install -e` makes it known."""
+    with _clear_errors():
+        from vlmprune.new_method.scaffold import write_package
+
+        for path in write_package(name, site, folder):
+            typer.echo(path)
+
+
 @app.command()
 def bench(
     model: Annotated[str, typer.Option(help="Shipped model (tiny-llava), local folder or hub name.")],

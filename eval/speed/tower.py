@@ -29,7 +29,7 @@ from vlmprune.eval.run.csv_lines import add_to_csv, flattened, this_run
 from vlmprune.eval.run.figures import keep_text
 from vlmprune.eval.run.table_style import cost_style
 from vlmprune.methods.encoder_method import EncoderMethod
-from vlmprune.methods.registry import METHODS, make_method
+from vlmprune.methods.registry import known_methods, make_method
 from vlmprune.patches.families.registry import family_of_config
 
 from .rounds import run_rounds, spread, worked
@@ -187,7 +187,7 @@ def main(
     """Measure the vision tower with and without methods that reduce tokens inside it."""
     if threads:
         torch.set_num_threads(threads)
-    acting = [name for name, cls in METHODS.items() if issubclass(cls, EncoderMethod)]
+    acting = [name for name, cls in known_methods().items() if issubclass(cls, EncoderMethod)]
     names = acting if methods == "all" else methods.split(",")
     made = [make_method(name, budget, output=output) for budget in parse_keeps(keep) for name in names]
     chosen = [method for method in made if isinstance(method, EncoderMethod)]

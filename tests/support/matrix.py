@@ -11,7 +11,7 @@ from support.families import llava_next, qwen3_vl
 from support.family_cases import FAMILY_CASES
 from support.tiny_models import LLAVA_CLIP_GQA, FamilyCase
 from vlmprune.methods.needs import FIRST_LAYER, GRID, INSTRUCTION, PIXELS, VIDEOS, LayerNeed
-from vlmprune.methods.registry import METHODS, make_method
+from vlmprune.methods.registry import known_methods, make_method
 from vlmprune.patches.families.registry import find_family
 
 # Parameters without which a method is refused.
@@ -44,7 +44,7 @@ HARDER: dict[str, dict[str, object]] = {
 }
 METHOD_PARAMETERS: dict[str, dict[str, object]] = {
     name: {**REQUIRED.get(name, {}), **HARDER.get(name, {})}
-    for name, cls in METHODS.items()
+    for name, cls in known_methods().items()
     # They take no `keep`: tests/contracts/test_attention_methods.py.
     if cls.site != "attention"
 }

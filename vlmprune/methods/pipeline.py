@@ -137,7 +137,7 @@ def stages(method: Method) -> tuple[Method, ...]:
 
 def check_call(part: Method, modalities: Collection[str], family: FamilyFacts) -> None:
     """Raise UnsupportedMethodError unless a call that holds `modalities` ("image", "video") meets the needs of a stage."""
-    from .registry import METHODS
+    from .registry import known_methods
 
     held = sorted(set(modalities))
     for need in ordered(part.needs):
@@ -145,7 +145,7 @@ def check_call(part: Method, modalities: Collection[str], family: FamilyFacts) -
             refused = next((modality for modality in held if not need.met_by_call((modality,), family)), held[0])
             served = [
                 name
-                for name, cls in METHODS.items()
+                for name, cls in known_methods().items()
                 if all(each.met_by(family) and each.met_by_call(held, family) for each in cls.needs)
             ]
             raise UnsupportedMethodError(

@@ -11,11 +11,12 @@ from .base import Method
 from .encoder_method import EncoderMethod
 from .input_method import InputMethod
 from .layer_method import LayerMethod
+from .plugins import load_plugins
 
 MethodT = TypeVar("MethodT", bound=Method)
 
 METHODS: dict[str, type[Method]] = {}
-"""Every method that can be asked for by name, in the order of tables."""
+"""Every method of this package and those that were registered, in the order of tables; see `known_methods`."""
 
 
 def register(cls: type[MethodT]) -> type[MethodT]:
@@ -51,9 +52,15 @@ for _folder in (baselines, encoder, input, video, layer, attention):
             register(_cls)
 
 
+def known_methods() -> dict[str, type[Method]]:
+    """Return every method that can be asked for by name, those of installed packages (`vlmprune.methods.plugins`) last."""
+    load_plugins(register)
+    return METHODS
+
+
 def method_names() -> list[str]:
     """Return the names of all methods, baselines first."""
-    return list(METHODS)
+    return list(known_methods())
 
 
 def get_method(name: str) -> type[Method]:
@@ -61,7 +68,12 @@ def get_method(name: str) -> type[Method]:
 
     Raises:
         UnknownNameError: if there is none; names the nearest match.
+        ParameterError: a package offers it, but it cannot be loaded from there.
     """
+    if name not in METHODS:
+        broken = load_plugins(register)
+        if name in broken:
+            raise ParameterError(broken[name])
     if name not in METHODS:
         raise unknown("method", name, METHODS)
     return METHODS[name]

@@ -1,0 +1,1 @@
+"""The start of a method of one's own."""
