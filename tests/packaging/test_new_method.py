@@ -56,9 +56,7 @@ def test_it_is_listed_and_its_own_tests_pass(package):
 def test_it_is_under_contract(package):
     name, root = package
     tests = [f"tests/contracts/test_{part}.py" for part in ("oracle", "identity", "batch_equals_singles", "cache")]
-    done = run(
-        root, "-m", "pytest", "-p", "no:cacheprovider", "-k", f"{name} and llava-clip and not bf16", *tests
-    )
+    done = run(root, "-m", "pytest", "-p", "no:cacheprovider", "-k", f"{name} and llava-clip and not bf16", *tests)
     passed = re.search(r"(\d+) passed", done.stdout)
     assert passed, done.stdout
     assert int(passed[1]) >= 4, done.stdout
