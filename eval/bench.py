@@ -20,11 +20,13 @@ from vlmprune.budget import Keep
 from vlmprune.errors import BudgetError
 from vlmprune.eval.accuracy.fidelity import Fidelity, FidelityOptions, run_fidelity
 from vlmprune.eval.accuracy.live_model import LiveModel
+from vlmprune.eval.accuracy.picture_check import check_tasks
 from vlmprune.eval.accuracy.task_index import data_identity, find_tasks
 from vlmprune.eval.accuracy.task_scores import TaskScore, evaluate_tasks, quiet_lmms_eval
 from vlmprune.eval.models.loading import LoadedModel, fingerprint, load_model
 from vlmprune.eval.reports.bench_results import print_tables, write_results
 from vlmprune.eval.reports.summary import Row, cell_result, make_rows, summarise_requests
+from vlmprune.eval.run.answer_log import AnswerLog
 from vlmprune.eval.run.cells import BASELINES, Cell, LeftOut, make_cells, not_reachable, usable_cells
 from vlmprune.eval.run.progress import progress_bar
 from vlmprune.eval.run.ranks import Ranks
@@ -174,6 +176,8 @@ class _Bench:
             self.console.print(
                 f"{len(self.cells) - len(todo)} of {len(self.cells)} cells are in {self.folder.path} already."
             )
+        if len(todo) == len(self.cells) and self.ranks.is_main:
+            self._check_pictures()
         items = -(-sum(_items(task, options.limit) for task in self.tasks.values()) // self.ranks.count)
         model_seconds = 0.0
         with progress_bar(self.console) as progress:
@@ -184,7 +188,8 @@ class _Bench:
                 progress.update(bar, description=f"[{number}/{len(todo)}] {cell.label:<24.24}")
                 start = time.perf_counter()
                 with cell.applied_to(model):
-                    live.reset(cell.is_pruned, cell.resolution(model, self.loaded.processor))
+                    log = AnswerLog(self.folder.unfinished(cell, self.ranks.rank))
+                    live.reset(cell.is_pruned, cell.resolution(model, self.loaded.processor), log)
                     try:
                         scores = evaluate_tasks(live, self.tasks, options.limit, options.seed)
                     except BudgetError as error:
@@ -193,6 +198,7 @@ class _Bench:
                         if self.ranks.count > 1:
                             raise
                         self.left_out.append(not_reachable(cell, error))
+                        log.close()
                         progress.update(bar, completed=number * items)
                         continue
                 records = self.ranks.gathered(live.records)
@@ -202,8 +208,16 @@ class _Bench:
                     seconds = {"all": time.perf_counter() - start, "inside_the_model": live.model_seconds}
                     cost = summarise_requests(model.config, records, model.dtype.itemsize, cell.make_method())
                     self.folder.write(cell, cell_result(cell, scores, cost, seconds))
+                log.close()
+                if scores is not None:
                     self._report(f"[{number}/{len(todo)}] {cell.label}", scores, seconds["all"])
         return model_seconds
+
+    def _check_pictures(self) -> None:
+        with progress_bar(self.console) as progress:
+            count = sum(_items(task, self.options.limit) for task in self.tasks.values())
+            bar = progress.add_task(f"{'checking pictures':<32}", total=count)
+            check_tasks(self.tasks, self.options.limit, partial(progress.advance, bar))
 
     def _report(self, what: str, scores: Mapping[str, TaskScore], seconds: float) -> None:
         if not self.console.is_terminal:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -41,8 +42,13 @@ def _clear_errors() -> Iterator[None]:
     except VlmpruneError as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(USER_ERROR) from None
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
+            raise
+        typer.echo(f"error: {error.filename or 'a file'} cannot be written: {error.strerror}", err=True)
+        raise typer.Exit(USER_ERROR) from None
     except KeyboardInterrupt:
-        typer.echo("\ninterrupted; finished cells are kept, the same command goes on from there", err=True)
+        typer.echo("\ninterrupted; answered items are kept, the same command goes on from there", err=True)
         raise typer.Exit(INTERRUPTED) from None
 
 
@@ -50,6 +56,13 @@ def _require_extra(extra: str, *modules: str) -> None:
     for module in modules:
         if find_spec(module) is None:
             raise missing_extra(extra, module)
+
+
+def _check_methods(text: str) -> None:
+    """Raise for an unknown method before anything heavy is imported."""
+    from .method_files import check_names
+
+    check_names(text, ("all", "lower_resolution"))
 
 
 def _batch_sizes(option: str, text: str) -> list[int]:
@@ -138,9 +151,13 @@ def bench(
     ] = 30.0,
     timing_batch_size: Annotated[str, typer.Option(help="Batch sizes by comma at which times are measured.")] = "1",
     random_seeds: Annotated[int, typer.Option(min=1, help="Seeds that random is run with.")] = 3,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print cells, items and an estimate of the time, and write nothing.")
+    ] = False,
 ) -> None:
     """Measure accuracy and cost of a model, unpruned and pruned, through lmms-eval."""
     with _clear_errors():
+        _check_methods(methods)
         _require_extra("eval", "lmms_eval", "datasets", "accelerate", "matplotlib")
         from vlmprune.eval.run.cells import parse_keeps, parse_methods
 
@@ -148,6 +165,10 @@ def bench(
         from vlmprune.eval.bench import BenchOptions, run_bench, run_on_data
 
         run = run_bench if data is None else partial(run_on_data, data=data, new_tokens=new_tokens)
+        if dry_run:
+            from vlmprune.eval.run.dry_run import print_plan
+
+            run = partial(print_plan, data=data, new_tokens=new_tokens)
         run(
             BenchOptions(
                 model=model,
@@ -198,6 +219,7 @@ def latency(
         if (model is None) == (random_weights is None):
             raise typer.BadParameter("Name one of --model and --random-weights.")
         sizes = _batch_sizes("--batch-size", batch_size)
+        _check_methods(methods)
         from vlmprune.eval.run.cells import make_cells, parse_keeps, parse_methods, usable_cells
 
         wanted = parse_methods(methods)
@@ -269,6 +291,7 @@ def selection_cost(
 ) -> None:
     """Measure what selecting costs, as a share of the prefill time that dropping saves."""
     with _clear_errors():
+        _check_methods(methods)
         from vlmprune.eval.run.cells import make_cells, parse_keeps, parse_methods, usable_cells
         from vlmprune.eval.speed.selection_command import open_request, run_selection_cost
 

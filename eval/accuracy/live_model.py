@@ -7,7 +7,7 @@ are raised and never scored as empty answers, batches of any size, and the token
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from vlmprune.errors import UnsupportedCallError
 from vlmprune.eval.models.lower_resolution import LowerResolution
+from vlmprune.eval.run.answer_log import AnswerLog, Key
 
 from .generation import cut_at, end_tokens, generation_settings
 from .questions import Question, batches_of, generation_question, scoring_question, user_turn
@@ -63,8 +64,14 @@ class LiveModel(lmms):
         """Where the model is."""
         return self._model.device
 
-    def reset(self, pruned: bool | None = None, resolution: LowerResolution | None = None) -> None:
-        """Forget the records; `pruned` as in the constructor, and with it `resolution`."""
+    def reset(
+        self,
+        pruned: bool | None = None,
+        resolution: LowerResolution | None = None,
+        log: AnswerLog | None = None,
+    ) -> None:
+        """Forget the records; `pruned` as in the constructor, and with it `resolution`; `log` stores answers as they come."""
+        self.log = log
         self.records: list[RequestRecord] = []
         self.model_seconds = 0.0
         if pruned is not None:
@@ -75,11 +82,44 @@ class LiveModel(lmms):
 
     def generate_until(self, requests: list[Instance]) -> list[str]:
         """Answer every request; raises whatever the model raises."""
-        answers = [""] * len(requests)
-        questions = (generation_question(i, request, self.task_dict) for i, request in enumerate(requests))
-        for batch in batches_of(questions, self.batch_size):
-            for question, answer in zip(batch, self._generate(batch), strict=True):
-                answers[question.position] = answer
+        return self._answered("generate", requests, generation_question, self._generate)
+
+    def _answered(
+        self,
+        kind: str,
+        requests: list[Instance],
+        make: Callable[[int, Instance, Any], Question],
+        answer: Callable[[list[Question]], Sequence[Any]],
+    ) -> list[Any]:
+        """What `answer` gives for every request, batch by batch; answers that the log holds are taken from it."""
+        answers: list[Any] = [None] * len(requests)
+        keys: dict[int, Key] = {}
+
+        def fresh() -> Iterator[Question]:
+            for place, request in enumerate(requests):
+                stored = None
+                if self.log is not None and len(request.args) == 6:
+                    keys[place] = (kind, place, str(request.args[4]), int(request.args[3]))
+                    stored = self.log.find(keys[place])
+                if stored is None:
+                    yield make(place, request, self.task_dict)
+                else:
+                    answers[place] = stored[0]
+                    self.records += [stored[1]] if stored[1] is not None else []
+                    self._progress(1)
+
+        for batch in batches_of(fresh(), self.batch_size):
+            before = len(self.records)
+            found = answer(batch)
+            records = iter(self.records[before:])
+            lines = []
+            for question, one in zip(batch, found, strict=True):
+                answers[question.position] = one
+                record = next(records) if question.counted else None
+                if question.position in keys:
+                    lines.append((keys[question.position], one, record))
+            if self.log is not None:
+                self.log.add(lines)
             self._progress(len(batch))
         return answers
 
@@ -91,14 +131,9 @@ class LiveModel(lmms):
 
     def loglikelihood(self, requests: list[Instance]) -> list[GenerationResult]:
         """Mean negative log-likelihood of each continuation (lmms-eval takes the least) and whether it is greedy."""
-        results: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
-        questions = (scoring_question(i, request, self.task_dict) for i, request in enumerate(requests))
-        for batch in batches_of(questions, self.batch_size):
-            for question, result in zip(batch, self._score(batch), strict=True):
-                results[question.position] = result
-            self._progress(len(batch))
+        results = self._answered("score", requests, scoring_question, self._score)
         # lmms-eval 0.7 turns a bare (number, bool) into a string; what is wrapped it hands on as it is.
-        return [GenerationResult(result) for result in results]
+        return [GenerationResult((float(loss), bool(greedy))) for loss, greedy in results]
 
     @property
     def model(self) -> PreTrainedModel:

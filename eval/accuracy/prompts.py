@@ -69,8 +69,10 @@ def _line_prompt(line: str, file: Path, number: int) -> Prompt:
         raise PromptDataError(f"{place} is no JSON: {error}") from None
     if not isinstance(content, dict) or not isinstance(content.get("prompt"), str):
         raise PromptDataError(f'{place} must be {{"image": path or list of paths, "prompt": text}}.')
-    images = content.get("image") or []
+    images = content.get("image") or content.get("images") or []
     names = [images] if isinstance(images, str) else images
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise PromptDataError(f'{place} has "image": {json.dumps(images)}; allowed: a path or a list of paths.')
     paths = [str(file.parent / name) for name in names]
     missing = next((name for name in paths if not Path(name).is_file()), None)
     if missing is not None:

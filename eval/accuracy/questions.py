@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from lmms_eval.api.instance import Instance
 from PIL import Image
 
 from vlmprune.errors import UnsupportedCallError
+
+PLACEHOLDER = re.compile(r" ?<image>|<\|vision_start\|><\|image_pad\|><\|vision_end\|>|<\|image_pad\|>")
+"""Marks for a picture that tasks have in their texts."""
 
 
 @dataclass
@@ -76,9 +81,38 @@ def _key(question: Question) -> str:
 def user_turn(text: str, visuals: Sequence[Any] | None) -> tuple[list[dict[str, Any]], list[Image.Image]]:
     """A conversation of one user turn, pictures before the text."""
     images = [to_image(visual) for visual in visuals or []]
-    content: list[dict[str, Any]] = [{"type": "image"} for _ in images]
-    content.append({"type": "text", "text": text})
-    return [{"role": "user", "content": content}], images
+    content: list[dict[str, Any]] = [*({"type": "image"} for _ in images), {"type": "text", "text": text}]
+    return with_text_placeholders([{"role": "user", "content": content}]), images
+
+
+def with_text_placeholders(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Messages in which no text holds a placeholder of its own, which the processor would take for one more picture.
+
+    Where the texts of the conversation hold as many placeholders as there are pictures, the pictures go there, as in
+    lmms-eval's own models; otherwise the placeholders in the texts are dropped and the pictures stay where they are.
+    """
+    texts = [part["text"] for message in messages for part in message["content"] if part["type"] == "text"]
+    written = sum(len(PLACEHOLDER.findall(text)) for text in texts)
+    if not written:
+        return messages
+    pictures = sum(part["type"] == "image" for message in messages for part in message["content"])
+    return [{**message, "content": _replaced(message["content"], written == pictures)} for message in messages]
+
+
+def _replaced(content: list[dict[str, Any]], in_place: bool) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = []
+    for part in content:
+        if part["type"] == "image" and in_place:
+            continue
+        if part["type"] != "text":
+            found.append(part)
+        elif not in_place:
+            found.append({**part, "text": PLACEHOLDER.sub("", part["text"]).strip()})
+        else:
+            for place, text in enumerate(PLACEHOLDER.split(part["text"])):
+                found += [{"type": "image"}] * bool(place)
+                found += [{**part, "text": text.strip("\n") if place else text}] * bool(text.strip())
+    return found
 
 
 def from_lmms_messages(messages: Sequence[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[Image.Image]]:
@@ -95,15 +129,25 @@ def from_lmms_messages(messages: Sequence[dict[str, Any]]) -> tuple[list[dict[st
             else:
                 raise UnsupportedCallError(f"Content of type {part['type']!r} is not supported; allowed: text, image.")
         result.append({"role": message["role"], "content": content})
-    return result, images
+    return with_text_placeholders(result), images
 
 
 def to_image(visual: Any) -> Image.Image:
-    """A picture, or the path of one, in RGB."""
-    if isinstance(visual, str):
-        visual = Image.open(visual)
-    if not isinstance(visual, Image.Image):
-        raise UnsupportedCallError(
-            f"A visual of type {type(visual).__name__!r} is not supported; allowed: picture or path."
-        )
-    return visual.convert("RGB")
+    """A picture, or the path of one, in RGB.
+
+    Raises:
+        PictureError: it is neither, or cannot be read; one line with the file's name.
+    """
+    if not isinstance(visual, (str, Path, Image.Image)):
+        raise PictureError(f"A visual of type {type(visual).__name__!r} is not supported; allowed: picture or path.")
+    name = repr(str(visual)) if isinstance(visual, (str, Path)) else "A picture"
+    try:
+        return (visual if isinstance(visual, Image.Image) else Image.open(visual)).convert("RGB")
+    except Image.DecompressionBombError as error:
+        raise PictureError(f"{name} is too large: {' '.join(str(error).split())}") from error
+    except (OSError, SyntaxError, ValueError) as error:
+        raise PictureError(f"{name} cannot be read: {' '.join(str(error).split())}") from error
+
+
+class PictureError(UnsupportedCallError):
+    """A picture cannot be used."""

@@ -103,6 +103,10 @@ class ResultFolder:
         """Where the cell's result is or will be."""
         return self.path / "cells" / f"{cell.slug}.json"
 
+    def unfinished(self, cell: Cell, rank: int) -> Path:
+        """Where a process keeps its answers in a cell until that is finished."""
+        return self.path / "unfinished" / f"{cell.slug}.{rank}.jsonl"
+
     def has(self, cell: Cell) -> bool:
         """Whether the cell is finished.
 

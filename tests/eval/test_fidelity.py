@@ -73,7 +73,7 @@ def test_budgets_that_a_picture_does_not_allow_are_noted(toy, prompts, tmp_path,
     assert [row.title for row in rows] == ["uniform", "uniform"]
     (item,) = json.loads((tmp_path / "out" / "fidelity.json").read_text())["left_out"]
     assert item["kind"] == "not reachable"
-    assert item["reason"].endswith("nearest: keep=43, or a smaller layer=2.")
+    assert item["reason"].endswith("nearest: keep=43, or a layer below the present layer=2.")
     assert "fastv keep=8: not reachable" in capsys.readouterr().out
     assert "fastv keep=8: not reachable" in write_report([tmp_path / "out"], tmp_path / "page.html").read_text()
     with pytest.raises(BudgetError, match="nearest: keep=43"):

@@ -142,6 +142,6 @@ def share_after_cut(keep: Keep, cut: int, layers: int, total: int = 1) -> float:
         )
         raise BudgetError(
             f"keep={keep}, averaged over {layers} layers, cannot be reached: all visual tokens pass the first {cut} layers; "
-            f"nearest: keep={nearest}, or a smaller layer={cut}."
+            f"nearest: keep={nearest}, or a layer below the present layer={cut}."
         )
     return min(share, 1.0)
