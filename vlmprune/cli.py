@@ -330,18 +330,20 @@ def calibrate(
 
 @app.command()
 def report(
-    folders: Annotated[list[Path], typer.Argument(help="Result folders of bench and latency.")],
-    out: Annotated[Path, typer.Option(help="The page to write; a table of bench runs if it ends in .md.")] = Path(
-        "report.html"
-    ),
+    folders: Annotated[list[Path], typer.Argument(help="Result folders of bench and latency, or folders of such.")],
+    out: Annotated[
+        Path,
+        typer.Option(
+            help="What to write: a page (.html), a table of models (.md), LaTeX (.tex), a plot (.svg, .pdf, .png)."
+        ),
+    ] = Path("report.html"),
 ) -> None:
-    """Put the results of several runs on one self-contained HTML page, or of several models in one Markdown table."""
+    """Put the results of several runs on one self-contained HTML page, in a Markdown or LaTeX table, or in plots."""
     with _clear_errors():
-        from vlmprune.eval.reports.html_page import write_report
-        from vlmprune.eval.reports.models_compared import write_comparison
+        from vlmprune.eval.reports.write import write
 
-        write = write_comparison if out.suffix == ".md" else write_report
-        typer.echo(f"Written to {write(folders, out)}")
+        for file in write(folders, out):
+            typer.echo(f"Written to {file}")
 
 
 def main() -> None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -16,6 +17,7 @@ from vlmprune.eval.run.result_folder import ResultFolder, write_json
 
 from .html_page import write_report
 from .plots import plot_pareto
+from .stored_results import COSTS, model_name, points_of
 from .summary import Row, results_csv
 from .tables import (
     accuracy_tables,
@@ -26,16 +28,6 @@ from .tables import (
     paired_table,
     time_tables,
 )
-
-PLOTS: dict[str, tuple[Callable[[Row], float | None], str]] = {
-    "accuracy_vs_flops.png": (
-        lambda row: row.prefill_flops / 1e9,
-        "GFLOPs until the first token (vision tower, projector, language model)",
-    ),
-    "accuracy_vs_prefill_time.png": (lambda row: row.prefill_ms, "milliseconds until the first token (batch size 1)"),
-    "accuracy_vs_kv_cache.png": (lambda row: row.kv_cache_bytes / 2**20, "MiB of keys and values (one sequence)"),
-}
-"""File name, cost and label of every plot; one whose cost was not measured is left out."""
 
 
 def print_tables(rows: Sequence[Row], folder: Path, left_out: Sequence[LeftOut] = ()) -> None:
@@ -57,7 +49,7 @@ def write_results(
     seconds: dict[str, float],
 ) -> None:
     """Write results.json, results.csv, tables.md, the plots and report.html."""
-    content = {
+    content: dict[str, Any] = {
         "command": list(command),
         "machine": describe_machine(),
         "configuration": folder.configuration,
@@ -98,9 +90,12 @@ def write_results(
     }
     write_json(folder.path / "results.json", content)
     (folder.path / "results.csv").write_text(results_csv(rows), encoding="utf-8")
-    name = folder.configuration["model"]["source"].rstrip("/").split("/")[-1]
-    for file, (cost, label) in PLOTS.items():
-        plot_pareto(rows, folder.path / file, cost, label, f"{name}: accuracy against {label.split(' (')[0]}")
+    name = model_name(content)
+    for cost, label in COSTS.items():
+        points = points_of(content["cells"], cost)
+        title = f"{name}: accuracy against {label.split(' (')[0]}"
+        if points:
+            plot_pareto(points, folder.path / f"accuracy_vs_{cost}.png", label, title)
     markdown = "\n".join(map(as_markdown, _tables(rows)))
     notes = "".join(f"\n- {item.note}" for item in left_out)
     (folder.path / "tables.md").write_text(markdown + (f"\nLeft out:\n{notes}\n" if notes else ""), encoding="utf-8")

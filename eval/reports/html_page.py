@@ -9,10 +9,10 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from vlmprune.errors import VlmpruneError
 from vlmprune.eval.run.figures import keep_text, percent, with_quartiles
 from vlmprune.eval.run.result_folder import read_json
 
+from .stored_results import ReportError, run_folders
 from .summary import NOT_COUNTED
 from .tables import paired_texts
 
@@ -29,16 +29,13 @@ img { max-width: 48rem; width: 100%; } pre { background: #f4f4f4; padding: .7rem
 """
 
 
-class ReportError(VlmpruneError, ValueError):
-    """A folder holds nothing that a report could show."""
-
-
 def write_report(folders: Sequence[str | Path], file: str | Path) -> Path:
     """Write the page of all runs to `file`.
 
     Raises:
         ReportError: a folder has no results, or the file cannot be written.
     """
+    folders = run_folders(folders)
     sections = [_section(Path(folder)) for folder in folders]
     title = "vlmprune: " + ", ".join(Path(folder).resolve().name for folder in folders)
     page = (
@@ -73,10 +70,6 @@ def _section(folder: Path) -> str:
                 parts.append(make(content, folder))
             except (KeyError, TypeError, AttributeError) as error:
                 raise ReportError(f"{str(folder / name)!r} is no result file of vlmprune ({error!r}).") from error
-    if not parts:
-        raise ReportError(
-            f"{str(folder)!r} holds none of {', '.join(makers)}; a run that was broken off has to be finished first."
-        )
     return f"<h2>{escape(folder.resolve().name)}</h2>\n" + "".join(parts)
 
 

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from vlmprune.eval.run.figures import keep_text
-from vlmprune.eval.run.result_folder import read_json
 
-from .html_page import ReportError, written
+from .html_page import written
+from .stored_results import model_name, read_bench, run_folders
 
 LEGEND = (
     "Mean accuracy in per cent of the unpruned model's mean. **Bold**: better than every baseline that the model serves at "
@@ -24,10 +24,10 @@ def write_comparison(folders: Sequence[str | Path], file: str | Path) -> Path:
     Raises:
         ReportError: a folder holds no results of a benchmark of this version, or the file cannot be written.
     """
-    runs = [_read(Path(folder)) for folder in folders]
+    runs = [read_bench(folder) for folder in run_folders(folders)]
     columns = [(run, keep) for run in runs for keep in _keeps(run)]
     methods = list(dict.fromkeys(cell["title"] for run in runs for cell in run["cells"] if cell["keep"] is not None))
-    names = [_name(run) for run in runs]
+    names = [model_name(run) for run in runs]
     first = [
         "model",
         *(name for run, name in zip(runs, names, strict=True) for name in (name, *[""] * (len(_keeps(run)) - 1))),
@@ -39,20 +39,6 @@ def write_comparison(folders: Sequence[str | Path], file: str | Path) -> Path:
     )
     body = "\n".join("| " + " | ".join(line) + " |" for line in lines)
     return written(f"{LEGEND} Unpruned: {unpruned}.\n\n{body}\n", file)
-
-
-def _read(folder: Path) -> dict[str, Any]:
-    file = folder / "results.json"
-    if not file.is_file():
-        raise ReportError(f"{str(folder)!r} holds no results.json; name folders of finished `vlmprune bench` runs.")
-    run: dict[str, Any] = read_json(file)
-    if "against_baselines" not in run:
-        raise ReportError(f"{str(file)!r} was written by an older version; run the same `vlmprune bench` once more.")
-    return run
-
-
-def _name(run: Mapping[str, Any]) -> str:
-    return str(run["configuration"]["model"]["source"]).rstrip("/").split("/")[-1]
 
 
 def _keeps(run: Mapping[str, Any]) -> list[float]:

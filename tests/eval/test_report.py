@@ -4,9 +4,14 @@ import json
 
 import pytest
 
-from vlmprune.eval.reports.html_page import ReportError, write_report
+from vlmprune.errors import UnknownNameError
+from vlmprune.eval.reports.html_page import write_report
 from vlmprune.eval.reports.models_compared import write_comparison
+from vlmprune.eval.reports.plots import method_style, pareto_front
+from vlmprune.eval.reports.stored_results import ReportError
+from vlmprune.eval.reports.write import write
 from vlmprune.eval.run.result_folder import ResultFolderError
+from vlmprune.methods.registry import method_names
 
 MACHINE = {
     "packages": {"torch": "2"}, "gpu": None, "cpu": "<fast>", "torch_threads": 1, "cpus": 2,
@@ -62,7 +67,15 @@ def test_folders_without_results_and_damaged_files_are_named(tmp_path):
 
 
 def bench_folder(folder, model, cells, against):
-    stored = [{"title": title, "keep": keep, "average": 0.8 * share} for title, keep, share in cells]
+    cost = {"visual_tokens_after": 9.0, "flops": {"prefill_total": 2e9}, "kv_cache_bytes": 1.0}
+    paired = {"difference": -0.1, "difference_95": [-0.2, 0.0], "ratio": 0.9, "ratio_95": [0.8, 1.0]}
+    stored = [
+        {
+            "title": title, "keep": keep, "average": 0.8 * share, "tasks": {"a_b": {"score": 0.8 * share}}, "cost": cost,
+            "paired": paired if keep else None,
+        }
+        for title, keep, share in cells
+    ]  # fmt: skip
     pairs = [{"method": m, "baseline": b, "keep": k, "verdict": v} for m, b, k, v in against]
     content = {"configuration": {"model": {"source": model}}, "cells": stored, "against_baselines": pairs}
     folder.mkdir()
@@ -87,5 +100,32 @@ def test_several_models_in_one_table(tmp_path):
 
 
 def test_a_folder_without_a_bench_is_no_row(tmp_path):
-    with pytest.raises(ReportError, match=r"holds no results.json"):
+    with pytest.raises(ReportError, match=r"holds none of results.json"):
         write_comparison([tmp_path], tmp_path / "table.md")
+
+
+def test_tables_and_plots_of_all_runs_below_a_folder(tmp_path):
+    for name in ("one", "two"):
+        bench_folder(tmp_path / name, f"m_{name}", [("full", None, 1.0), ("pool", 1.0, 0.9), ("pool", 1, 0.4)], [])
+    (text,) = write([tmp_path], tmp_path / "table.tex")
+    latex = text.read_text()
+    assert latex.count("\\begin{tabular}") == 2
+    assert "m\\_one" in latex
+    assert "pool & 1.0 & 9 & 72.0 & 72.0 & $-10.0$ ($-20.0$ to $+0.0$) & 90.0 (80.0 to 100.0)" in latex
+    assert "pool & 1 & 9 & 32.0" in latex
+    for ending, first in ((".svg", b"<?xml"), (".pdf", b"%PDF"), (".png", b"\x89PNG")):
+        files = write([tmp_path], tmp_path / f"plot{ending}")
+        assert [file.name for file in files] == [f"plot-1{ending}", f"plot-2{ending}"]
+        assert all(file.read_bytes().startswith(first) for file in files)
+    with pytest.raises(UnknownNameError, match=r"ending of a report '\.doc'"):
+        write([tmp_path], tmp_path / "a.doc")
+
+
+def test_methods_look_the_same_everywhere_and_never_alike():
+    styles = {name: method_style(name) for name in method_names()}
+    assert len(set(styles.values())) == len(styles)
+    assert method_style("fastv:layer=1") == styles["fastv"]
+
+
+def test_the_front_ignores_what_is_within_the_error():
+    assert pareto_front([(1, 50.0), (2, 50.5), (3, 60.0)], tolerance=1.0) == [True, False, True]
