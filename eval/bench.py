@@ -18,21 +18,21 @@ from transformers.utils import logging
 import vlmprune
 from vlmprune.budget import Keep
 from vlmprune.errors import BudgetError
+from vlmprune.eval.accuracy.answer_log import AnswerLog
 from vlmprune.eval.accuracy.fidelity import Fidelity, FidelityOptions, run_fidelity
 from vlmprune.eval.accuracy.live_model import LiveModel
 from vlmprune.eval.accuracy.picture_check import check_tasks
 from vlmprune.eval.accuracy.task_index import data_identity, find_tasks
 from vlmprune.eval.accuracy.task_scores import TaskScore, evaluate_tasks, quiet_lmms_eval
+from vlmprune.eval.bench_times import timed_cells, turns_of_tasks
 from vlmprune.eval.models.loading import LoadedModel, fingerprint, load_model
 from vlmprune.eval.reports.bench_results import print_tables, write_results
 from vlmprune.eval.reports.summary import Row, cell_result, make_rows, summarise_requests
-from vlmprune.eval.run.answer_log import AnswerLog
 from vlmprune.eval.run.cells import BASELINES, Cell, LeftOut, make_cells, not_reachable, usable_cells
 from vlmprune.eval.run.progress import progress_bar
 from vlmprune.eval.run.ranks import Ranks
 from vlmprune.eval.run.result_folder import ResultFolder
 from vlmprune.eval.run.text_towers import equipped, text_tower_of
-from vlmprune.eval.speed.bench_times import timed_cells, turns_of_tasks
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -164,9 +164,11 @@ def bench(
         wanted, budgets = parse_methods(methods, smaller_pictures=True), parse_keeps(keep)
         from vlmprune.eval.bench import BenchOptions, run_bench, run_on_data
 
-        run = run_bench if data is None else partial(run_on_data, data=data, new_tokens=new_tokens)
+        run: Callable[..., object] = (
+            run_bench if data is None else partial(run_on_data, data=data, new_tokens=new_tokens)
+        )
         if dry_run:
-            from vlmprune.eval.run.dry_run import print_plan
+            from vlmprune.eval.dry_run import print_plan
 
             run = partial(print_plan, data=data, new_tokens=new_tokens)
         run(

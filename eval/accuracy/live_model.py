@@ -19,8 +19,8 @@ from transformers import PreTrainedModel
 
 from vlmprune.errors import UnsupportedCallError
 from vlmprune.eval.models.lower_resolution import LowerResolution
-from vlmprune.eval.run.answer_log import AnswerLog, Key
 
+from .answer_log import AnswerLog, Key
 from .generation import cut_at, end_tokens, generation_settings
 from .questions import Question, batches_of, generation_question, scoring_question, user_turn
 from .request_records import RequestRecord, request_records

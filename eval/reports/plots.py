@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vlmprune.eval.run.cells import FULL, LOWER_RESOLUTION
+from vlmprune.eval.models.lower_resolution import LOWER_RESOLUTION
+from vlmprune.eval.run.cells import FULL
 from vlmprune.eval.run.result_folder import ResultFolderError
 from vlmprune.methods.registry import method_names
 

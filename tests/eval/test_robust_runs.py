@@ -22,7 +22,7 @@ from vlmprune.eval.accuracy.prompts import PromptDataError, read_prompts
 from vlmprune.eval.accuracy.questions import PictureError, from_lmms_messages, to_image, user_turn
 from vlmprune.eval.accuracy.task_index import find_tasks
 from vlmprune.eval.bench import BenchOptions, run_bench
-from vlmprune.eval.run.dry_run import print_plan
+from vlmprune.eval.dry_run import print_plan
 from vlmprune.method_files import check_names, named_in_files
 from vlmprune.methods.registry import METHODS
 

@@ -9,8 +9,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from vlmprune.eval.accuracy.request_records import RequestRecord
 from vlmprune.eval.flops import VisionWork
+
+from .request_records import RequestRecord
 
 Key = tuple[str, int, str, int]
 """Kind of request, its place among those of the run, task and item."""

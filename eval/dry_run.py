@@ -14,9 +14,8 @@ from vlmprune.eval.accuracy.questions import user_turn
 from vlmprune.eval.accuracy.task_index import find_tasks
 from vlmprune.eval.accuracy.task_scores import quiet_lmms_eval
 from vlmprune.eval.bench import BenchOptions, configuration, load_with_cells
-from vlmprune.eval.speed.bench_times import Turn, turns_of_tasks
-
-from .result_folder import ResultFolder
+from vlmprune.eval.bench_times import Turn, turns_of_tasks
+from vlmprune.eval.run.result_folder import ResultFolder
 
 
 def print_plan(options: BenchOptions, data: Path | None = None, new_tokens: int = 32) -> float:

@@ -14,8 +14,7 @@ from vlmprune.eval.accuracy.live_model import LiveModel
 from vlmprune.eval.run.cells import Cell
 from vlmprune.eval.run.progress import progress_bar
 from vlmprune.eval.run.result_folder import read_json, write_json
-
-from .cell_times import time_cells
+from vlmprune.eval.speed.cell_times import time_cells
 
 REQUESTS = 5
 """Requests that take turns at each batch size."""
