@@ -5,7 +5,7 @@ import torch
 
 import vlmprune
 from support.layerwise import check_greedy, default_positions, language_model_inputs, row_by_layers
-from support.matrix import METHOD_PARAMETERS
+from support.matrix import FOLLOW_THE_QUESTION, METHOD_PARAMETERS
 from support.merging import entering, given_as_entered
 from support.video_matrix import ROWS, as_served, over_video_matrix, replaces_values
 from vlmprune.methods.registry import make_method
@@ -47,12 +47,10 @@ def test_budgets_and_newlines(method, case):
     asked = make_method(method, keep=0.4, **METHOD_PARAMETERS[method])
     for video in run.videos:
         newlines = video.layout.newline.nonzero().flatten()
-        # Stages inside the language model take what enters as it is.
-        entered = video.stages[0][1]
-        assert set(newlines.tolist()) <= set(entered.tolist())
+        # Inside the language model a newline is a token as any other.
+        assert set(newlines.tolist()) <= set(video.stages[0][1].tolist())
         frames, patches = video.layout.frames, video.total - len(newlines)
-        if len(asked.parts()) == 1:
-            assert sum(video.kept_per_frame) == len(video.kept) - len(newlines)
+        assert sum(video.kept_per_frame) == len(video.kept) - int(torch.isin(newlines, video.kept).sum())
         if asked.site == "input" and not asked.merges and len(asked.parts()) == 1:
             assert sum(video.kept_per_frame) == asked.video_budget(frames, patches // frames)
         assert len(video.kept) < video.total
@@ -95,7 +93,8 @@ def test_cache_beams_and_a_second_turn(method, case):
     greedy = {"max_new_tokens": 4, "do_sample": False}
     with torch.no_grad(), pruned(model, method, 0.4):
         tokens = model.generate(**inputs, **greedy)
-        assert torch.equal(tokens, model.generate(**inputs, **greedy, use_cache=False))
+        if method not in FOLLOW_THE_QUESTION:
+            assert torch.equal(tokens, model.generate(**inputs, **greedy, use_cache=False))
         beams = model.generate(**inputs, **greedy, num_beams=2, num_return_sequences=2)
         for row, items in enumerate(rows):
             alone = model.generate(**case.inputs([items]), **greedy, num_beams=2, num_return_sequences=2)

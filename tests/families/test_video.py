@@ -10,7 +10,7 @@ from support.families.by_hand import check_pruned, language_model_inputs
 from support.families.qwen_case import VIDEO_TOKEN, token_types
 from support.matrix import REQUIRED
 from vlmprune.errors import LayoutError, UnsupportedMethodError
-from vlmprune.methods import DivPrune, FastV, registry
+from vlmprune.methods import DivPrune, PyramidDrop, registry
 from vlmprune.methods.needs import STILL_IMAGES
 from vlmprune.methods.registry import get_method
 
@@ -221,9 +221,8 @@ def test_methods_that_do_not_serve_videos_say_so(case):
     images, videos = case.inputs([[3, "A", 4]]), case.inputs([[3, "A", 2, "video", 4]])
     others = [name for name in vlmprune.list_methods(model) if name not in (*SERVING, "var")]
     assert {"pyramiddrop", "sparsevlm", "visiondrop"} <= set(others)
-    layers = {"fastv": {"layer": 1}}
-    methods = [get_method(name)(keep=0.8, **layers.get(name, REQUIRED.get(name, {}))) for name in others]
-    for method in (*methods, [DivPrune(keep=0.5), FastV(layer=1, keep=0.8)]):
+    methods = [get_method(name)(keep=0.8, **REQUIRED.get(name, {})) for name in others]
+    for method in (*methods, [DivPrune(keep=0.5), PyramidDrop(keep=0.8)]):
         with torch.no_grad(), vlmprune.pruned(model, method):
             model(**images)
             with pytest.raises(UnsupportedMethodError, match=r"does not serve videos.* random, uniform,.* divprune"):

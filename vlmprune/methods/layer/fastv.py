@@ -16,7 +16,7 @@ from vlmprune.kernels.segmented_topk import segmented_topk
 from vlmprune.methods.batch import Selection
 from vlmprune.methods.checks import check_choice, check_number
 from vlmprune.methods.layer_method import LayerBatch, LayerCut, LayerMethod, check_depth, check_layers
-from vlmprune.methods.needs import LAST_TOKEN_BEFORE_CUT, STILL_IMAGES, Need
+from vlmprune.methods.needs import LAST_TOKEN_BEFORE_CUT, Need
 from vlmprune.methods.selection_macs import ScoredLayers
 
 # How a solved share becomes a number of tokens; it carries rounding errors of its own, which must not cost or add one.
@@ -34,6 +34,8 @@ class FastV(LayerMethod):
     Give `ratio` as in the paper, or `keep`, the average over all layers: `keep * L = K + (L - K) * share` is solved
     for the share that stays after the cut. The paper's setting is `FastV(ratio=0.5)` (K 2, R 0.5), the official
     demo's `FastV(layer=3, ratio=0.75)`; without either, `keep` is 0.25, which on 32 layers is K 2, R 0.8.
+
+    A video is one block of visual tokens, as in the official codes for video models, its newlines among them.
 
     Positions: original. Kept tokens and everything after them stay where they were, in every layer and decode step.
 
@@ -57,7 +59,7 @@ class FastV(LayerMethod):
     rounding: Literal["round", "floor", "ceil"] = "round"
 
     name: ClassVar[str] = "fastv"
-    needs: ClassVar[frozenset[Need]] = frozenset({STILL_IMAGES, LAST_TOKEN_BEFORE_CUT})
+    needs: ClassVar[frozenset[Need]] = frozenset({LAST_TOKEN_BEFORE_CUT})
     symbols: ClassVar[Mapping[str, str]] = {"K": "layer=K", "R": "ratio=R", "keep_ratio": "ratio=1 - keep_ratio"}
     positions = "original"
 
