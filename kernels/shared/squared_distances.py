@@ -21,14 +21,19 @@ def squared_distances(rows: Tensor, columns: Tensor) -> Tensor:
     Products are summed in fp64, so that little is lost where vectors lie close together; equal vectors are 0 apart.
     """
     left, right = rows.double(), columns.double()
-    norms = left.square().sum(-1)[..., :, None] + right.square().sum(-1)[..., None, :]
+    norms = torch.linalg.vecdot(left, left)[..., :, None] + torch.linalg.vecdot(right, right)[..., None, :]
     squares = torch.baddbmm(norms, left, right.transpose(-1, -2), alpha=-2.0)
     return squares.masked_fill_(squares < norms * _ROUNDING, 0.0).to(torch.float32)
 
 
 def symmetric_squared_distances(values: Tensor) -> Tensor:
     """Return the squared distances among `values [segments, tokens, dim]`, fp32, exactly symmetric, 0 on the diagonal."""
-    upper = squared_distances(values, values).triu_(1)
+    wide = values.double()
+    products = torch.bmm(wide, wide.transpose(-1, -2))
+    lengths = products.diagonal(dim1=-2, dim2=-1)
+    norms = lengths[..., :, None] + lengths[..., None, :]
+    squares = torch.sub(norms, products, alpha=2.0)
+    upper = squares.masked_fill_(squares < norms * _ROUNDING, 0.0).to(torch.float32).triu_(1)
     return upper + upper.transpose(-1, -2)
 
 

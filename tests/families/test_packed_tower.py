@@ -149,6 +149,39 @@ def test_keys_are_those_that_the_host_hands_to_its_attention(tower_and_reader, m
         torch.testing.assert_close(keys[token], patches[4 * place : 4 * place + 4].mean(0), atol=1e-6, rtol=1e-5)
 
 
+def test_mean_query_of_a_frame_over_the_mean_keys_of_its_tokens(tower_and_reader, monkeypatch):
+    tower, reader = tower_and_reader
+    last = len(tower.blocks) - 1
+    (signal,) = captured(tower, reader, (last,), GRIDS, kind="mean_query_attention")
+    seen, module = [], sys.modules[type(tower).__module__]
+    original = module.eager_attention_forward
+
+    def forward(attention, query, key, *args, **kwargs):
+        if attention is tower.blocks[last].attn:
+            seen.append((query[0], key[0]))
+        return original(attention, query, key, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "eager_attention_forward", forward)
+        tower.set_attn_implementation("eager")
+        with torch.no_grad():
+            tower(pixels(GRIDS, tower.dtype), grid_thw=GRIDS)
+        tower.set_attn_implementation("sdpa")
+    # One call a frame (a window, where the layer has windows), [heads, patches, head_dim].
+    expected = []
+    for query, key in seen:
+        for token in range(key.shape[1] // 4):
+            logits = [
+                query.mean(1)[head] @ key[head, 4 * other : 4 * other + 4].mean(0) * query.shape[-1] ** -0.5
+                for head in range(len(key))
+                for other in range(key.shape[1] // 4)
+            ]
+            expected.append(torch.stack(logits).view(len(key), -1).softmax(-1)[:, token])
+    order = window_order(tower, GRIDS)
+    for place, token in enumerate(range(len(expected)) if order is None else order.tolist()):
+        torch.testing.assert_close(signal[token], expected[place], atol=1e-6, rtol=1e-5)
+
+
 def test_images_of_a_call_score_as_alone(tower_and_reader):
     tower, reader = tower_and_reader
     together = captured(tower, reader, (2,), GRIDS)[0]
