@@ -14,8 +14,10 @@ from vlmprune.kernels.shared.cosine_matrix import row_scales, unit_rows
 from vlmprune.kernels.shared.implementation import choose_implementation, dot_needs_fp32, tl, triton
 from vlmprune.kernels.shared.segments import check_offsets, on_device
 
-# Elements of the similarity matrix that the reference holds at a time: they stay in the cache until their row is read.
+# Elements of the similarity matrix that the reference holds at a time, so that they are still in the cache when they are read:
+# along rows, and down columns.
 BLOCK_ELEMENTS = 2**21
+CACHED_ELEMENTS = 2**17
 
 # Side of the tiles, and how many destinations one program looks at.
 TILE, SPAN = 64, 512
@@ -72,15 +74,16 @@ def bipartite_match_reference(
     # The best of a row does not depend on its length: only its score is divided by it.
     rows = sources.to(torch.float32)
     norms = torch.linalg.vector_norm(rows, dim=1)
-    if len(bounds) == 2 and 0 < len(rows) * len(destinations) <= BLOCK_ELEMENTS:
+    pairs = list(zip(pairwise(bounds), pairwise(ends), strict=True))
+    if len(rows) and all(first < last for (begin, end), (first, last) in pairs if begin < end):
         units = destinations.to(torch.float32)
         lengths = torch.linalg.vector_norm(units, dim=1, keepdim=True)
         if _proper(norms) and _proper(lengths):
-            scores, partners = (rows @ (units / lengths).T).max(1)
+            partners, scores = _best_of_proper(rows, units / lengths, pairs)
             return partners, scores.div_(norms)
     columns, hidden = unit_rows(destinations)
     best = []
-    for (begin, end), (first, last) in zip(pairwise(bounds), pairwise(ends), strict=True):
+    for (begin, end), (first, last) in pairs:
         block = max(1, BLOCK_ELEMENTS // max(1, last - first))
         for start in range(begin, end, block):
             part = rows[start : min(start + block, end)]
@@ -99,6 +102,25 @@ def bipartite_match_reference(
     broken = ~norms.isfinite()
     scores = scores.div_(norms.masked_fill_(norms == 0, 1.0)).masked_fill_(broken, -torch.inf)
     return partners.masked_fill_(broken, 0), scores
+
+
+def _best_of_proper(
+    rows: Tensor, units: Tensor, pairs: Sequence[tuple[tuple[int, int], tuple[int, int]]]
+) -> tuple[Tensor, Tensor]:
+    """Best unit row of every row and their product, where no row needs to be masked.
+
+    While the products are in the cache, a maximum down the columns is faster than one along the rows.
+    """
+    best = []
+    for (begin, end), (first, last) in pairs:
+        part, columns = rows[begin:end], units[first:last]
+        if 0 < len(part) * len(columns) <= CACHED_ELEMENTS:
+            best.append((columns @ part.T).max(0))
+        elif len(part):
+            best.extend((some @ columns.T).max(1) for some in part.split(max(1, BLOCK_ELEMENTS // len(columns))))
+    if len(best) == 1:
+        return best[0].indices, best[0].values
+    return torch.cat([part.indices for part in best]), torch.cat([part.values for part in best])
 
 
 def _proper(norms: Tensor) -> bool:
