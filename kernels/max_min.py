@@ -30,6 +30,10 @@ from vlmprune.kernels.shared.greedy_stream import greedy_stream
 from vlmprune.kernels.shared.implementation import choose_implementation, tl, triton
 from vlmprune.kernels.shared.segments import check_counts, check_offsets, check_seeds, on_device, running_starts
 
+# Cosines above are those of equal rows, but for rounding, and count as 1. Behind merging in the vision tower many rows are equal,
+# and rounding must not choose among them.
+EQUAL = 1.0 - 2.0**-17
+
 
 def max_min(
     features: Tensor,
@@ -43,8 +47,9 @@ def max_min(
 ) -> Tensor:
     """Return `k[s]` tokens of every segment, each the farthest from those before it: local int64 `[sum k]`, pick order.
 
-    The first pick is DivPrune's (the token whose nearest other token is farthest) or `seeds[s]`; each next one has the
-    lowest of the highest fp32 cosines to the chosen tokens. Ties go to the lowest index and no token is chosen twice.
+    The first pick is DivPrune's (the token whose nearest other token is farthest) or `seeds[s]`; each next one has the lowest
+    of the highest fp32 cosines to the chosen tokens. Cosines within 2**-17 of 1 count as 1. Ties go to the lowest index and
+    no token is chosen twice.
     A zero row has cosine 0 to everything; a row with NaN or inf too, and is chosen after all others.
 
     With weights the first pick has the highest weight, and each next one the highest `weight * (1 - cosine)`.
@@ -104,9 +109,21 @@ def max_min_reference(
                 lowest = -weight
             else:
                 lowest = nearest_others(rows) if matrix is None else matrix.fill_diagonal_(-torch.inf).amax(1)
+                lowest = lowest.masked_fill(lowest > EQUAL, 1.0)
             seed = int((lowest if last is None else lowest.masked_fill(last, LAST)).argmin())
-        picks.append(greedy_max_min(cosines_to(rows, matrix), seed, count, weight, last))
+        picks.append(greedy_max_min(_Snapped(cosines_to(rows, matrix)), seed, count, weight, last))
     return torch.cat(picks)
+
+
+class _Snapped:
+    """Cosines to a pick, those of equal rows exactly 1."""
+
+    def __init__(self, cosines: Callable[[int], Tensor]) -> None:
+        self.cosines = cosines
+
+    def __call__(self, pick: int) -> Tensor:
+        values = self.cosines(pick)
+        return values.masked_fill(values > EQUAL, 1.0)
 
 
 def greedy_max_min(
@@ -175,7 +192,9 @@ def max_min_triton(
         if seeds is not None:
             first = on_device([seeds[segment]], device)
         else:
-            lowest = nearest_others_triton(part, part_scales) if weight is None else -weight
+            lowest = -weight if weight is not None else nearest_others_triton(part, part_scales)
+            if weight is None:
+                lowest = lowest.masked_fill(lowest > EQUAL, 1.0)
             first = lowest.masked_fill(part_scales < 0, LAST).argmin()
         greedy_stream(part, part_scales, first, picks[starts[segment] : starts[segment + 1]], weights=weight)
     return picks
@@ -237,6 +256,8 @@ def max_min_kernel(
         for i_tile in range(0, (T + TILE - 1) // TILE):
             p_tile = p_nearest + i_tile * length
             b_nearest = tl.maximum(b_nearest, tl.load(p_tile + o_t, mask=m_t, other=-float("inf")))
+        if SCALED:
+            b_nearest = tl.where(b_nearest > 1.0 - 2.0**-17, 1.0, b_nearest)
         b_nearest = tl.where(m_last, 3.4028234663852886e38, b_nearest)
         i_pick = tl.argmin(tl.where(m_t, b_nearest, float("inf")), 0)
 
@@ -248,6 +269,8 @@ def max_min_kernel(
         # The mask ends at a multiple of the alignment, which lets the loads be wide; the padding is not initialised.
         b_row = tl.load(p_affinity + i_pick.to(tl.int64) * stride + o_t, mask=o_t < stride, other=0.0)
         b_row = tl.where(m_t, b_row, 0.0)
+        if SCALED:
+            b_row = tl.where(b_row > 1.0 - 2.0**-17, 1.0, b_row)
         b_running = tl.maximum(b_running, b_row)
         b_running = tl.where(o_t == i_pick, float("inf"), b_running)
         if WEIGHTED:

@@ -98,6 +98,9 @@ def _stream_kernel(
             b_scale = tl.load(scales + o_t, mask=m_t, other=0.0)
             b_cosine = tl.where(b_scale > 0.0, tl.sum(b_sum, 1) * b_scale * scale, 0.0)
             b_cosine = tl.where(scale > 0.0, b_cosine, 0.0)
+            if not TOTAL:
+                # Equal rows, but for rounding.
+                b_cosine = tl.where(b_cosine > 1.0 - 2.0**-17, 1.0, b_cosine)
             b_running = tl.load(running + o_t, mask=m_t & (i_k > 0), other=0.0 if TOTAL else -float("inf"))
             b_running = tl.where((b_scale < 0.0) & (i_k == 0), 3.4028234663852886e38, b_running)
             b_running = b_running + b_cosine if TOTAL else tl.maximum(b_running, b_cosine)

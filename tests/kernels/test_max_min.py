@@ -45,6 +45,21 @@ def test_reference_on_long_segments(tokens: int) -> None:
     assert picks.tolist() == greedy_oracle(cosines, 12, weights=weights)
 
 
+@LIMITS
+@pytest.mark.parametrize("greedy", [max_min_reference, max_min_triton])
+def test_where_every_token_has_an_equal_one_rounding_does_not_choose(greedy, limit: int, device: str) -> None:
+    if greedy is max_min_reference:
+        device = "cpu"
+    features = torch.randn(20, 100, device=device).repeat_interleave(2, 0)
+    for scale in torch.rand(4):
+        picks = greedy(features * float(scale), [0, 40], [30], None, limit_bytes=limit).tolist()
+        assert picks[0] == 0
+        assert {pick // 2 for pick in picks[:20]} == set(range(20))
+        assert all(pick % 2 == 0 for pick in picks[:20])
+        # Nothing is left but equals of what is chosen.
+        assert picks[20:] == list(range(1, 20, 2))
+
+
 @pytest.mark.parametrize("tokens", [63, 577])
 def test_every_token_is_chosen_once(tokens: int) -> None:
     features = torch.randn(tokens, 24)
