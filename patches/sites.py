@@ -100,6 +100,8 @@ class Sites:
         if self.pixels is not None:
             self.pixels.install(hooks)
         self.input.install(hooks, None if self.encoder is None else self.encoder.check_inputs)
+        if self.encoder is not None:
+            self.encoder.install_behind(hooks)
 
     def begin_attention(self, call: LanguageModelCall, visuals: PrefillVisuals | None) -> None:
         """Begin what changes in the attention of a call; `visuals` are the images of a prefill."""

@@ -38,7 +38,14 @@ def selection_macs(
     None where a method does not say what it computes (`InputMethod.feature_macs`, `LayerMethod.own_macs`): its cost is not
     known, which is not the same as none.
     """
-    total = 0
+    total, encoder = 0, encoder_part(method)
+    if encoder is not None and encoder.output == "merged":
+        # What acts behind it chooses among the tokens that are left.
+        family = vision_cost(config)
+        left = max(
+            (encoder.plan_of_grid(grid, family.facts(config))[-1] for _, grid in family.tiles(config, work)), default=0
+        )
+        images = [(min(before, left), kept) for before, kept in images]
     for part in method.parts():
         macs: int | None = 0
         if isinstance(part, EncoderMethod):

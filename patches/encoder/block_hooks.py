@@ -12,6 +12,7 @@ from vlmprune.methods.encoder_method import EncoderMethod
 from ..call_options import OptionsInForce
 from ..calls import CallStack, TowerCall
 from ..families.family import Family
+from ..hooks import HookSet
 
 
 class BlockReduction(Protocol):
@@ -50,6 +51,9 @@ class BlockHooks:
         self.method = method
         self.calls = calls
         self.options = options
+
+    def install_behind(self, hooks: HookSet) -> None:
+        """Register what must run behind the hooks of those who read the tower's output: nothing."""
 
     def check_given(self, method: EncoderMethod) -> None:
         """Raise UnsupportedCallError where a method would reduce something, for a call whose visual tokens were made by hand."""

@@ -92,6 +92,9 @@ class EncoderSite(BlockHooks):
             # Ahead of the host's own hooks, which collect hidden states.
             leave = partial(self._leave, block, attention, block in restored)
             hooks.after(f"{name} exit", layer, leave, first=True)
+
+    def install_behind(self, hooks: HookSet) -> None:
+        """Register what hands merged tokens to the projector, behind the hooks of those who read all patches of its input."""
         if self.method.output == "merged":
             MergedFeatures(self.family, self.calls).install(hooks)
 

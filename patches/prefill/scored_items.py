@@ -184,6 +184,8 @@ def _joined(
         groups[index] = torch.where(own < 0, own, into)
         groups[left] = places[len(order) - len(left) :] - outputs_before[image_of[left]]
         selection = replace(selection, groups=groups)
+    if chosen.carried is not None and not len(left):
+        selection = replace(selection, carried=chosen.carried[order])
     if chosen.features is not None:
         own_values = batch.features[left].to(chosen.features.dtype)
         selection = replace(selection, features=torch.cat([chosen.features, own_values])[order])

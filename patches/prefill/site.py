@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from operator import ge
 from typing import Any
 
 import torch
@@ -29,6 +30,7 @@ from .given_mask import check_needs_no_tower, given_visuals
 from .image_spans import columns_of
 from .inputs import compacted_inputs
 from .instructions import end_token_ids, read_instructions, special_token_ids
+from .merged_choice import choose_among_merged
 from .packing import packed_prompts
 from .scored_items import choose_among, scored_items, visual_budget
 from .sequence_bounds import one_sequence, padding_before
@@ -120,30 +122,31 @@ class InputSite:
         """
         spans = visuals.spans
         merged = merged_selection(visuals)
-        if merged is not None:
-            call.check_mask()
-            return plan_entry(call, spans, merged)
         modalities = visuals.modalities
         budgets = tuple(
             visual_budget(pipelines.row(row, call.batch).at_input, visuals.layouts[image], modalities[image])
             for row, image in zip(spans.rows, spans.unique, strict=True)
         )
-        if budgets == spans.counts:
+        if merged is None and budgets == spans.counts:
             self._check_whole(visuals)
             self._check_no_images_alone(call, visuals, pipelines)
             return whole_entry(call, spans)
         call.check_mask()
+        shown = tuple(budgets[image] for image in spans.first_of)
+        if merged is not None and all(map(ge, shown, merged.counts)):
+            return plan_entry(call, spans, merged)
         # Methods that differ by row differ in their budgets alone, which the batch carries.
         method = pipelines.row(spans.rows[0], call.batch).at_input
         if not visuals.encoded:
             check_needs_no_tower(method, self.family.tower_facts)
         check_call(method, modalities, self.family)
         self._check_layers(method, visuals)
-        shown = tuple(budgets[image] for image in spans.first_of)
-        items = scored_items(method, visuals.layouts, modalities, shown)
         with torch.no_grad():
-            selection = choose_among(method, self._batch(call, visuals, shown), items)
-        return plan_entry(call, spans, selection)
+            batch = self._batch(call, visuals, shown)
+            if merged is not None:
+                return plan_entry(call, spans, choose_among_merged(method, batch, merged))
+            items = scored_items(method, visuals.layouts, modalities, shown)
+            return plan_entry(call, spans, choose_among(method, batch, items))
 
     def _check_no_images_alone(self, call: LanguageModelCall, visuals: PrefillVisuals, pipelines: RowPipelines) -> None:
         """Refuse a call of images that a method for videos would leave whole without a word."""

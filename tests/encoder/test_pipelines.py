@@ -15,7 +15,7 @@ from support.merging import entering, given_as_entered
 from support.plain_methods.tome import tome_tower
 from support.tiny_models import LLAVA_CLIP_GQA, LLAVA_SIGLIP_TIED
 from vlmprune.errors import UnsupportedMethodError
-from vlmprune.methods import DivPrune, FasterVLM, FastV, PyramidDrop, ToMe
+from vlmprune.methods import DivPrune, FasterVLM, FastV, Pool, PyramidDrop, ToMe
 from vlmprune.methods.registry import make_method
 from vlmprune.patches.families.registry import find_family
 
@@ -130,10 +130,10 @@ def test_three_sites():
     assert len(image.kept) < len(image.stages[0][1]) == 18
 
 
-def test_merged_tokens_leave_an_input_method_no_choice():
+def test_what_is_refused():
     model = DENSE[0].build(torch.float32)
-    with pytest.raises(UnsupportedMethodError, match="output='full' beside it"):
-        vlmprune.apply(model, [ToMe(keep=0.5, output="merged"), DivPrune(keep=0.5)])
+    with pytest.raises(UnsupportedMethodError, match="leaves tokens without a grid; allowed: output='full'"):
+        vlmprune.apply(model, [ToMe(keep=0.5, output="merged"), Pool(keep=0.5)])
     with pytest.raises(UnsupportedMethodError, match="both act at the encoder site"):
         vlmprune.apply(model, [ToMe(keep=0.5), ToMe(keep=0.6)])
     assert not model.model._forward_pre_hooks

@@ -12,7 +12,7 @@ from .checks import check_flag
 from .encoder_method import EncoderMethod
 from .input_method import InputMethod
 from .layer_method import LayerMethod
-from .needs import PIXELS, FamilyFacts, ordered
+from .needs import GRID, PIXELS, TILES, WHOLE_TILES, FamilyFacts, ordered
 from .pass_through import PassThrough
 
 
@@ -93,10 +93,11 @@ def make_pipeline(methods: Sequence[Method]) -> Pipeline:
     at_attention = sites.get("attention")
     assert at_encoder is None or isinstance(at_encoder, EncoderMethod)
     if at_encoder is not None and at_encoder.output == "merged" and at_input is not None:
-        raise UnsupportedMethodError(
-            f"{at_encoder.name!r} with output='merged' leaves the language model's entry no other choice than its tokens, and "
-            f"{at_input.name!r} chooses there too; allowed: output='full' beside it."
-        )
+        for need in ordered(at_input.needs & {GRID, TILES, WHOLE_TILES}):
+            raise UnsupportedMethodError(
+                f"{at_input.name!r} needs {need.sentence}, and {at_encoder.name!r} with output='merged' leaves tokens without a "
+                "grid; allowed: output='full' beside it."
+            )
     if at_encoder is not None and at_input is not None and PIXELS in at_input.needs:
         raise UnsupportedMethodError(
             f"{at_input.name!r} drops patches before the vision tower, whose blocks {at_encoder.name!r} acts in; "

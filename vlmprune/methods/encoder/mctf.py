@@ -37,8 +37,8 @@ class MCTF(EncoderMethod):
     place of a softmax of its own: the attention matrices are held in memory, flash and SDPA kernels rest in these blocks.
     "precise" reads the received attention only, without the matrices, and lets the block attend to the fused tokens as it
     always does. "after_block" fuses behind the block, by its attention. Attention counts a token by its size.
-    All pairs are compared, and "one_step_ahead" multiplies attention matrices with the map of the groups: at half of the tokens of a
-    CLIP-L/336 tower this took what it saved on a CPU in bf16 (0.95 times as fast as unpatched, 1.2 times in fp32).
+    All pairs are compared, and "one_step_ahead" multiplies attention matrices with the map of the groups: at half of the tokens
+    of a CLIP-L/336 tower this took what it saved on a CPU in bf16 (0.95 times as fast as unpatched, 1.2 times in fp32).
     The CLS token never fuses. All in fp32; equal scores go to the lowest index, where the official code leaves them open.
 
     Source: "Multi-criteria Token Fusion with One-step-ahead Attention for Efficient Vision Transformers", arXiv 2403.10030,
