@@ -13,6 +13,7 @@ from .family import Family
 from .general import general_family
 from .llava import Llava
 from .llava_next import LlavaNext
+from .llava_next_video import LlavaNextVideo
 from .llava_onevision import LlavaOnevision
 from .qwen2_5_vl import Qwen25VL
 from .qwen2_vl import Qwen2VL
@@ -20,7 +21,16 @@ from .qwen3_vl import Qwen3VL
 from .vip_llava import VipLlava
 from .wrappers import find_inside
 
-FAMILIES: tuple[type[Family], ...] = (Llava, VipLlava, LlavaNext, LlavaOnevision, Qwen2VL, Qwen25VL, Qwen3VL)
+FAMILIES: tuple[type[Family], ...] = (
+    Llava,
+    VipLlava,
+    LlavaNext,
+    LlavaNextVideo,
+    LlavaOnevision,
+    Qwen2VL,
+    Qwen25VL,
+    Qwen3VL,
+)
 
 
 def find_vlm(model: Any) -> nn.Module:

@@ -115,12 +115,21 @@ def choose_among(method: InputMethod, batch: VisualBatch, items: Sequence[Item])
             untouched[starts[image] : starts[image + 1]] = False
     left = untouched.nonzero().flatten()
     device = batch.features.device
-    index = torch.cat(inside).to(device, non_blocking=True)
-    chosen = choose_input(method, _batch_of(batch, items, index))
+    places = torch.cat(inside)
+    index = places.to(device, non_blocking=True)
+    chosen = choose_input(method, _batch_of(batch, items, _view(places), index))
     return _joined(batch, items, index, left.to(device, non_blocking=True), chosen, _per_image(batch, untouched))
 
 
-def _batch_of(batch: VisualBatch, items: Sequence[Item], index: Tensor) -> VisualBatch:
+def _view(places: Tensor) -> slice | None:
+    """Return ascending `places` as a slice, where there are no gaps between them, so that a video need not be copied."""
+    first, count = int(places[0]), len(places)
+    whole = int(places[-1]) - first == count - 1 and bool((places.diff() == 1).all())
+    return slice(first, first + count) if whole else None
+
+
+def _batch_of(batch: VisualBatch, items: Sequence[Item], view: slice | None, index: Tensor) -> VisualBatch:
+    rows = index if view is None else view
     images = [item.image for item in items]
     tile_vision = {
         signal: tuple(
@@ -133,16 +142,16 @@ def _batch_of(batch: VisualBatch, items: Sequence[Item], index: Tensor) -> Visua
     }
     return replace(
         batch,
-        features=batch.features[index],
+        features=batch.features[rows],
         counts=tuple(item.layout.total for item in items),
         budgets=tuple(item.budget for item in items),
         layouts=tuple(item.layout for item in items),
-        vision={signal: values[index] for signal, values in batch.vision.items()},
+        vision={signal: values[rows] for signal, values in batch.vision.items()},
         tile_vision=tile_vision,
         instructions=tuple(batch.instructions[image] for image in images) if batch.instructions else (),
         questions=tuple(batch.questions[image] for image in images) if batch.questions else (),
         modalities=tuple(batch.modalities[image] for image in images),
-        coordinates=None if batch.coordinates is None else batch.coordinates[index],
+        coordinates=None if batch.coordinates is None else batch.coordinates[rows],
     )
 
 

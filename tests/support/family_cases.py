@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from support.families import llava_next, llava_onevision, qwen2_5_vl, qwen2_vl, qwen3_vl, vip_llava
+from support.families import llava_next, llava_next_video, llava_onevision, qwen2_5_vl, qwen2_vl, qwen3_vl, vip_llava
 from support.tiny_models import LLAVA_CLIP_GQA, LLAVA_SIGLIP_TIED, FamilyCase
 
 FAMILY_CASES: tuple[FamilyCase, ...] = (
@@ -10,6 +10,7 @@ FAMILY_CASES: tuple[FamilyCase, ...] = (
     LLAVA_SIGLIP_TIED,
     *vip_llava.CASES,
     *llava_next.CASES,
+    *llava_next_video.CASES,
     *llava_onevision.CASES,
     *qwen2_vl.CASES,
     *qwen2_5_vl.CASES,

@@ -7,6 +7,7 @@ from transformers import (
     LlamaConfig,
     LlavaConfig,
     LlavaNextConfig,
+    LlavaNextVideoConfig,
     LlavaOnevisionConfig,
     PreTrainedConfig,
     Qwen2_5_VLConfig,
@@ -67,6 +68,16 @@ def _llava_next() -> PreTrainedConfig:
     )
 
 
+def _llava_next_video() -> PreTrainedConfig:
+    return LlavaNextVideoConfig(
+        vision_config=CLIPVisionConfig(**TOWER),
+        text_config=LlamaConfig(**TEXT, **SPECIAL),
+        image_token_index=90,
+        video_token_index=91,
+        image_grid_pinpoints=PINPOINTS,
+    )
+
+
 def _llava_onevision() -> PreTrainedConfig:
     return LlavaOnevisionConfig(
         vision_config=SiglipVisionConfig(**TOWER, vision_use_head=False),
@@ -122,6 +133,7 @@ MAKERS = {
     "llava": _llava,
     "vipllava": _vipllava,
     "llava_next": _llava_next,
+    "llava_next_video": _llava_next_video,
     "llava_onevision": _llava_onevision,
     "qwen2_vl": _qwen2_vl,
     "qwen2_5_vl": _qwen2_5_vl,

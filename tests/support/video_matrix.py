@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import pytest
 import torch
 
-from support.families import llava_onevision, qwen2_5_vl, qwen2_vl, qwen3_vl
+from support.families import llava_next_video, llava_onevision, qwen2_5_vl, qwen2_vl, qwen3_vl
 from support.families.qwen_case import QwenCase
 from support.matrix import ENCODER_METHODS, METHOD_PARAMETERS, fitting
 from support.tiny_models import FamilyCase, Row
@@ -16,7 +16,7 @@ from vlmprune.methods.registry import METHODS, make_method
 from vlmprune.patches.families.registry import find_family
 
 QWEN_CASES = (*qwen2_vl.CASES, *qwen2_5_vl.CASES, *qwen3_vl.CASES)
-VIDEO_CASES: tuple[FamilyCase, ...] = (*QWEN_CASES, *llava_onevision.CASES)
+VIDEO_CASES: tuple[FamilyCase, ...] = (*QWEN_CASES, *llava_onevision.CASES, *llava_next_video.CASES)
 
 ROWS: dict[str, list[Row]] = {
     "one": [[3, "video", 4]],

@@ -15,8 +15,8 @@ from vlmprune.errors import ParameterError
 from vlmprune.kernels.segmented_topk import segmented_topk
 from vlmprune.methods.batch import Selection, TowerFacts, VisionSignal, VisualBatch
 from vlmprune.methods.checks import check_choice, check_flag, check_int, check_number
-from vlmprune.methods.needs import TOWER_ATTENTION, Need
-from vlmprune.methods.picture_method import PictureMethod
+from vlmprune.methods.input_method import InputMethod
+from vlmprune.methods.needs import STILL_IMAGES, TOWER_ATTENTION, Need
 from vlmprune.methods.selection_macs import Scored
 from vlmprune.methods.shared.apportion import apportion
 from vlmprune.methods.shared.patches import patch_budgets, patches_of, select_patches
@@ -27,15 +27,13 @@ ATTENTION_SCALE = 1000.0
 
 
 @dataclass(frozen=True, kw_only=True)
-class HoloV(PictureMethod):
+class HoloV(InputMethod):
     """Cut the tokens of an image in runs, give each a quota by its score, and take the best of each.
 
     A token's score is its attention (of the CLS token in the layer whose output becomes the visual tokens, mean over
     heads; received attention where there is no CLS token) plus `beta` times the variance of its cosines to the other
     tokens of its run, scaled to the attention's mean. A run's weight is the mean score of its tokens. Newlines are no
     part of a run and are dropped first; kept tokens stay in position order.
-
-    Videos are served too, every frame as an image with an even share of the budget.
 
     Source: "Don't Just Chase 'Highlighted Tokens' in MLLMs: Revisiting Visual Holistic Context Retention", NeurIPS
     2025, arXiv 2510.02912. Runs are consecutive tokens of the flattened sequence, thumbnail first, as in the official
@@ -60,7 +58,7 @@ class HoloV(PictureMethod):
     faithful: bool = False
 
     name: ClassVar[str] = "holov"
-    needs: ClassVar[frozenset[Need]] = frozenset({TOWER_ATTENTION})
+    needs: ClassVar[frozenset[Need]] = frozenset({STILL_IMAGES, TOWER_ATTENTION})
     symbols: ClassVar[Mapping[str, str]] = {"P": "num_patches="}
 
     def __post_init__(self) -> None:

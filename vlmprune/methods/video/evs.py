@@ -44,6 +44,8 @@ class EVS(InputMethod):
     budget (`rounding="down"`), here it is rounded as everywhere. transformers' Nemotron takes all videos of a call for one;
     here each video has its own budget and first frame.
 
+    Nine frames are in fp32 at a time, so beside the features themselves it takes less memory than they do.
+
     Attributes:
         keep: 1 - q of the paper, the pruning rate (0.25 here and in vLLM's examples, q = 0.75; Nemotron Nano was trained with
             q = 0.7), or the number of tokens per video.

@@ -43,6 +43,8 @@ class VidCom2(InputMethod):
     `faithful=True`. vLLM truncates the budget (`rounding="down"`). Official scores are in the model's dtype, here in fp32;
     ties go to the lowest index. The official wrapper for Qwen compresses nothing if a batch has more than one row.
 
+    Eight frames are in fp32 at a time, so beside the features themselves it takes less memory than they do.
+
     Attributes:
         keep: R of the paper (0.25 there too, also 0.15), or the number of tokens per video.
         faithful: the official budgets per frame, whose sum is near `keep` only.
@@ -118,13 +120,12 @@ def steady_channels(video: Tensor) -> Tensor:
 def vidcom2_scores(video: Tensor) -> SimilarityScores:
     """Return the similarity of every token of `video [frames, tokens, dim]` to the centres of the video and of its frame."""
     channels = steady_channels(video)
-    steady = video[..., channels]
-    centres = torch.cat([normalize(piece, dim=-1).mean(1) for _, piece in frame_pieces(steady)])
+    centres = torch.cat([normalize(piece[..., channels], dim=-1).mean(1) for _, piece in frame_pieces(video)])
     centre = centres.mean(0)
     to_video = torch.empty(video.shape[:2], device=video.device)
     to_frame = torch.empty_like(to_video)
-    for frames, piece in frame_pieces(steady):
-        unit = normalize(piece, dim=-1)
+    for frames, piece in frame_pieces(video):
+        unit = normalize(piece[..., channels], dim=-1)
         to_video[frames] = _similarity(unit, centre)
         to_frame[frames] = _similarity(unit, centres[frames, None])
     return SimilarityScores(to_video, to_frame)
