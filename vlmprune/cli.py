@@ -289,20 +289,28 @@ def selection_cost(
     dtype: Annotated[str, typer.Option(help="auto (bfloat16), float32, ...")] = "auto",
     device: Annotated[str, typer.Option(help="auto (a GPU if there is one), cpu, cuda, cuda:1, ...")] = "auto",
     rounds: Annotated[int, typer.Option(min=2, help="Rounds over all methods.")] = 5,
+    clock: Annotated[
+        str, typer.Option(help="wall, or cpu: processor time, on a machine that does other work.")
+    ] = "wall",
     out: Annotated[Path | None, typer.Option(help="CSV file to which the lines are added.")] = None,
 ) -> None:
-    """Measure what selecting costs, as a share of the prefill time that dropping saves."""
+    """Measure what selecting costs, as a share of the prefill time (or, inside the tower, of its time) that dropping saves."""
     with _clear_errors():
         _check_methods(methods)
-        from vlmprune.eval.run.cells import make_cells, parse_keeps, parse_methods, usable_cells
-        from vlmprune.eval.speed.selection_command import open_request, run_selection_cost
+        from vlmprune.eval.run.cells import parse_keeps, parse_methods
+        from vlmprune.eval.speed.rounds import CLOCKS
+        from vlmprune.eval.speed.selection_command import open_request, prepare_cells, run_selection_cost
 
+        if clock not in CLOCKS:
+            from .errors import unknown
+
+            raise unknown("--clock", clock, list(CLOCKS))
         wanted, budgets = parse_methods(methods), parse_keeps(keep)
         model, requests = open_request(random_weights, dtype, device, image_size, text_tokens)
-        cells, left_out = usable_cells(model, make_cells(wanted, budgets, 0), wanted)
+        cells, left_out, tower_model = prepare_cells(model, random_weights, wanted, budgets)
         for item in left_out:
             typer.echo(item.note, err=True)
-        run_selection_cost(model, requests, cells, rounds, out, random_weights)
+        run_selection_cost(model, requests, cells, rounds, out, random_weights, tower_model=tower_model, clock=clock)
 
 
 @app.command()

@@ -25,8 +25,8 @@ class HookClock:
     compaction, and handing the result back in the caller's shape.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
+    def __init__(self, device: torch.device, clock: Callable[[], float] = time.perf_counter) -> None:
+        self.device, self.clock = device, clock
         self.reset()
 
     def reset(self) -> None:
@@ -74,7 +74,7 @@ class HookClock:
     def _switch(self) -> None:
         """Book the time since the last switch on what ran until now."""
         wait_for(self.device)
-        now = time.perf_counter()
+        now = self.clock()
         if self._running:
             # A hook inside the tower is the method's, a hook inside a hook is counted once.
             if self._running[-1] == "hooks":

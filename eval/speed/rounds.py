@@ -12,6 +12,8 @@ import torch
 
 T = TypeVar("T")
 LEAST_ROUNDS = 3
+CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.process_time}
+"""Clocks by name: of the wall, or of the processor time of all threads, on a machine that does other work."""
 
 
 def wait_for(device: torch.device) -> None:
@@ -20,22 +22,18 @@ def wait_for(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def clocked(call: Callable[[], Any], device: torch.device) -> float:
+def clocked(call: Callable[[], Any], device: torch.device, clock: Callable[[], float] = time.perf_counter) -> float:
     """Seconds of a call, what it gives the device to do included."""
     wait_for(device)
-    start = time.perf_counter()
+    start = clock()
     call()
     wait_for(device)
-    return time.perf_counter() - start
+    return clock() - start
 
 
 def worked(call: Callable[[], Any], device: torch.device) -> float:
     """Seconds that a call keeps a CPU's threads at work, whatever else the machine does; on other devices as `clocked`."""
-    if device.type != "cpu":
-        return clocked(call, device)
-    start = time.process_time()
-    call()
-    return time.process_time() - start
+    return clocked(call, device, CLOCKS["cpu" if device.type == "cpu" else "wall"])
 
 
 def spread(values: Sequence[float], factor: float = 1e3) -> dict[str, float]:

@@ -13,16 +13,19 @@ from rich.table import Table
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from vlmprune.budget import Keep
 from vlmprune.eval.models.loading import pick_device
 from vlmprune.eval.models.memory import require_memory
+from vlmprune.eval.models.random_text_tower import random_text_tower
 from vlmprune.eval.models.random_weights import build_random, preset_config, preset_image_processor, random_dtype
 from vlmprune.eval.models.synthetic_request import for_model, parse_sizes, synthetic_request
-from vlmprune.eval.run.cells import Cell
+from vlmprune.eval.run.cells import Cell, LeftOut, make_cells, usable_cells
 from vlmprune.eval.run.csv_lines import add_to_csv, flattened, this_run
 from vlmprune.eval.run.figures import keep_text, median_text, with_quartiles
 from vlmprune.eval.run.table_style import cost_style
+from vlmprune.eval.run.text_towers import equipped
 
-from .selection_cost import SelectionCost, measure_selection
+from .selection_cost import TOWER_ALONE, SelectionCost, measure_selection, sites_of
 
 TOWER_LAYERS = 2
 
@@ -35,6 +38,15 @@ def with_short_tower(config: PreTrainedConfig, layers: int = TOWER_LAYERS) -> Pr
     return config
 
 
+def with_short_language_model(config: PreTrainedConfig) -> PreTrainedConfig:
+    """`config` with one decoder layer: what methods do in the tower does not depend on them."""
+    text = config.get_text_config()
+    text.num_hidden_layers = 1
+    if getattr(text, "layer_types", None):
+        text.layer_types = text.layer_types[:1]
+    return config
+
+
 def write_selection_csv(path: Path, rows: Sequence[SelectionCost], about: dict[str, Any]) -> None:
     """One line a method and request, medians and quartiles, `about` in columns of its own."""
     described = {**about, **this_run()}
@@ -43,11 +55,12 @@ def write_selection_csv(path: Path, rows: Sequence[SelectionCost], about: dict[s
 
 
 def selection_table(rows: Sequence[SelectionCost]) -> Table:
-    """Milliseconds, and the share in percent with its quartiles."""
+    """Milliseconds, and the share in percent with its quartiles, of rows that were measured in the same place."""
     first = rows[0]
+    whole = "full prefill" if first.where == "language model" else "vision tower"
     table = cost_style(
-        f"{first.visual_tokens_before} visual and {first.text_tokens} text tokens, full prefill "
-        f"{median_text(first.full)} ms; ms, medians (quartiles) of {first.rounds} rounds"
+        f"{first.visual_tokens_before} visual and {first.text_tokens} text tokens, {whole} "
+        f"{median_text(first.full)} ms; {first.clock} ms, medians (quartiles) of {first.rounds} rounds"
     )
     table.add_column("method", no_wrap=True, max_width=20)
     for name in ("keep", "tokens", "select", "prefill", "saved", "share %", "quartiles", "over"):
@@ -84,6 +97,27 @@ def open_request(
     return model, [for_model(request, model) for request in requests]
 
 
+def prepare_cells(
+    model: PreTrainedModel, name: str, wanted: Sequence[tuple[str, dict[str, Any]]], keeps: Sequence[Keep]
+) -> tuple[list[Cell], list[LeftOut], PreTrainedModel]:
+    """The cells that can be measured, those that cannot, and the model for methods that act in the tower alone.
+
+    That one has the preset's whole tower and one decoder layer, and is `model` where no method needs it. Methods that score
+    by a text tower get one with random weights.
+    """
+    tower = random_text_tower(model.config, model.dtype, model.device)
+    pair = (None, None) if tower is None else (tower, tower[1])
+    cells = equipped(make_cells(wanted, keeps, 0), *pair)
+    inside = [cell for cell in cells if cell.is_pruned and sites_of(cell) == TOWER_ALONE]
+    usable, left_out = usable_cells(model, [cell for cell in cells if cell not in inside], wanted)
+    if not inside:
+        return usable, left_out, model
+    dtype = str(model.dtype).removeprefix("torch.")
+    deep = build_random(with_short_language_model(preset_config(name)), dtype, str(model.device))
+    in_tower, not_in_tower = usable_cells(deep, inside, wanted)
+    return [*usable, *in_tower], [*left_out, *not_in_tower], deep
+
+
 def run_selection_cost(
     model: PreTrainedModel,
     requests: Sequence[dict[str, Tensor]],
@@ -92,20 +126,30 @@ def run_selection_cost(
     out: Path | None,
     name: str,
     console: Console | None = None,
+    tower_model: PreTrainedModel | None = None,
+    clock: str = "wall",
 ) -> list[SelectionCost]:
-    """Measure all cells on every request, print a table for each, and add their lines to the CSV file `out`."""
+    """Measure all cells on every request, print tables for each, and add their lines to the CSV file `out`.
+
+    `tower_model` and `clock` are those of `measure_selection`.
+    """
     output = console or Console(width=100)
     found: list[SelectionCost] = []
     about = {"model": name, "dtype": str(model.dtype).removeprefix("torch."), "device": model.device.type}
     for inputs in requests:
         part = measure_selection(
-            model, inputs, cells, rounds, lambda item: output.print(item.note, soft_wrap=True, markup=False)
+            model,
+            inputs,
+            cells,
+            rounds,
+            lambda item: output.print(item.note, soft_wrap=True, markup=False),
+            tower_model,
+            clock,
         )
         found.extend(part)
-        if not part:
-            continue
-        output.print(selection_table(part))
-        output.print()
-        if out is not None:
+        for where in sorted({row.where for row in part}):
+            output.print(selection_table([row for row in part if row.where == where]))
+            output.print()
+        if part and out is not None:
             write_selection_csv(out, part, about)
     return found

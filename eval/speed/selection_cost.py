@@ -16,25 +16,30 @@ from transformers import PreTrainedModel
 import vlmprune
 from vlmprune.errors import BudgetError
 from vlmprune.eval.run.cells import Cell, LeftOut, not_reachable
-from vlmprune.methods.registry import make_method
 
 from .hook_clock import HookClock
 from .ideal_prefill import IdealPrefill, encode_images
-from .rounds import clocked, spread
+from .rounds import CLOCKS, clocked, spread
 
 REPEATS = 2
+TOWER_ALONE = frozenset({"encoder"})
 
 
 @dataclass(frozen=True)
 class SelectionCost:
-    """One method. Times are milliseconds (median and quartiles) of the language model's prefill, tower and projector excluded.
+    """One method. Times are milliseconds (median and quartiles) of what `where` names.
 
+    `where`: "language model", its prefill without tower and projector, or, for methods that act nowhere else, "vision tower",
+    encoding the picture; `clock`: "wall", or "cpu" for the processor time of all threads;
     `selection`: all that the method adds to a call (reading the tower, scores, picking, compaction, handing back);
     `full` and `pruned` prefill, the latter with the selection; `saved` their difference; `share` selection over saved;
-    `ideal` the unpatched layers on the tokens that each of them sees; `overhead` pruned over ideal.
+    `ideal` the unpatched layers on the tokens that each of them sees (for the tower, `pruned` without the selection);
+    `overhead` pruned over ideal.
     """
 
     title: str
+    where: str
+    clock: str
     keep: float | int | None
     visual_tokens_before: int
     visual_tokens_after: float
@@ -55,15 +60,27 @@ def measure_selection(
     cells: Sequence[Cell],
     rounds: int,
     on_left_out: Callable[[LeftOut], None] | None = None,
+    tower_model: PreTrainedModel | None = None,
+    clock: str = "wall",
 ) -> list[SelectionCost]:
     """Measure every cell on one request, in rounds over all cells.
 
     A method that acts before the language model is measured with its layers taken out, which do the same whoever chose the
     tokens; its prefill is that of the layers on as many tokens, timed once a round for all methods that keep as many, and its
-    selection. A method that drops inside is measured in the whole call, and its ideal right after. A cell whose budget the
-    request does not allow is left out, and `on_left_out` told.
+    selection. A method that drops inside is measured in the whole call, and its ideal right after. A method that acts in the
+    vision tower alone is measured there, in the one of `tower_model`. A cell whose budget the request does not allow is left
+    out, and `on_left_out` told.
+
+    Args:
+        model: its tower may be short, since methods behind it do not change what it costs.
+        inputs: the request.
+        cells: methods at budgets.
+        rounds: over all cells.
+        on_left_out: is told of cells that are left out.
+        tower_model: a model with the whole tower; `model` itself where there is none.
+        clock: a name in `CLOCKS`.
     """
-    bench = _SelectionBench(model, inputs, cells)
+    bench = _SelectionBench(model, inputs, cells, tower_model or model, clock)
     order = random.Random(0)
     with torch.inference_mode():
         for _ in range(rounds):
@@ -75,14 +92,22 @@ def measure_selection(
 
 
 class _SelectionBench:
-    def __init__(self, model: PreTrainedModel, inputs: dict[str, Tensor], cells: Sequence[Cell]) -> None:
-        self.model, self.inputs = model, inputs
-        self.cells = [cell for cell in cells if not cell.is_full]
-        self.clock = HookClock(model.device)
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        inputs: dict[str, Tensor],
+        cells: Sequence[Cell],
+        tower_model: PreTrainedModel,
+        clock: str,
+    ) -> None:
+        self.model, self.inputs, self.tower_model, self.clock_name = model, inputs, tower_model, clock
+        self.cells = [cell for cell in cells if cell.is_pruned]
+        self.clock = HookClock(model.device, CLOCKS[clock])
         self.visual = int((inputs["input_ids"][0] == model.config.image_token_id).sum())
         self.depth = int(model.config.get_text_config().num_hidden_layers)
         self.encoded: Any = None
         self.full: list[float] = []
+        self.tower: list[float] = []
         self.times: dict[str, list[tuple[float, float, float]]] = {cell.label: [] for cell in self.cells}
         self.layers: dict[str, list[int]] = {}
         self.left_out: list[LeftOut] = []
@@ -90,11 +115,21 @@ class _SelectionBench:
     def round(self, cells: Sequence[Cell]) -> None:
         if self.encoded is None:
             self.encoded = encode_images(self.model, self.inputs)
-        self.full.append(self._layers_alone([self.visual] * self.depth))
+        sites = {cell.label: sites_of(cell) for cell in cells}
+        if any(found != TOWER_ALONE for found in sites.values()):
+            self.full.append(self._layers_alone([self.visual] * self.depth))
+        if any(found == TOWER_ALONE for found in sites.values()):
+            if not self.tower:
+                encode_images(self.tower_model, self.inputs)
+            self.tower.append(self._timed(lambda: encode_images(self.tower_model, self.inputs)))
         alone: dict[tuple[int, ...], float] = {}
         for cell in cells:
-            inside = _drops_inside(cell)
+            inside = "layer" in sites[cell.label]
             try:
+                if sites[cell.label] == TOWER_ALONE:
+                    selection, pruned = self._pruned_tower(cell)
+                    self.times[cell.label].append((selection, pruned, pruned - selection))
+                    continue
                 selection, pruned = self._pruned(cell, inside)
             except BudgetError as error:
                 self.cells.remove(cell)
@@ -117,6 +152,16 @@ class _SelectionBench:
             self.layers[cell.label] = vlmprune.last_run(self.model).visual_tokens_per_layer[0]
         return times
 
+    def _pruned_tower(self, cell: Cell) -> tuple[float, float]:
+        """Seconds in hooks, and of encoding the picture, hooks included."""
+        with cell.applied_to(self.tower_model), self.clock.watching(self.tower_model):
+            if not self.times[cell.label]:
+                encode_images(self.tower_model, self.inputs)
+            self.clock.reset()
+            whole = self._timed(lambda: encode_images(self.tower_model, self.inputs))
+            self.layers[cell.label] = [self.visual]
+        return self.clock.in_hooks, whole
+
     def _call(self) -> tuple[float, float]:
         """Seconds in hooks, and of the whole call without the tower."""
         self.clock.reset()
@@ -128,37 +173,42 @@ class _SelectionBench:
         return self._timed(lambda: ideal.after_tower(self.encoded))
 
     def _timed(self, call: Callable[[], Any]) -> float:
-        return clocked(call, self.model.device)
+        return clocked(call, self.model.device, CLOCKS[self.clock_name])
 
     def results(self) -> list[SelectionCost]:
         found = []
         for cell in self.cells:
             selection, pruned, ideal = zip(*self.times[cell.label], strict=True)
-            saved = [full - after for full, after in zip(self.full, pruned, strict=True)]
+            in_tower = sites_of(cell) == TOWER_ALONE
+            whole = self.tower if in_tower else self.full
+            saved = [full - after for full, after in zip(whole, pruned, strict=True)]
             shares = [cost / gain if gain > 0 else float("inf") for cost, gain in zip(selection, saved, strict=True)]
             found.append(
                 SelectionCost(
                     title=cell.title,
+                    where="vision tower" if in_tower else "language model",
+                    clock=self.clock_name,
                     keep=cell.keep,
                     visual_tokens_before=self.visual,
                     visual_tokens_after=statistics.fmean(self.layers[cell.label]),
                     text_tokens=self.inputs["input_ids"].shape[1] - self.visual,
                     selection=spread(selection),
-                    full=spread(self.full),
+                    full=spread(whole),
                     pruned=spread(pruned),
                     ideal=spread(ideal),
                     saved=spread(saved),
                     share=spread(shares, 1),
                     overhead=spread([after / least for after, least in zip(pruned, ideal, strict=True)], 1),
-                    rounds=len(self.full),
+                    rounds=len(whole),
                 )
             )
         return found
 
 
-def _drops_inside(cell: Cell) -> bool:
-    method = make_method(cell.method, cell.keep, **cell.arguments)
-    return any(part.site == "layer" for part in method.parts())
+def sites_of(cell: Cell) -> frozenset[str]:
+    """Where the method of a cell acts."""
+    method = cell.make_method()
+    return frozenset() if method is None else frozenset(part.site for part in method.parts())
 
 
 class _LayersThatDoNotRun(nn.ModuleList):

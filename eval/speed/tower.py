@@ -33,6 +33,7 @@ from vlmprune.methods.registry import known_methods, make_method
 from vlmprune.patches.families.registry import family_of_config
 
 from .rounds import run_rounds, spread, worked
+from .selection_command import with_short_language_model
 
 # Patches along a side of the picture that a tower over pictures of any size is given: about 672 pixels.
 SIDE = 48
@@ -65,12 +66,7 @@ class TowerTime:
 
 def tower_config(preset: str) -> PreTrainedConfig:
     """The configuration of a preset, with one layer in its language model."""
-    config = preset_config(preset)
-    text = config.get_text_config()
-    text.num_hidden_layers = 1
-    if getattr(text, "layer_types", None):
-        text.layer_types = text.layer_types[:1]
-    return config
+    return with_short_language_model(preset_config(preset))
 
 
 def measure_towers(
