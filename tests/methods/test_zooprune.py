@@ -8,8 +8,9 @@ from support.family_cases import FAMILY_CASES
 from vlmprune.errors import ParameterError
 from vlmprune.methods import ZOOPrune
 from vlmprune.methods.input import zooprune_sensitivity
-from vlmprune.methods.input.zooprune import random_rows
+from vlmprune.methods.input.zooprune import random_directions, random_sketches
 from vlmprune.methods.input.zooprune_sensitivity import sensitivity
+from vlmprune.methods.projector import ProjectorLayers
 from vlmprune.patches.families.registry import find_family
 
 # One of every kind of projector.
@@ -23,7 +24,7 @@ def test_equals_differences_of_the_module(case, h, monkeypatch):
     family = find_family(case.build(torch.float64))
     projector = family.projector_layers()
     dim = projector.first.shape[1] // projector.patches
-    directions, _ = random_rows(7, dim, None, 1, 3)
+    directions = random_directions(7, dim, 3)
     features = torch.randn(9, projector.patches * dim, generator=torch.Generator().manual_seed(1)) + 0.5
     # The norm of Qwen computes in fp32 whatever it is given, so the step cannot be tiny.
     step, lengths = h or 1e-3, []
@@ -40,7 +41,7 @@ def test_equals_differences_of_the_module(case, h, monkeypatch):
 def test_both_orders_of_the_product_give_the_same(monkeypatch):
     """With fewer rows than tokens the second layer is scaled along each direction, else every token's change is."""
     layers = find_family(FAMILY_CASES[0].build(torch.float32)).projector_layers()
-    directions, sketch = random_rows(9, 32, 12, 32, 0)
+    directions, sketch = random_directions(10, 32, 0), random_sketches(3, 12, 32, 0)
     features = torch.randn(40, 32, generator=torch.Generator().manual_seed(1))
     monkeypatch.setattr(zooprune_sensitivity, "CHUNK_ELEMENTS", 1000)
     with torch.no_grad():
@@ -51,12 +52,43 @@ def test_both_orders_of_the_product_give_the_same(monkeypatch):
 
 def test_projections_estimate_the_lengths():
     layers = find_family(FAMILY_CASES[0].build(torch.float32)).projector_layers()
-    directions, sketch = random_rows(64, 32, 400, 32, 0)
+    directions, sketch = random_directions(64, 32, 0), random_sketches(4, 400, 32, 0)
     features = torch.randn(40, 32, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         whole = sensitivity(features, layers, directions, 0.0)
         estimated = sensitivity(features, layers, directions, 0.0, sketch)
     assert ((estimated / whole - 1).abs() < 0.1).all()
+
+
+def test_sets_of_projections_take_turns():
+    layers = find_family(FAMILY_CASES[0].build(torch.float32)).projector_layers()
+    directions, sketch = random_directions(5, 32, 0), random_sketches(2, 3, 32, 0)
+    features = torch.randn(6, 32, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        parts = [
+            sensitivity(features, layers, directions[number : number + 1], 0.0, sketch[number % 2][None])
+            for number in range(5)
+        ]
+        found = sensitivity(features, layers, directions, 0.0, sketch)
+    torch.testing.assert_close(found, torch.stack(parts).mean(0))
+
+
+def test_default_projections_order_tokens_as_the_whole_output_does():
+    """In half precision too, where the projector's own values are taken."""
+    generator = torch.Generator().manual_seed(0)
+    first, second = (torch.randn(256, 128, generator=generator) / 11, torch.randn(128, 256, generator=generator) / 16)
+    features = 2 * torch.randn(200, 128, generator=generator) * torch.rand(200, 1, generator=generator)
+    method, ranks = ZOOPrune(), []
+    directions = random_directions(method.m, 128, 0)
+    for dtype, sketch in (
+        (torch.float32, None),
+        (torch.bfloat16, random_sketches(method.sketches, method.sketch, 128, 0)),
+    ):
+        layers = ProjectorLayers(
+            first.to(dtype), torch.zeros(256, dtype=dtype), torch.nn.functional.gelu, second.to(dtype)
+        )
+        ranks.append(sensitivity(features, layers, directions, 0.0, sketch).argsort().argsort().float())
+    assert torch.corrcoef(torch.stack(ranks))[0, 1] > 0.9
 
 
 def test_a_projector_of_another_kind_is_refused():
@@ -70,7 +102,9 @@ def test_a_projector_of_another_kind_is_refused():
     assert family.has_projector_layers
 
 
-@pytest.mark.parametrize(("name", "value"), [("m", 0), ("h", -0.1), ("sketch", 0), ("seed", -1), ("h", float("nan"))])
+@pytest.mark.parametrize(
+    ("name", "value"), [("m", 0), ("h", -0.1), ("sketch", 0), ("sketches", 0), ("seed", -1), ("h", float("nan"))]
+)
 def test_bad_parameters_are_refused(name, value):
     with pytest.raises(ParameterError, match=name):
         ZOOPrune(**{name: value})

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from support.plain_tower import PlainImage
-from vlmprune.methods.input.zooprune import random_rows
+from vlmprune.methods.input.zooprune import random_directions
 
 
 def zooprune(image: PlainImage, keep: int, m: int = 64, h: float = 0.0, sketch: int | None = None) -> list[int]:
@@ -15,7 +15,7 @@ def zooprune(image: PlainImage, keep: int, m: int = 64, h: float = 0.0, sketch: 
     dtype = next(projector.parameters()).dtype
     projector.double()
     try:
-        directions, _ = random_rows(m, states.shape[1], None, 1, 0)
+        directions = random_directions(m, states.shape[1], 0)
         step, lengths = h or 1e-5, []
         for direction in directions.double():
             change = (projector(states + step * direction) - projector(states - step * direction)) / (2 * step)

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor
+from torch.nn.functional import linear
 
 from vlmprune.methods.projector import ProjectorLayers
 
@@ -26,16 +27,18 @@ def sensitivity(
         projector: M.
         directions: u, `[directions, dim]`; every patch of a token is moved along the same one.
         h: step; 0 for the limit of small steps.
-        sketch: `[rows, out]` random rows that the second layer's output is multiplied with before its length is taken.
+        sketch: `[sets, rows, out]` random rows that the second layer's output is multiplied with before its length is taken;
+            direction j takes set `j % sets`.
     """
-    second = projector.second.float()
+    second = projector.second.float()[None]
     if sketch is not None:
-        second = sketch @ second
-    if h == 0 and projector.norm is None and len(second) < len(features):
-        return _lengths_by_direction(features.float(), projector, directions, second)
+        second = (sketch.flatten(0, 1) @ second[0]).unflatten(0, sketch.shape[:2])
+    if h == 0 and projector.norm is None and second.shape[1] < len(features):
+        return _lengths_by_direction(features, projector, directions, second)
     lengths = []
     for change in _hidden_changes(features.float(), projector, directions, h):
-        lengths.append((change @ second.T).norm(dim=-1).mean(-1))
+        parts = [(change[:, turn :: len(second)] @ rows.T).norm(dim=-1) for turn, rows in enumerate(second)]
+        lengths.append(torch.cat(parts, 1).mean(-1))
     return torch.cat(lengths) if lengths else features.new_zeros(0, dtype=torch.float32)
 
 
@@ -43,15 +46,17 @@ def _lengths_by_direction(features: Tensor, projector: ProjectorLayers, directio
     """Return what `sensitivity` does for `h=0` and no norm, as products of tokens with the second layer along each direction.
 
     The second layer has fewer rows than there are tokens: scaling them by a direction's slopes, not every token's change,
-    leaves matrix products and little else.
+    leaves matrix products and little else. Where the activation stands on its curve is what the projector itself computes,
+    in its dtype.
     """
-    columns, bias = _first_layer(projector)
-    base = torch.einsum("npd,hpd->nh", features.unflatten(1, (projector.patches, -1)), columns) + bias
+    columns, _ = _first_layer(projector)
+    base = linear(features.to(projector.first.dtype), projector.first, projector.first_bias).float()
     derivative, slopes = _derivative(projector, base), directions.float() @ columns.sum(1).T
-    total = features.new_zeros(len(features))
-    for some in slopes.split(max(1, CHUNK_ELEMENTS // second.numel())):
-        along = (some[:, None] * second).flatten(0, 1)
-        total += (derivative @ along.T).view(len(features), len(some), -1).norm(dim=-1).sum(-1)
+    total = base.new_zeros(len(features))
+    for turn, rows in enumerate(second):
+        for some in slopes[turn :: len(second)].split(max(1, CHUNK_ELEMENTS // rows.numel())):
+            along = (some[:, None] * rows).flatten(0, 1)
+            total += (derivative @ along.T).view(len(features), len(some), -1).norm(dim=-1).sum(-1)
     return total / len(slopes)
 
 
