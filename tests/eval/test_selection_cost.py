@@ -17,7 +17,7 @@ from vlmprune.eval.models.synthetic_request import synthetic_request
 from vlmprune.eval.run.cells import Cell, make_cells, parse_methods, usable_cells
 from vlmprune.eval.speed import selection_command
 from vlmprune.eval.speed.hook_clock import HookClock
-from vlmprune.eval.speed.selection_command import run_selection_cost, with_short_tower
+from vlmprune.eval.speed.selection_command import prepare_cells, run_selection_cost, with_short_tower
 from vlmprune.eval.speed.selection_cost import measure_selection, without_layers
 from vlmprune.methods import DivPrune, PyramidDrop
 
@@ -119,6 +119,32 @@ def test_other_families(model_type):
     cells = [Cell("divprune", 0.5), Cell("pyramiddrop", None, (("layers", (1,)), ("ratios", (0.5,))))]
     rows = measure_selection(model, inputs, cells, 2)
     assert [row.visual_tokens_after < row.visual_tokens_before for row in rows] == [True, True]
+
+
+def test_methods_in_the_tower_are_measured_there(request_):
+    model, inputs = request_
+    cell = Cell("tome", 0.75)
+    encoder = model.model.vision_tower.encoder
+    with torch.no_grad():
+        (plain,) = measure_selection(model, inputs, [cell], 2, clock="cpu")
+        handle = encoder.layers[0].mlp.register_forward_hook(lambda *_: time.sleep(0.05))
+        (slow,) = measure_selection(model, inputs, [cell], 2)
+        handle.remove()
+    assert (plain.where, plain.clock, slow.clock) == ("vision tower", "cpu", "wall")
+    assert slow.full["median"] > 50
+    assert plain.visual_tokens_after == 64
+    assert 0 < plain.selection["median"] < plain.pruned["median"]
+
+
+def test_a_text_tower_with_random_weights_serves_the_methods_that_need_one(monkeypatch, toy):
+    monkeypatch.setattr(selection_command, "preset_config", lambda name: toy.config())
+    model = toy.model()
+    cells, left_out, deep = prepare_cells(model, "toy", parse_methods("cdpruner,tome"), [0.75])
+    assert [cell.method for cell in cells] == ["full", "cdpruner", "tome"]
+    assert not left_out
+    assert deep.config.get_text_config().num_hidden_layers == 1
+    rows = measure_selection(model, synthetic_request(model.config, (32, 32), 10), cells, 2, tower_model=deep)
+    assert [row.where for row in rows] == ["language model", "vision tower"]
 
 
 def test_short_tower():

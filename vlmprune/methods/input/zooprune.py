@@ -39,9 +39,9 @@ class ZOOPrune(InputMethod):
     `sketch` random projections of the output, the same for all tokens; `sketches` sets of them take turns along the
     directions. By default that changes the order of tokens less than other directions would (rank correlations with
     the whole output: 0.988 and 0.976 on `tiny-llava`, 0.964 and 0.961 with random weights). Ours where the paper says
-    nothing: one total for all tiles of an image, newlines, order, seeds; in Qwen's merger every patch of a token is moved along the same
-    direction, before the norm; where the host interpolates visual tokens, sensitivity is taken at the interpolated
-    features.
+    nothing: one total for all tiles of an image, newlines, order, seeds; in Qwen's merger every patch of a token is
+    moved along the same direction, before the norm; where the host interpolates visual tokens, sensitivity is taken at
+    the interpolated features.
 
     Attributes:
         m: number of random directions.
