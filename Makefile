@@ -9,7 +9,7 @@ OLDEST := torch==2.8.0 torchvision==0.23.0 transformers==5.17.0
 OLDEST_TESTS ?= tests/contracts tests/api tests/calls tests/families tests/layer_site tests/methods tests/patches
 TYPED := build/typed/vlmprune
 
-.PHONY: help setup test test-whole test-oldest fuzz compatibility test-gpu lint format demo tiny bench-gpu clean
+.PHONY: FORCE docs help setup test test-whole test-oldest fuzz compatibility test-gpu lint format demo tiny bench-gpu clean
 
 help:  ## Show the targets.
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*## /\t/' | expand -t 12
@@ -49,13 +49,20 @@ $(VENV_OLDEST)/.installed: pyproject.toml Makefile
 test-gpu: setup  ## Run the kernel tests on a GPU.
 	$(BIN)/python -m pytest tests/kernels
 
-lint: setup  ## Check style, types and the directions of imports.
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
+# The checkout as a wheel has it: one package in one folder.
+$(TYPED): FORCE
 	@rm -rf build/typed && mkdir -p build/typed && cp -r vlmprune build/typed/
 	@cp -r kernels patches eval $(TYPED)/ && find $(TYPED) -type d -exec touch {}/__init__.py \;
+
+lint: setup $(TYPED)  ## Check style, types and the directions of imports.
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 	cd build/typed && MYPYPATH=. ../../$(BIN)/mypy --config-file ../../pyproject.toml -p vlmprune
 	cd build/typed && PYTHONPATH=. ../../$(BIN)/lint-imports --config ../../pyproject.toml --no-logo
+
+docs: setup  ## Build the documentation in build/docs; a broken link is an error.
+	$(BIN)/python -m pip install --quiet --editable '.[docs]'
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m sphinx --fail-on-warning --keep-going --quiet docs build/docs
 
 format:  ## Reformat the code.
 	$(BIN)/ruff check --fix .
