@@ -20,8 +20,10 @@ from vlmprune.methods.selection_macs import Scored
 Metric = Literal["max", "mae", "rmse", "exact"]
 Scan = Literal["pred_2d", "raster", "serpentine"]
 
-# Rounds in which the tolerance is halved towards a budget.
+# Rounds in which the tolerance is halved towards a budget; the largest difference of pixels of 8 bits comes in steps of 1/255,
+# and needs no finer ones.
 ROUNDS = 24
+FINE_ENOUGH = 1 / 512
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,6 +129,8 @@ class PixelPrune(AdaptiveMethod):
             more, kept = kept, torch.zeros_like(kept)
             kept[0] = True
             for _ in range(ROUNDS if self.metric != "exact" else 0):
+                if self.metric == "max" and high - low < FINE_ENOUGH:
+                    break
                 middle = (low + high) / 2
                 some = self.unpredicted(pixels, [grid], middle)
                 if int(some.sum()) > budget:
