@@ -170,13 +170,13 @@ def main(
         rows = tower_cells(list(csv.DictReader(file)))
     loaded = load_model(model)
     with quiet_lmms_eval():
-        (found,) = find_tasks([task], loaded.model.config.model_type, ()).values()
+        (found,) = find_tasks([task], loaded.model.config.model_type).values()
     source = found.test_docs() if found.has_test_docs() else found.validation_docs()
     documents = [source[number] for number in range(min(pictures, len(source)))]
 
     def inputs_of(cell: Cell) -> list[dict[str, Any]]:
         live = LiveModel(loaded.model, loaded.processor, resolution=cell.resolution(loaded.model, loaded.processor))
-        return [live.encode_turn(str(found.doc_to_text(each)), found.doc_to_visual(each)) for each in documents]
+        return [live.encode_turns([(str(found.doc_to_text(each)), found.doc_to_visual(each))]) for each in documents]
 
     def served(cell: Cell) -> bool:
         try:

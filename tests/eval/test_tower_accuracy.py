@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import csv
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -11,6 +14,8 @@ pytest.importorskip("lmms_eval")
 from support.deeper_tower import deeper_tower
 from support.tiny_models import LLAVA_CLIP_GQA
 from vlmprune.errors import ParameterError
+from vlmprune.eval.accuracy.task_index import find_tasks
+from vlmprune.eval.speed import tower_accuracy
 from vlmprune.eval.speed.tower_accuracy import accuracy_table, join, measure_cells, tower_cells
 from vlmprune.eval.training.common.dataset_screens import SCREENS_FILE, make_rows
 from vlmprune.methods import PixelPrune
@@ -68,3 +73,17 @@ def test_screens_are_made_again_and_are_flat():
         pixels = np.asarray(file["image"].convert("RGB"), np.float32) / 255
         tokens = torch.from_numpy(pixels).view(12, 16, 12, 16, 3).transpose(1, 2).reshape(144, -1)
         assert 0.2 < PixelPrune().unpredicted(tokens, [(12, 12)], 0.0).float().mean() < 0.7
+
+
+def test_the_command_joins_a_benchmark_with_times(model_folder, task_folder, tmp_path, monkeypatch):
+    csv_file, out = tmp_path / "results.csv", tmp_path / "out.csv"
+    names = list(LINES[0])
+    rows = [LINES[0], {**LINES[2], "keep": "0.7"}, {**LINES[-1], "keep": "0.25"}]
+    csv_file.write_text("\n".join([",".join(names), *(",".join(row[name] for name in names) for row in rows)]) + "\n")
+    monkeypatch.setattr(tower_accuracy, "find_tasks", partial(find_tasks, folders=[str(task_folder)]))
+    tower_accuracy.main(str(model_folder), csv_file, "toy", 2, 0.0, out)
+    lines = list(csv.DictReader(out.open()))
+    assert [(line["method"], line["keep"]) for line in lines] == [
+        *(("full", ""), ("tome", "0.7"), ("lower_resolution", "0.25"))
+    ]
+    assert all(float(line["time_ms_median"]) > 0 for line in lines)
