@@ -32,6 +32,7 @@ class TowerReduction:
         attention: softmaxed attention that the running block uses in place of its own.
         captured: projections of the running block, "keys", "queries" and "values", `[tiles, tokens, heads * head_dim]`.
         read: reduced outputs of the blocks that make the features, by block.
+        counts: patches that are left of each tile, where tiles differ; else None.
     """
 
     def __init__(
@@ -57,6 +58,7 @@ class TowerReduction:
         self.attention: Tensor | None = None
         self.captured: dict[str, Tensor] = {}
         self.read: dict[int, Tensor] = {}
+        self.counts: tuple[int, ...] | None = None
 
     def removes(self, block: int) -> bool:
         """Whether a block removes something."""
@@ -70,9 +72,20 @@ class TowerReduction:
 
     @property
     def bias(self) -> Tensor | None:
-        """Logarithms of the sizes, fp32 `[tiles, tokens]`, that attention adds to its logits; None while there are none."""
-        sizes = self.tokens.sizes
-        return sizes.log() if sizes is not None and self.method.proportional else None
+        """What attention adds to its logits, fp32 `[tiles, tokens]`: logarithms of the sizes, or what hides padding; or None."""
+        sizes, valid = self.tokens.sizes, self.valid
+        if sizes is not None and self.method.proportional:
+            return sizes.log()
+        return None if valid is None else torch.zeros(valid.shape, device=valid.device).masked_fill(~valid, -torch.inf)
+
+    @property
+    def valid(self) -> Tensor | None:
+        """Which tokens there are, bool `[tiles, tokens]`; None while all tiles have equally many."""
+        if self.counts is None:
+            return None
+        places = torch.arange(self.tokens.positions.shape[1], device=self.tokens.positions.device)
+        ends = torch.tensor(self.counts, device=places.device) + self.leading
+        return places < ends[:, None]
 
     def reduce(self, block: int, hidden: Tensor, attention: Any) -> Tensor:
         """Return `hidden [tiles, tokens, dim]` as the method reduces it at a block whose attention module is given."""
@@ -94,11 +107,14 @@ class TowerReduction:
         )
         decided = self.method.removed(batch)
         if decided is not None:
-            left = batch.patches - decided
-            self.plan = (*self.plan[:block], *(left for _ in self.plan[block:]))
-            if not decided:
+            fewest = min(decided)
+            self.plan = (*self.plan[:block], *(batch.patches - fewest for _ in self.plan[block:]))
+            if not any(decided):
                 return hidden
-            batch = replace(batch, remove=decided)
+            uneven = tuple(decided) if max(decided) > fewest else None
+            batch = replace(batch, remove=fewest, removes=uneven)
+            if uneven is not None:
+                self.counts = tuple(batch.patches - gone for gone in uneven)
         reduction = self.method.reduce(batch)
         check_reduction(self.method, batch, reduction)
         self.tokens.reduce(hidden, reduction, self.method.drops)
@@ -112,13 +128,16 @@ class TowerReduction:
         groups = self.tokens.groups[:, leading : leading + self.patches] - leading
         groups = torch.where((groups < 0) | (groups >= outputs), -1, groups)
         taken = self.tokens.positions[:, leading : leading + outputs] - leading
+        if self.valid is not None:
+            # Behind all others.
+            taken = taken.masked_fill(~self.valid[:, leading:], self.patches)
         numbers = torch.arange(outputs, device=taken.device).expand_as(taken)
         places, order = taken.sort(1)
         if self.method.order == "official":
             order = numbers
         rank = torch.empty_like(order).scatter_(1, order, numbers)
         groups = torch.where(groups < 0, -1, rank.gather(1, groups.clamp(min=0)))
-        return TowerTokens(groups, MergedPlaces(places, order) if self.method.output == "merged" else None)
+        return TowerTokens(groups, MergedPlaces(places, order, self.counts) if self.method.output == "merged" else None)
 
     def project(self, hidden: Tensor, block: nn.Module) -> None:
         """Project the keys and queries that the method reads of a block's input, ahead of the block."""

@@ -133,7 +133,11 @@ class EncoderSite(BlockHooks):
         bias = run.bias
         if bias is not None:
             if self._backend() not in BIASED_BACKENDS:
-                raise UnsupportedCallError(_no_bias(run.method, self._backend()))
+                raise UnsupportedCallError(
+                    _no_bias(run.method, self._backend())
+                    if run.method.proportional
+                    else _no_mask(run.method, self._backend())
+                )
             given = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
             if given is not None:
                 raise UnsupportedCallError(
@@ -190,7 +194,7 @@ class EncoderSite(BlockHooks):
         if run is None:
             return None
         hidden = self._reduced_output(run, block, attention, output[0] if isinstance(output, tuple) else output)
-        if run.plan[-1] == run.patches:
+        if run.plan[-1] == run.patches and run.counts is None:
             # The tokens decided that none goes.
             self.calls.tower[-1].reduction = None
             return None
@@ -212,4 +216,12 @@ def _no_bias(method: EncoderMethod, backend: str) -> str:
         f"{method.name!r} adds the logarithm of the tokens' sizes to the logits of the vision tower's attention, which its "
         f"backend {backend!r} does not take; allowed: {', '.join(map(repr, BIASED_BACKENDS))} for the vision tower, or a method "
         "without sizes (proportional_attention=False where it has that parameter)."
+    )
+
+
+def _no_mask(method: EncoderMethod, backend: str) -> str:
+    return (
+        f"{method.name!r} leaves different numbers of tokens in the tiles of this call, and the vision tower's attention backend "
+        f"{backend!r} takes no mask that hides the padding; allowed: {', '.join(map(repr, BIASED_BACKENDS))} for the vision "
+        "tower, one image a call, or a given keep."
     )

@@ -71,7 +71,7 @@ class DenseTowerReader(TowerReader):
         if groups is None:
             return self._scores(signal, query, key)
         if call.reduction is not None and call.reduction.method.drops:
-            scores = self._scores(signal, query, key)
+            scores = self._scores(signal, query, key, captured.get(("valid", signal.layer)))
             spread = unmerge(scores, groups)
             if signal.kind != "cls_logits":
                 return spread
@@ -82,7 +82,7 @@ class DenseTowerReader(TowerReader):
             query = unmerge(query, groups)
         return self._scores(signal, query, unmerge(key, groups))
 
-    def _scores(self, signal: VisionSignal, query: Tensor | None, key: Tensor) -> Tensor:
+    def _scores(self, signal: VisionSignal, query: Tensor | None, key: Tensor, valid: Tensor | None = None) -> Tensor:
         if query is None:
             return key.float()
         heads = 1 if signal.kind == "cls_attention_one_head" else self.heads
@@ -94,7 +94,7 @@ class DenseTowerReader(TowerReader):
             return received.unflatten(0, (tiles, tokens))
         if signal.kind == "mean_query_attention":
             query = query.float().mean(1, keepdim=True)
-        rows = row_attention(query[:, :1], key, logits=signal.kind == "cls_logits")
+        rows = row_attention(query[:, :1], key, mask=valid, logits=signal.kind == "cls_logits")
         return rows[:, 0].transpose(1, 2)
 
     def _keep_state(self, layer: int, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
@@ -110,3 +110,4 @@ class DenseTowerReader(TowerReader):
             call.captured[kind, layer] = output if whole else output[:, :1]
             if kind == "k_proj" and call.reduction is not None:
                 call.captured["groups", layer] = call.reduction.tokens.groups[:, : call.reduction.tokens.tokens]
+                call.captured["valid", layer] = call.reduction.valid

@@ -23,15 +23,25 @@ class MergedPlaces:
     Attributes:
         places: int64 `[tiles, outputs]`, the patches whose places are taken, ascending.
         order: int64 `[tiles, outputs]`, for each place the token of the tower that takes it.
+        counts: places of each tile where tiles differ, those behind them stand for nothing; else None.
     """
 
     places: Tensor
     order: Tensor
+    counts: tuple[int, ...] | None = None
+
+    def of_tile(self, tile: int) -> Tensor:
+        """Return the places of one tile."""
+        return self.places[tile] if self.counts is None else self.places[tile, : self.counts[tile]]
 
     def sources(self, groups: Tensor) -> Tensor:
         """Return the place, by its number, whose token stands where a patch was, int64 `[tiles, patches]`."""
         numbers = torch.arange(self.places.shape[1], device=self.places.device).expand_as(self.places)
-        return groups.scatter(1, self.places, numbers)
+        if self.counts is None:
+            return groups.scatter(1, self.places, numbers)
+        # What stands for nothing goes to one more patch.
+        beyond = torch.cat([groups, groups[:, :1]], 1)
+        return beyond.scatter(1, self.places, numbers)[:, :-1]
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,9 +74,9 @@ def merged_selection(visuals: PrefillVisuals) -> Selection | None:
                 counts.append(len(whole))
             continue
         for image in shown.images:
-            kept.append(tower.merged.places[image])
+            kept.append(tower.merged.of_tile(image))
             groups.append(tower.groups[image])
-            counts.append(tower.merged.places.shape[1])
+            counts.append(len(kept[-1]))
             merged = True
     if not merged:
         return None

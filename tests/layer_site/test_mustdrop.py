@@ -15,6 +15,8 @@ from vlmprune.methods.layer.mustdrop_filter import FilterScores, important, scal
 
 CLIP = TowerFacts(layers=24, feature_layer=22, has_cls=True)
 FAMILY = deeper(deeper_tower(LLAVA_CLIP_GQA))
+# Some windows of most pictures are as like as that, none of others.
+BETWEEN = 0.2
 ROWS = [[3, "A", 4, 7], [2, "B", 1, "C", 6, 9], [5, "D", 2]]
 
 
@@ -106,6 +108,36 @@ def test_the_images_decide():
     assert windows[-1.0] == 4
     assert windows[1.0] == 36
     assert windows[-1.0] <= windows[0.1] <= windows[1.0]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_every_tile_merges_its_own_windows(attention):
+    model = FAMILY.build(torch.float32)
+    model.set_attn_implementation(attention)
+    inputs = FAMILY.inputs(ROWS)
+    thresholds = {"merge_threshold": BETWEEN, "global_threshold": 0.03, "individual_threshold": 0.1}
+    with vlmprune.pruned(model, "mustdrop", **thresholds):
+        together = model(**inputs).logits
+        run = vlmprune.last_run(model)
+        generated = model.generate(**inputs, max_new_tokens=4, do_sample=False)[:, -4:]
+        for row, prompt in enumerate(ROWS):
+            single = FAMILY.inputs([prompt])
+            alone = model(**single).logits[0]
+            torch.testing.assert_close(together[row, inputs["attention_mask"][row].bool()], alone, atol=2e-5, rtol=1e-4)
+            mine = [image for image in run.images if image.batch_index == row]
+            for image, other in zip(mine, vlmprune.last_run(model).images, strict=True):
+                assert image.stages[0][1].tolist() == other.stages[0][1].tolist()
+                assert image.kept.tolist() == other.kept.tolist()
+                assert image.tower_groups.tolist() == other.tower_groups.tolist()
+            assert (
+                model.generate(**single, max_new_tokens=4, do_sample=False)[0, -4:].tolist() == generated[row].tolist()
+            )
+    entered = [len(image.stages[0][1]) for image in run.images]
+    assert len(set(entered)) > 1, "tiles differ"
+    with vlmprune.pruned(model, "mustdrop", **thresholds, faithful=True):
+        model(**inputs)
+        assert {len(image.stages[0][1]) for image in vlmprune.last_run(model).images} == {max(entered)}
 
 
 @pytest.mark.parametrize(

@@ -35,12 +35,12 @@ class GivenKeys(MustDropFilter):
 
 def mustdrop_merge(params: Mapping[str, Any], inputs: Tensors) -> dict[str, Tensor]:
     """All tiles of a batch, CLS token first."""
-    method = MustDrop(window=tuple(params["window"]), merge_threshold=params["threshold"])
+    method = MustDrop(window=tuple(params["window"]), merge_threshold=params["threshold"], faithful=True)
     tower = TowerFacts(layers=24, feature_layer=22, has_cls=True)
     batch = BlockBatch(block=0, hidden=inputs["hidden"], remove=0, tower=tower, leading=1)
     removed = method.removed(batch)
     assert removed is not None
-    batch = BlockBatch(block=0, hidden=inputs["hidden"], remove=removed, tower=tower, leading=1)
+    batch = BlockBatch(block=0, hidden=inputs["hidden"], remove=min(removed), tower=tower, leading=1)
     reduction = method.reduce(batch)
     assert reduction.sizes is not None
     return {

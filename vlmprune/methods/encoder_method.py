@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import ClassVar, Literal, get_args
@@ -33,7 +33,8 @@ class BlockBatch:
         block: 0-based block.
         hidden: `[tiles, tokens, dim]` residual stream, in the tower's dtype: the block's input ("before attention"), behind its
             attention ("after attention"), or its output ("after block").
-        remove: how many tokens are to go here, by the method's `plan`.
+        remove: how many tokens are to go here, by the method's `plan`; of tiles that lose different numbers the lowest.
+        removes: how many go of each tile, where they lose different numbers; else None.
         tower: the vision tower.
         sizes: fp32 `[tiles, tokens]`, how many tokens each stands for; None while every token stands for itself.
         leading: tokens of each tile that precede the patches: 1 where there is a CLS token, else 0.
@@ -61,6 +62,7 @@ class BlockBatch:
     query: Tensor | None = None
     scale: float = 1.0
     biased: bool = False
+    removes: tuple[int, ...] | None = None
 
     @property
     def patches(self) -> int:
@@ -86,6 +88,8 @@ class Reduction:
         values: `[tiles, outputs, dim]`, dtype of the hidden states.
         groups: int64 `[tiles, tokens]`, the output that each token went into, -1 where it is dropped.
         targets: int64 `[tiles, outputs]`, the token whose place each output takes.
+            Where tiles lose different numbers, `BlockBatch.removes`, those with fewer outputs have rows behind them that
+            nothing looks at, and no group leads to.
         sizes: fp32 `[tiles, outputs]`, how many tokens each output stands for; None where the method keeps no sizes.
         restore: turns later values of the outputs, `[tiles, outputs, dim]`, into values of the tokens, `[tiles, tokens, dim]`. By
             default every token gets a copy of its output's, and a dropped token the hidden state that it was dropped with.
@@ -198,8 +202,8 @@ class EncoderMethod(Method):
         """
         return None
 
-    def removed(self, batch: BlockBatch) -> int | None:
-        """Return how many patches of a tile go at a block where the tokens decide and not `plan`; None where `plan` does."""
+    def removed(self, batch: BlockBatch) -> Sequence[int] | None:
+        """Return how many patches of each tile go at a block where the tokens decide and not `plan`; None where `plan` does."""
         return None
 
     def reduce(self, batch: BlockBatch) -> Reduction:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import isqrt
 from typing import ClassVar
@@ -24,9 +24,8 @@ class MustDrop(EncoderMethod):
     """Merge windows of like patches behind the first block of the vision tower, and filter by the text's attention later on.
 
     Patches are split in windows. A window whose mean cosine between its patches is at least `merge_threshold` becomes one
-    token, their plain mean; with several tiles in a call each merges as many windows as the one that has the fewest. In the
-    language model `MustDropFilter` protects the tokens that the CLS token attends to most, filters the others after a few
-    layers, and leaves only the last set in the KV cache.
+    token, their plain mean. In the language model `MustDropFilter` protects the tokens that the CLS token attends to most,
+    filters the others after a few layers, and leaves only the last set in the KV cache.
 
     `keep=None` (the default) runs with the thresholds, so the images decide. A given `keep`, the average over layers, is met:
     the tower merges the `(N - K) // 8` likest windows (of 3 x 3), K the square root of the share, and the filter keeps the
@@ -43,8 +42,9 @@ class MustDrop(EncoderMethod):
         layers: 0-based layers after which tokens are filtered; (2, 6, 10, 14) of 32, scaled with the depth, if not given.
         global_threshold: of a token's share of the attention that all text pays to visual tokens.
         individual_threshold: of the highest attention that a single word pays.
-        faithful: tokens of later calls count their positions from what each layer's cache holds, as in the official code, though
-            its keys were rotated otherwise; with `positions="compact"` this is the official decoding.
+        faithful: as in the official code, tiles of a call merge as many windows as the one that has the fewest, and tokens of
+            later calls count their positions from what each layer's cache holds, though its keys were rotated otherwise; with
+            `positions="compact"` this is the official decoding.
         keep_positions: whether two fifths of what each filter keeps are the tokens that carry position, by the rule of
             `IVCPrune`. Positions are then "original" unless `apply(..., positions=)` says otherwise.
 
@@ -121,16 +121,27 @@ class MustDrop(EncoderMethod):
             merged = min(windows, (patches - wanted) // saved) if saved else 0
         return (patches - merged * saved,) * (tower.feature_layer + 1)
 
-    def removed(self, batch: BlockBatch) -> int | None:
-        """Return how many patches go where the windows decide."""
+    def removed(self, batch: BlockBatch) -> Sequence[int] | None:
+        """Return how many patches of each tile go where the windows decide."""
         if self.keep is not None:
             return None
         likeness = window_likeness(batch.hidden[:, batch.leading :], self.window)
-        return int((likeness >= self.merge_threshold).sum(1).min()) * (self.window[0] * self.window[1] - 1)
+        saved = self.window[0] * self.window[1] - 1
+        counts: list[int] = (likeness >= self.merge_threshold).sum(1).tolist()
+        return [(min(counts) if self.faithful else count) * saved for count in counts]
 
     def reduce(self, batch: BlockBatch) -> Reduction:
         """Merge the likest windows of every tile."""
-        return merge_windows(batch.hidden, batch.leading, self.window, batch.remove)
+        if batch.removes is None:
+            return merge_windows(batch.hidden, batch.leading, self.window, batch.remove)
+        outputs = batch.hidden.shape[1] - batch.remove
+        tiles = [
+            padded(merge_windows(hidden[None], batch.leading, self.window, remove), outputs)
+            for hidden, remove in zip(batch.hidden, batch.removes, strict=True)
+        ]
+        return Reduction(
+            *(torch.cat([getattr(tile, name) for tile in tiles]) for name in ("values", "groups", "targets", "sizes"))
+        )
 
     def reduction_macs(self, shape: BlockShape) -> int:
         """The cosines of all pairs of a window."""
@@ -152,6 +163,18 @@ def window_likeness(patches: Tensor, window: tuple[int, int]) -> Tensor:
     cosines = members @ members.transpose(2, 3)
     off = ~torch.eye(size, dtype=torch.bool, device=patches.device)
     return (cosines * off).sum((2, 3)) / max(1, size * (size - 1))
+
+
+def padded(reduction: Reduction, outputs: int) -> Reduction:
+    """Return a reduction with rows of zeros behind it, `outputs` in all; they stand for nothing, at the first token's place."""
+    assert reduction.sizes is not None
+    missing = outputs - reduction.values.shape[1]
+    return Reduction(
+        torch.nn.functional.pad(reduction.values, (0, 0, 0, missing)),
+        reduction.groups,
+        torch.nn.functional.pad(reduction.targets, (0, missing)),
+        torch.nn.functional.pad(reduction.sizes, (0, missing)),
+    )
 
 
 def merge_windows(hidden: Tensor, leading: int, window: tuple[int, int], remove: int) -> Reduction:
