@@ -132,6 +132,12 @@ class LayerSite:
                 f"Several prompts are packed in one row, and {self.method.name!r} scores with the last token of a row; "
                 "allowed: one prompt a row, or a method that selects before the language model."
             )
+        if any(schedule) and self.method.reads_whole_row and call.caller_past:
+            raise UnsupportedCallError(
+                f"An image behind {call.caller_past} tokens of earlier turns: {self.method.name!r} scores by what all tokens of "
+                "the row do, and the cache holds only keys and values of those. Allowed: the whole conversation in one call, or "
+                "another method."
+            )
         if any(schedule) and self.method.trims_cache(self.family.decoder_layers) is not None:
             check_can_trim(call.cache, self.method.name)
         if any(schedule):

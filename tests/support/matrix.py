@@ -72,7 +72,7 @@ BY_THE_LAST_TOKEN = frozenset(
     if any(isinstance(need, LayerNeed) and need.rows != "all tokens" for need in part.needs)
 )
 
-# They score by what all tokens of a call do; those of earlier turns are no longer there to be seen.
+# They score by what all tokens of a row do; those of earlier turns are no longer there to be seen, so images behind are refused.
 BY_ALL_TOKENS_OF_A_CALL = frozenset({"transprune", "aim"})
 
 # They score by the prompt's words: the same image is cut otherwise once more text follows it.

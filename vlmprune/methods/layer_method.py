@@ -44,6 +44,8 @@ class LayerMethod(Method):
             and the method chooses the others. Positions are then "original" unless `apply(..., positions=)` says otherwise.
         positions: whether positions close the gaps of what is dropped between layers ("compact"), keep them ("original"),
             or do as before the first layer (None); a class attribute.
+        reads_whole_row: whether scores depend on what every token of the row does in this call, so that an image behind an
+            earlier turn, of which a cache holds keys and values alone, is refused; a class attribute.
     """
 
     keep_positions: bool = False
@@ -51,6 +53,7 @@ class LayerMethod(Method):
     site: ClassVar[Site] = "layer"
     needs: ClassVar[frozenset[Need]] = frozenset({STILL_IMAGES, LAST_TOKEN_AT_CUT})
     positions: ClassVar[Literal["compact", "original"] | None] = None
+    reads_whole_row: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if self.keep is not None:

@@ -140,7 +140,10 @@ class MustDrop(EncoderMethod):
             for hidden, remove in zip(batch.hidden, batch.removes, strict=True)
         ]
         return Reduction(
-            *(torch.cat([getattr(tile, name) for tile in tiles]) for name in ("values", "groups", "targets", "sizes"))
+            values=torch.cat([tile.values for tile in tiles]),
+            groups=torch.cat([tile.groups for tile in tiles]),
+            targets=torch.cat([tile.targets for tile in tiles]),
+            sizes=torch.cat([tile.sizes for tile in tiles if tile.sizes is not None]),
         )
 
     def reduction_macs(self, shape: BlockShape) -> int:

@@ -31,7 +31,8 @@ class AIMPageRank(LayerMethod):
 
     A token's importance is the root mean square over heads of its votes after `iterations` rounds of `p <- p P`; `P` is
     the softmax of the logits of the layer before the cut, divided by `temperature`, and votes are equal at first. All
-    tokens of the row vote, text too, and only visual tokens are dropped. Tokens of earlier turns neither vote nor get votes.
+    tokens of the row vote, text too, and only visual tokens are dropped. An image behind an earlier turn is refused: the
+    queries of that turn, its votes, are gone. Text turns go on as with every method.
 
     From layer `l1` on, `layers=(l1, l2)`, the input of layer `l` has the share `1 - (l - l1) / (l2 - l1)` of the tokens that
     entered, `int(N * share)`; from `l2` on there is none. With `keep`, the average over layers, the span from `l1` to
@@ -63,6 +64,7 @@ class AIMPageRank(LayerMethod):
     needs: ClassVar[frozenset[Need]] = frozenset({STILL_IMAGES, ALL_TOKENS_BEFORE_CUT})
     is_stage: ClassVar[bool] = True
     positions = "original"
+    reads_whole_row = True
 
     def __post_init__(self) -> None:
         super().__post_init__()

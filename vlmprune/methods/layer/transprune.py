@@ -43,6 +43,9 @@ class TransPrune(StagedMethod):
     on 32 layers, an average of 0.41; without parameters `keep` is 0.25, which keeps less. The shares of TransPrune-Low
     are not published.
 
+    An image behind an earlier turn is refused, because the transitions of that turn are gone. Text turns go on as with every
+    method.
+
     Positions: as before the first layer, so 1-D ones close the gaps of what is dropped, as in the official code, and
     M-RoPE ids stay.
 
@@ -66,6 +69,7 @@ class TransPrune(StagedMethod):
     angle: Angle = "signed"
 
     name: ClassVar[str] = "transprune"
+    reads_whole_row = True
     needs: ClassVar[frozenset[Need]] = frozenset({STILL_IMAGES, TEXT_AT_CUT})
     symbols: ClassVar[Mapping[str, str]] = {
         "pruning_layers": "layers=",
