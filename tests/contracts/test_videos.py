@@ -27,7 +27,8 @@ def test_pruned_forward_and_decode_equal_the_layers_by_hand(method, case, rows):
         logits = model(**inputs).logits
         run = vlmprune.last_run(model)
         new = model.generate(**inputs, max_new_tokens=steps, do_sample=False)[:, -steps:]
-    given, positions = language_model_inputs(model, inputs), default_positions(model, method)
+    as_run = make_method(method, keep=0.4, **METHOD_PARAMETERS[method])
+    given, positions = language_model_inputs(model, inputs), default_positions(model, as_run)
     if replaces_values(method):
         given = given_as_entered(model, given, entered[0], inputs, run)
     for row in range(len(rows)):

@@ -212,6 +212,7 @@ def test_selection_of_128_frames_needs_no_square_matrix(method):
         (lambda: FlashVID(expansion=1.25), UnknownNameError, "keep=retention_ratio"),
         (lambda: HoliTom(tau="high"), ParameterError, "tau='high'"),
         (lambda: HoliTom(max_window=0), ParameterError, "max_window=0"),
+        (lambda: HoliTom(inner_layer=0), ParameterError, "inner_layer holds 0"),
         (lambda: HoliTom(order="random"), UnknownNameError, "order 'random'"),
         (lambda: HoliTom(r=0.1), UnknownNameError, "keep=r"),
         (lambda: FastVID(form="qwen2"), UnknownNameError, "Did you mean 'qwen'"),

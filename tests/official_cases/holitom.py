@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize
 
 from official_cases.input_site import Tensors
 from vlmprune.methods.layer.fastv import fastv_count, fastv_keep
+from vlmprune.methods.layer.holitom_merge import plan_fold
 from vlmprune.methods.video.holitom import HoliTom
 from vlmprune.methods.video.holitom_windows import holitom_windows
 
@@ -71,22 +71,19 @@ def _with_newlines(grid_row: Tensor, values: Tensor, newline: Tensor) -> Tensor:
 
 
 def _inner(params: Mapping[str, Any], inputs: Tensors) -> dict[str, Tensor]:
-    """Tokens kept as by FastV; every other one is folded into the kept one that it is most like."""
+    """Tokens kept as by FastV; every other one goes into the kept one that it is most like."""
     start, total = params["start"], params["img"]
     hidden = inputs["hidden"].float()
     scores = inputs["attn_last"].float().mean(0)[start : start + total]
     count = fastv_count(total, params["r"])
-    kept = start + fastv_keep(scores, (0, total), (count,))
-    alive = torch.ones(len(hidden), dtype=torch.bool)
-    alive[start : start + total] = False
-    alive[kept] = True
-    unit = normalize(hidden, dim=-1)
-    merged = hidden.clone()
-    for token in (~alive).nonzero().flatten():
-        target = kept[(unit[kept] @ unit[token]).argmax()]
-        merged[target] = (merged[target] + hidden[token]) / 2
-    keep = alive.nonzero().flatten()
-    return {"keep": keep, "output": merged[keep]}
+    kept = fastv_keep(scores, (0, total), (count,))
+    visual = hidden[start : start + total]
+    merged = plan_fold(visual, kept, (total,), (count,))(visual)
+    before, after = torch.arange(start), torch.arange(start + total, len(hidden))
+    return {
+        "keep": torch.cat([before, start + kept, after]),
+        "output": torch.cat([hidden[before], merged, hidden[after]]),
+    }
 
 
 RUNS = {"holitom": holitom}

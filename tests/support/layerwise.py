@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers.masking_utils import create_causal_mask
 
 from support.oracle import suppressed
+from vlmprune.methods.base import Method
 from vlmprune.methods.registry import get_method
 from vlmprune.patches.families.registry import find_family
 
@@ -32,10 +33,11 @@ class HandRow(NamedTuple):
     logits: Tensor
 
 
-def default_positions(model: Any, method: str) -> Positions:
-    """Return what a method does with positions if nothing is asked for."""
+def default_positions(model: Any, method: str | Method) -> Positions:
+    """Return what a method, or one with its default parameters, does with positions if nothing is asked for."""
+    method = get_method(method)() if isinstance(method, str) else method
     compact = not find_family(model).mrope
-    inner = [part for part in get_method(method)().parts() if part.site == "layer"]
+    inner = [part for part in method.parts() if part.site == "layer"]
     own = inner[0].positions if inner else None  # type: ignore[attr-defined]
     trimmed = inner[0].trims_cache(find_family(model).decoder_layers) if inner else None  # type: ignore[attr-defined]
     return Positions(compact, compact if own is None else own == "compact", trimmed)
@@ -93,8 +95,16 @@ def target_plus_mean(values: Tensor, members: Tensor, target: int) -> Tensor:
     return values[target] + (values[others].mean(0) if len(others) else 0)
 
 
+def folded(values: Tensor, members: Tensor, target: int) -> Tensor:
+    """One token and the others of its group, each time the mean of what there is and the next one."""
+    value = values[target]
+    for member in members.sort().values.tolist():
+        value = value if member == target else (value + values[member]) / 2
+    return value
+
+
 # How methods that merge between layers make one token of several.
-MERGED_INSIDE = {"sparsevlm": mean_of_group, "visiondrop": target_plus_mean}
+MERGED_INSIDE = {"sparsevlm": mean_of_group, "visiondrop": target_plus_mean, "holitom": folded}
 
 
 def merged_between(

@@ -31,7 +31,7 @@ HARDER: dict[str, dict[str, object]] = {
     "fastv": {"layer": 1},
     # Of random features hardly any are alike.
     "flashvid": {"temporal_threshold": 0.2, "segment_threshold": 0.2, "min_segments": 2},
-    "holitom": {"tau": 0.2},
+    "holitom": {"tau": 0.2, "inner_layer": 2},
     "fastvid": {"scenes": 2, "tau": 0.3, "ignore": 0.6},
     "sink": {"layer": 1},
     "tome": {"output": "merged"},

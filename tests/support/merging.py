@@ -95,8 +95,12 @@ def given_as_entered(
     if not deep:
         return {**given, "inputs_embeds": embeddings}
     kept = kept[placeholders(model, inputs["input_ids"])]
-    planes = zip(deep, entered["deepstack_visual_embeds"], strict=True)
-    deep = [features.index_copy(0, kept.nonzero().flatten(), those) for features, those in planes]
+    planes = entered["deepstack_visual_embeds"]
+    whole = [
+        features.index_copy(0, kept.nonzero().flatten(), those) for features, those in zip(deep, planes, strict=False)
+    ]
+    # Planes of layers behind a cut are not handed over; they are not merged before it.
+    deep = [*whole, *deep[len(whole) :]]
     return {**given, "inputs_embeds": embeddings, "deepstack_visual_embeds": deep}
 
 

@@ -12,9 +12,12 @@ from torch import Tensor
 
 from vlmprune.budget import Keep
 from vlmprune.kernels.segmented_topk import segmented_topk
+from vlmprune.methods.base import Method
 from vlmprune.methods.batch import Selection, TowerFacts, VisionSignal, VisualBatch
 from vlmprune.methods.checks import check_choice, check_flag, check_int, check_number
 from vlmprune.methods.input_method import InputMethod
+from vlmprune.methods.layer.holitom_merge import HoliTomMerge
+from vlmprune.methods.layer_method import check_layers
 from vlmprune.methods.needs import TOWER_ATTENTION, VIDEOS, Need
 from vlmprune.methods.selection_macs import Scored
 from vlmprune.methods.shared.apportion import apportion
@@ -53,9 +56,10 @@ class HoliTom(InputMethod):
     themselves.
 
     `keep` counts the tokens that enter the language model and is met, except where still places kept once leave fewer than
-    that: a clip that stands still keeps one frame of tokens at most. The paper drops once more inside the language model by
-    merging; without merging this is `[HoliTom(keep=...), FastV(layer=18, ratio=0.5)]`, and the inner step alone with its
-    merging is not offered here.
+    that: a clip that stands still keeps one frame of tokens at most. The paper drops once more inside the language model:
+    `inner_layer` adds that step (`HoliTomMerge`), which folds what it drops into what it keeps; `keep` then still counts
+    what enters, and images beside a video, which enter whole, are cut by that step too. Without folding it is
+    `[HoliTom(keep=...), FastV(layer=18, ratio=0.5)]`.
 
     Attributes:
         keep: the paper's r; 0.1 to 0.25 there, 0.25 here.
@@ -63,6 +67,8 @@ class HoliTom(InputMethod):
         beta: share of the centre in its cluster; the official 0.6.
         neighbours: the official K, tokens that a density is taken over, at most; 7.
         max_window: frames of a window at most; the official 1024.
+        inner_layer: the official HOLITOM_k, the 0-based layer of the inner step (18 of 28, 60 of 80 layers); None for none.
+        inner_ratio: the official HOLITOM_r, share of what entered that the inner step drops; 0.5.
         order: "position" or "official".
         faithful: the official counts: the share of still places is rounded half to even in every window, that of other places
             rounded up in every frame, so that another number than `keep` stays.
@@ -77,6 +83,8 @@ class HoliTom(InputMethod):
     beta: float = 0.6
     neighbours: int = 7
     max_window: int = 1024
+    inner_layer: int | None = None
+    inner_ratio: float = 0.5
     order: Literal["position", "official"] = "position"
     faithful: bool = False
 
@@ -87,8 +95,8 @@ class HoliTom(InputMethod):
         "r": "keep=r",
         "retain_ratio": "keep=retain_ratio",
         "K": "neighbours=K",
-        "HOLITOM_k": "FastV(layer=...) beside it",
-        "HOLITOM_r": "FastV(ratio=...) beside it",
+        "HOLITOM_k": "inner_layer=HOLITOM_k",
+        "HOLITOM_r": "inner_ratio=HOLITOM_r",
     }
 
     def __post_init__(self) -> None:
@@ -99,6 +107,15 @@ class HoliTom(InputMethod):
         check_int("max_window", self.max_window, 1)
         check_choice("order", self.order, ("position", "official"))
         check_flag("faithful", self.faithful)
+        check_number("inner_ratio", self.inner_ratio, "[0, 1)", "the share that is dropped")
+        if self.inner_layer is not None:
+            check_layers("inner_layer", (self.inner_layer,))
+
+    def parts(self) -> tuple[Method, ...]:
+        """Return this first stage, and the inner one where it is asked for and something is to be dropped."""
+        if self.inner_layer is None or self.keep == 1.0:
+            return (self,)
+        return (self, HoliTomMerge(layer=self.inner_layer, ratio=self.inner_ratio))
 
     def vision_signals(self, tower: TowerFacts) -> tuple[VisionSignal, ...]:
         """Ask for the attention of the feature layer."""
