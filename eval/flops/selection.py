@@ -135,7 +135,8 @@ def _input_macs(
         else:
             pairs = sum(lengths)
         total += pairs * hidden
-    tiles = max(1, work.crops // max(1, len(images)))
+    # Of towers that take any size each picture is one, and each frame of a video.
+    tiles = max(1, (work.crops or sum(frames for frames, _, _ in work.grids)) // max(1, len(images)))
     shape = LanguageShape.from_config(config)
     scored = Scored(
         images,

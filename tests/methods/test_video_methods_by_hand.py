@@ -46,7 +46,7 @@ def parameters_of(name):
 @pytest.mark.parametrize("name", PLAIN)
 def test_kept_tokens_and_values_are_those_of_plain_loops(name, family, rows, monkeypatch):
     method, plain, _ = PLAIN[name]
-    rows = as_served(family, rows)
+    rows = as_served(name.partition("-")[0], family, rows)
     model, inputs = family.build(torch.float32), family.inputs(rows)
     embeddings = language_model_inputs(model, inputs)["inputs_embeds"]
     batches, select = [], type(method).select

@@ -78,7 +78,7 @@ def _inner(params: Mapping[str, Any], inputs: Tensors) -> dict[str, Tensor]:
     count = fastv_count(total, params["r"])
     kept = fastv_keep(scores, (0, total), (count,))
     visual = hidden[start : start + total]
-    merged = plan_fold(visual, kept, (total,), (count,))(visual)
+    merged = plan_fold(visual, kept, (total,), (count,)).merge(visual)
     before, after = torch.arange(start), torch.arange(start + total, len(hidden))
     return {
         "keep": torch.cat([before, start + kept, after]),

@@ -47,7 +47,7 @@ class HoliTomMerge(FastV):
         starts = torch.tensor(list(accumulate(budgets, initial=0))[:-1], device=kept.device)
         counts = torch.tensor(batch.counts, device=kept.device)
         groups = fold.rows - starts.repeat_interleave(counts, output_size=len(fold.rows))
-        return Selection(kept, budgets, features=fold(hidden), merge=fold, groups=groups)
+        return Selection(kept, budgets, features=fold.merge(hidden), merge=fold.merge, groups=groups)
 
     def own_macs(self, scored: ScoredLayers) -> int:
         """The cosines of the dropped tokens with the kept ones."""
@@ -68,7 +68,7 @@ class Fold(NamedTuple):
     weights: Tensor
     kept: int
 
-    def __call__(self, values: Tensor) -> Tensor:
+    def merge(self, values: Tensor) -> Tensor:
         """Fold `values [tokens, dim]`; `[kept, dim]` in their dtype."""
         device = values.device
         return merge_scatter(values, self.rows.to(device), self.weights.to(device), self.kept)[0]
