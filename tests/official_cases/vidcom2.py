@@ -17,6 +17,8 @@ from vlmprune.methods.video.vidcom2 import frame_counts, frame_scales, steady_ch
 def vidcom2(params: Mapping[str, Any], inputs: Tensors) -> Tensors:
     """The kept tokens of one video with what they were chosen by."""
     frames, rows, columns = params["T"], params["h"], params["w"]
+    if len(inputs["features"]) == frames * rows * (columns + 1):
+        return rows_with_newlines(params, inputs["features"])
     layout = raster_layout(rows, columns, frames)
     exact = "vllm" in str(params.get("variant", "")) or ("q" in params and "base_scale" not in params)
     share = float(params["keep"] if "keep" in params else params.get("base_scale", 1 - params.get("q", 0)))
@@ -35,6 +37,17 @@ def vidcom2(params: Mapping[str, Any], inputs: Tensors) -> Tensors:
         "before_reconcile": counts.sum()[None],
         "target": torch.tensor([method.video_budget(frames, rows * columns)]),
     }
+
+
+def rows_with_newlines(params: Mapping[str, Any], features: torch.Tensor) -> Tensors:
+    """A video of LLaVA-Video, with a newline behind every row: kept tokens of a frame, then all of its newlines."""
+    frames, rows, columns = params["T"], params["h"], params["w"]
+    planes = torch.arange(len(features)).view(frames, rows, columns + 1)
+    patches, newlines = planes[..., :-1].flatten(1), planes[..., -1]
+    results = vidcom2(params, {"features": features[patches.flatten()]})
+    mask = torch.zeros(patches.numel(), dtype=torch.bool).index_fill(0, results["kept"], True).view(frames, -1)
+    order = torch.cat([torch.cat([patches[frame][mask[frame]], newlines[frame]]) for frame in range(frames)])
+    return {**results, "kept_with_newlines": order, "order": order, "output": features[order]}
 
 
 RUNS = {"vidcom2": vidcom2}

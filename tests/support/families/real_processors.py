@@ -13,6 +13,7 @@ from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from support.families.anyres_case import PATCH, TILE
+from support.families.llava_next import PINPOINTS as NEXT_PINPOINTS
 from support.families.llava_onevision import PINPOINTS
 from support.families.llava_onevision import VIDEO_TOKEN as ONEVISION_VIDEO
 from support.families.qwen_case import VIDEO_TOKEN, VISION_END, VISION_START
@@ -22,6 +23,8 @@ _WORDS = (
     "what", "is", "shown", "here", "?", "describe", "the", "picture", "and", "clip", ".", "yes", "no", "a",
     "seconds", "<", ">", "0", "1", "2", "3", "4", "5", "6", "7", "8", "9",
 )  # fmt: skip
+# Even numbers of patches a side: the processor counts a quarter of a frame's patches.
+NEXT_VIDEO_PATCH = 5
 QWEN_PATCH = {"Qwen2VLProcessor": 14, "Qwen2_5_VLProcessor": 14, "Qwen3VLProcessor": 16}
 _QWEN_VIDEO = {"Qwen3VLProcessor": "Qwen3VLVideoProcessor"}
 
@@ -72,6 +75,21 @@ def onevision_processor() -> Any:
         num_image_tokens=(TILE // PATCH) ** 2,
         vision_feature_select_strategy="full",
         vision_aspect_ratio="anyres_max_2",
+    )
+
+
+def next_video_processor() -> Any:
+    """Return the LLaVA-NeXT-Video processor for the tiny model with patches of `NEXT_VIDEO_PATCH` pixels."""
+    square = {"height": TILE, "width": TILE}
+    return transformers.LlavaNextVideoProcessor(
+        video_processor=transformers.LlavaNextVideoVideoProcessor(size=square, crop_size=square),
+        image_processor=transformers.LlavaNextImageProcessor(
+            size={"shortest_edge": TILE}, crop_size=square, image_grid_pinpoints=NEXT_PINPOINTS
+        ),
+        tokenizer=_tokenizer({"<image>": IMAGE_TOKEN, "<video>": ONEVISION_VIDEO}),
+        patch_size=NEXT_VIDEO_PATCH,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
     )
 
 
