@@ -1,7 +1,8 @@
 """Methods that serve videos, on the layouts of videos with and without a newline at their end."""
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
+from typing import ClassVar
 
 import pytest
 import torch
@@ -11,8 +12,10 @@ from hypothesis import strategies as st
 from support.matrix import REQUIRED
 from support.method_batches import check_selection, random_batch
 from vlmprune.layout import raster_layout
+from vlmprune.methods import InputMethod
 from vlmprune.methods.baselines.uniform import even_frames
-from vlmprune.methods.needs import STILL_IMAGES
+from vlmprune.methods.batch import Selection
+from vlmprune.methods.needs import STILL_IMAGES, VIDEOS
 from vlmprune.methods.registry import METHODS
 from vlmprune.patches.families.llava_onevision import video_layout
 from vlmprune.patches.prefill.scored_items import choose_among, frame_shares, scored_items, visual_budget
@@ -65,3 +68,51 @@ def test_uniform_gives_every_frame_its_share(frames, rows, columns, data):
     assert len(kept.unique()) == budget
     shares = torch.bincount(kept // (rows * columns), minlength=frames)
     assert int(shares.max() - shares.min()) <= 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Folded(InputMethod):
+    """Keeps the first tokens of an item, and adds every other to one of them."""
+
+    by_frame: bool = False
+
+    name: ClassVar[str] = "folded"
+    needs: ClassVar[frozenset] = frozenset()
+    merges: ClassVar[bool] = True
+
+    @property
+    def frame_by_frame(self):
+        return self.by_frame
+
+    def select(self, batch):
+        starts = torch.tensor(batch.budgets).cumsum(0) - torch.tensor(batch.budgets)
+        groups = [torch.arange(count) % budget for count, budget in zip(batch.counts, batch.budgets, strict=True)]
+        into = torch.cat([own + start for own, start in zip(groups, starts, strict=True)])
+
+        def merge(values):
+            return values.new_zeros(sum(batch.budgets), values.shape[1]).index_add_(0, into, values)
+
+        kept = torch.cat([torch.arange(budget) for budget in batch.budgets])
+        return Selection(kept, batch.budgets, merge(batch.features), merge, torch.cat(groups))
+
+
+@pytest.mark.parametrize("by_frame", [False, True], ids=["video", "frame"])
+@pytest.mark.parametrize("needs", [frozenset(), frozenset({VIDEOS})], ids=["images too", "videos alone"])
+def test_groups_and_values_are_those_of_the_whole_batch(by_frame, needs, monkeypatch):
+    """What a token went into is named among all kept tokens of its video, newlines and untouched images too."""
+    monkeypatch.setattr(Folded, "needs", needs)
+    method = Folded(keep=0.4, by_frame=by_frame)
+    layouts = [video_layout(3, 2), raster_layout(2, 3), raster_layout(2, 2, 4), video_layout(2, 3)]
+    batch = random_batch(method, layouts, 3)
+    budgets = tuple(map(partial(visual_budget, method), batch.layouts, batch.modalities))
+    batch = replace(batch, budgets=budgets)
+    selection = choose_among(method, batch, scored_items(method, batch.layouts, batch.modalities, budgets))
+    assert selection.counts == budgets
+    parts = [values.split(list(batch.counts)) for values in (batch.features, selection.groups)]
+    kept = [values.split(list(selection.counts)) for values in (selection.kept, selection.features)]
+    for features, groups, places, values in zip(*parts, *kept, strict=True):
+        assert groups.min() >= 0
+        summed = torch.zeros_like(values).index_add_(0, groups, features)
+        torch.testing.assert_close(values, summed)
+        assert groups[places].tolist() == list(range(len(places)))
+    torch.testing.assert_close(selection.merge(batch.features), selection.features)
