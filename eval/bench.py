@@ -19,13 +19,14 @@ import vlmprune
 from vlmprune.budget import Keep
 from vlmprune.errors import BudgetError
 from vlmprune.eval.accuracy.answer_log import AnswerLog
-from vlmprune.eval.accuracy.fidelity import Fidelity, FidelityOptions, run_fidelity
+from vlmprune.eval.accuracy.answer_scores import check_scoring
 from vlmprune.eval.accuracy.live_model import LiveModel
 from vlmprune.eval.accuracy.picture_check import check_tasks
 from vlmprune.eval.accuracy.task_index import data_identity, find_tasks
 from vlmprune.eval.accuracy.task_scores import TaskScore, evaluate_tasks, quiet_lmms_eval
 from vlmprune.eval.bench_times import timed_cells, turns_of_tasks
 from vlmprune.eval.models.loading import LoadedModel, fingerprint, load_model
+from vlmprune.eval.own_data import Fidelity, FidelityOptions, run_fidelity
 from vlmprune.eval.reports.bench_results import print_tables, write_results
 from vlmprune.eval.reports.summary import Row, cell_result, make_rows, summarise_requests
 from vlmprune.eval.run.cells import BASELINES, Cell, LeftOut, make_cells, not_reachable, usable_cells
@@ -97,11 +98,26 @@ STORED = {"method": str, "title": str, "parameters": dict, "tasks": dict, "cost"
 """What a stored cell must hold."""
 
 
-def run_on_data(options: BenchOptions, data: Path, new_tokens: int = 32) -> list[Fidelity]:
-    """Compare every cell with the unpruned model on prompts without labels (see `run_fidelity`) instead of scoring tasks."""
+def run_on_data(
+    options: BenchOptions, data: Path, new_tokens: int = 32, scoring: str = "auto", console: Console | None = None
+) -> list[Fidelity]:
+    """Compare every cell with the unpruned model on own prompts, with answers or without (see `run_fidelity`)."""
+    check_scoring(scoring)
     loaded, cells, left_out = load_with_cells(options)
-    wanted = FidelityOptions(data, cells, options.out, options.limit, options.batch_size, new_tokens, left_out)
-    return run_fidelity(loaded, wanted)
+    wanted = FidelityOptions(
+        data=data,
+        cells=cells,
+        out=options.out,
+        limit=options.limit,
+        batch_size=options.batch_size,
+        new_tokens=new_tokens,
+        left_out=left_out,
+        scoring=scoring,
+        timing_seconds=options.timing_seconds,
+        timing_batch_sizes=options.timing_batch_sizes,
+        command=options.command,
+    )
+    return run_fidelity(loaded, wanted, console)
 
 
 def load_with_cells(options: BenchOptions) -> tuple[LoadedModel, list[Cell], list[LeftOut]]:

@@ -134,9 +134,13 @@ def bench(
     data: Annotated[
         Path | None,
         typer.Option(
-            help="Instead of tasks: own pictures (folder) or prompts (.jsonl), compared with the unpruned model."
+            help="Instead of tasks: own pictures (folder) or prompts (.jsonl), with answers or compared with the unpruned model."
         ),
     ] = None,
+    score: Annotated[
+        str,
+        typer.Option(help="With --data that has answers: auto (choice or contains), exact, contains, choice or anls."),
+    ] = "auto",
     new_tokens: Annotated[int, typer.Option(min=1, help="With --data: tokens generated for each prompt.")] = 32,
     limit: Annotated[int | None, typer.Option(min=1, help="Items of each task; all by default.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Requests answered at once.")] = 1,
@@ -164,9 +168,8 @@ def bench(
         wanted, budgets = parse_methods(methods, smaller_pictures=True), parse_keeps(keep)
         from vlmprune.eval.bench import BenchOptions, run_bench, run_on_data
 
-        run: Callable[..., object] = (
-            run_bench if data is None else partial(run_on_data, data=data, new_tokens=new_tokens)
-        )
+        own = partial(run_on_data, data=data, new_tokens=new_tokens, scoring=score)
+        run: Callable[..., object] = run_bench if data is None else own
         if dry_run:
             from vlmprune.eval.dry_run import print_plan
 

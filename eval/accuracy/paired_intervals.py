@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.stats import norm
+from scipy.stats import binomtest, norm
 
 CONFIDENCE = 0.95
+RESAMPLES = 2000
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,20 @@ def ratio_interval(
         return None
     root = float(np.sqrt(inside))
     return max((b - root) / a, 0.0), (b + root) / a
+
+
+def share_interval(successes: int, items: int, confidence: float = CONFIDENCE) -> tuple[float, float]:
+    """Wilson's interval of a share."""
+    found = binomtest(successes, items).proportion_ci(confidence, method="wilson")
+    return float(found.low), float(found.high)
+
+
+def mean_interval(values: Sequence[float], confidence: float = CONFIDENCE, seed: int = 0) -> tuple[float, float]:
+    """The interval of a mean of numbers of any size by bootstrap (percentiles)."""
+    numbers = np.asarray(values, dtype=float)
+    picks = np.random.default_rng(seed).integers(0, len(numbers), (RESAMPLES, len(numbers)))
+    low, high = np.quantile(numbers[picks].mean(1), [(1 - confidence) / 2, (1 + confidence) / 2])
+    return float(low), float(high)
 
 
 def quantile(confidence: float) -> float:

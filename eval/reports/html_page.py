@@ -12,6 +12,7 @@ from typing import Any
 from vlmprune.eval.run.figures import keep_text, percent, with_quartiles
 from vlmprune.eval.run.result_folder import read_json
 
+from .changed_answers import changed_answers
 from .stored_results import ReportError, run_folders
 from .summary import NOT_COUNTED
 from .tables import paired_texts
@@ -103,12 +104,13 @@ def _accuracy(content: Run, folder: Path) -> str:
     ]
     configuration = content["configuration"]
     model = configuration["model"]
-    limit = "all items" if configuration["limit"] is None else f"{configuration['limit']} items a task"
+    given = configuration.get("limit")
+    limit = "all items" if given is None else f"{given} items a task"
     facts = {
         "model": model["source"],
         "loaded as": f"{model['parameters']:,} parameters, {model['dtype']}, {model['device']}, {model['attention']}",
         "tasks": ", ".join(tasks)
-        + f" ({limit}, batch size {configuration['batch_size']}, seed {configuration['seed']})",
+        + f" ({limit}, batch size {configuration['batch_size']}, seed {configuration.get('seed', 0)})",
         "image processor": ", ".join(f"{key}={value}" for key, value in model["image_processor"].items()),
         **_machine(content["machine"]),
     }
@@ -122,6 +124,7 @@ def _accuracy(content: Run, folder: Path) -> str:
         + plots
         + "<h3>Cost of one request</h3>"
         + _table(cost, cells)
+        + changed_answers(folder)
         + _left_out(content)
         + f"<p><small>{escape(notes)}.</small></p>\n<h3>Run it again</h3>\n<pre>{escape(shlex.join(content['command']))}</pre>\n"
     )

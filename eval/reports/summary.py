@@ -25,6 +25,7 @@ from vlmprune.eval.run.csv_lines import csv_text
 from vlmprune.eval.run.figures import keep_text
 from vlmprune.methods.base import Method
 
+from .hard_items import hard_items
 from .seeds import merge_seeds
 
 NOT_COUNTED = "not counted"
@@ -91,7 +92,8 @@ class Row:
 
     `relative` is the mean over tasks of score divided by the unpruned model's score, as papers print it; `paired` (see
     `compare_paired`) has the ratio of the means, which the tables show, with its interval. `seeds` are the averages of a cell
-    that was run with several seeds, whose mean the row shows. `times` are spreads in milliseconds (see `time_cells`).
+    that was run with several seeds, whose mean the row shows. `hard` is the mean score on the items that need the full
+    resolution and their number (see `hard_items`). `times` are spreads in milliseconds (see `time_cells`).
     """
 
     title: str
@@ -106,6 +108,7 @@ class Row:
     paired: dict[str, Any] | None
     times: dict[str, Any]
     seeds: tuple[float, ...]
+    hard: tuple[float, int] | None
     result: dict[str, Any]
 
     @property
@@ -150,6 +153,7 @@ def make_rows(results: Sequence[Mapping[str, Any]], timing: Mapping[str, Any]) -
                 paired=compare_paired(result["tasks"], full["tasks"]) if full and result is not full else None,
                 times=timing.get(result["label"]) or {},
                 seeds=tuple(result.get("seeds", ())),
+                hard=hard_items(result, merged),
                 result=dict(result),
             )
         )
@@ -196,6 +200,7 @@ def _line(row: Row) -> dict[str, Any]:
     line |= {"average": row.average, "seeds": len(row.seeds) or None, "relative": row.relative}
     if row.seeds:
         line |= {"average_lowest_seed": min(row.seeds), "average_highest_seed": max(row.seeds)}
+    line |= {"hard_items_score": row.hard[0] if row.hard else None, "hard_items": row.hard[1] if row.hard else None}
     return line | _paired_columns(row.paired or {})
 
 

@@ -29,7 +29,10 @@ def accuracy_tables(rows: Sequence[Row]) -> list[Table]:
 
 def _accuracy_table(rows: Sequence[Row], names: Mapping[str, str]) -> Table:
     seeds = max(len(row.seeds) for row in rows)
-    table = cost_style("Accuracy (%)" + (f"; random: mean of {seeds} seeds (lowest to highest)" if seeds else ""))
+    table = cost_style(
+        ("Same answers (%)" if "same_answer" in names else "Accuracy (%)")
+        + (f"; random: mean of {seeds} seeds (lowest to highest)" if seeds else "")
+    )
     _identity(table, 12)
     table.add_column("tokens", justify="right", no_wrap=True)
     for name in names.values():
@@ -64,10 +67,11 @@ def paired_table(rows: Sequence[Row]) -> Table | None:
         f"Against the unpruned model on the same {items} items (95 % intervals that hold for small samples)"
     )
     _identity(table)
-    for name in ("points", "95 %", "of full %", "95 % ", "better", "worse", "items"):
+    for name in ("points", "95 %", "of full %", "95 % ", "better", "worse", "need full res. %"):
         table.add_column(name, justify="right", no_wrap=True)
     for row, last in _with_breaks(pruned):
-        table.add_row(row.title, row.keep_text, *paired_texts(row.paired or {}), end_section=last)
+        hard = f"{percent(row.hard[0])} of {row.hard[1]}" if row.hard else "not known"
+        table.add_row(row.title, row.keep_text, *paired_texts(row.paired or {})[:-1], hard, end_section=last)
     return table
 
 
