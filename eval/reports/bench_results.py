@@ -38,7 +38,9 @@ def print_tables(rows: Sequence[Row], folder: Path, left_out: Sequence[LeftOut] 
         output.print()
     for item in left_out:
         output.print(item.note, soft_wrap=True, markup=False, highlight=False)
-    output.print(f"Results, plots, every answer, and a page with all of it (report.html): {folder}", soft_wrap=True)
+    output.print(
+        f"Results, plots, and a page of both (report.html); every answer is under cells: {folder}", soft_wrap=True
+    )
 
 
 def write_results(

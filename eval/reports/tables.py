@@ -15,6 +15,8 @@ from .summary import NOT_COUNTED, Row
 
 TASKS_A_TABLE = 5
 NO_INTERVAL = "no pairs"
+WIDE = 0.1
+"""From this width on an interval carries no digit after the point."""
 FLOPS_UNITS = (("TFLOPs", 1e12), ("GFLOPs", 1e9), ("MFLOPs", 1e6))
 MEMORY_UNITS = (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10), ("B", 1))
 
@@ -67,10 +69,10 @@ def paired_table(rows: Sequence[Row]) -> Table | None:
         f"Against the unpruned model on the same {items} items (95 % intervals that hold for small samples)"
     )
     _identity(table)
-    for name in ("points", "95 %", "of full %", "95 % ", "better", "worse", "need full res. %"):
+    for name in ("points", "95 %", "of full %", "95 % ", "better", "worse", "full res. %"):
         table.add_column(name, justify="right", no_wrap=True)
     for row, last in _with_breaks(pruned):
-        hard = f"{percent(row.hard[0])} of {row.hard[1]}" if row.hard else "not known"
+        hard = f"{percent(row.hard[0], 0)} of {row.hard[1]}" if row.hard else "not known"
         table.add_row(row.title, row.keep_text, *paired_texts(row.paired or {})[:-1], hard, end_section=last)
     return table
 
@@ -86,12 +88,14 @@ def paired_texts(paired: Mapping[str, Any]) -> list[str]:
     if paired["ratio_95"] is None:
         between = "no finite one" if "told from 0" in paired["ratio_reason"] else "mixed tasks"
     else:
-        between = " to ".join(percent(value) for value in paired["ratio_95"])
+        digits = 0 if paired["ratio_95"][1] - paired["ratio_95"][0] >= WIDE else 1
+        between = " to ".join(percent(value, digits) for value in paired["ratio_95"])
     if paired["ratio"] is None and between == "mixed tasks":
         ratio = "none"
+    places = 0 if high - low >= WIDE else 1
     return [
         f"{100 * paired['difference']:+.1f}",
-        f"{100 * low:+.1f} to {100 * high:+.1f}",
+        f"{100 * low:+.{places}f} to {100 * high:+.{places}f}",
         ratio,
         between,
         *(str(paired[name]) for name in ("better", "worse", "items")),

@@ -58,7 +58,7 @@ def test_keeping_all_agrees_and_dropping_does_not(toy, prompts, tmp_path, capsys
     assert few.kl_worst >= few.kl
     assert few.same_answer < 1
     printed = capsys.readouterr().out.splitlines()
-    assert max(len(line) for line in printed if "Written to" not in line) <= 100
+    assert max(len(line) for line in printed if "report.html" not in line) <= 100
     assert len(json.loads((tmp_path / "out" / "fidelity.json").read_text())["rows"]) == 2
     assert (tmp_path / "out" / "fidelity.csv").read_text().count("\n") == 3
 
@@ -152,7 +152,7 @@ def test_answers_are_scored_and_changed_ones_shown(toy, prompts, tmp_path, capsy
     assert "Changed answers" in page
     assert "data:image/jpeg;base64," in page
     printed = capsys.readouterr().out
-    assert "need full res." in printed
+    assert "full res." in printed
     assert " of " in printed
 
 
