@@ -265,16 +265,17 @@ class _OwnData:
 def own_task(prompts: Sequence[Prompt], agreements: Sequence[Agreement], scoring: str) -> dict[str, Any]:
     """The one task of own data as benchmarks store theirs: scores of answers, or of being the same where there are none."""
     labelled = bool(prompts[0].answers)
-    samples = []
+    samples, scores = [], []
     for one in agreements:
         prompt = prompts[one.prompt]
         score = (
             score_answer(one.answer, prompt.answers, prompt.choices, scoring) if labelled else float(one.same_answer)
         )
+        scores.append(score)
         samples.append(
             {"doc_id": one.prompt, "answer": one.answer, "score": score, "same": one.same_answer, "kept": one.kept}
         )
-    score = fmean(sample["score"] for sample in samples)
+    score = fmean(scores)
     task = {
         "metric": scoring if labelled else SAME,
         "score": score,

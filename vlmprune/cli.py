@@ -168,8 +168,9 @@ def bench(
         wanted, budgets = parse_methods(methods, smaller_pictures=True), parse_keeps(keep)
         from vlmprune.eval.bench import BenchOptions, run_bench, run_on_data
 
-        own = partial(run_on_data, data=data, new_tokens=new_tokens, scoring=score)
-        run: Callable[..., object] = run_bench if data is None else own
+        run: Callable[..., object] = run_bench
+        if data is not None:
+            run = partial(run_on_data, data=data, new_tokens=new_tokens, scoring=score)
         if dry_run:
             from vlmprune.eval.dry_run import print_plan
 

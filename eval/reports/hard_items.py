@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
-from vlmprune.eval.run.cells import LOWER_RESOLUTION
+from vlmprune.eval.models.lower_resolution import LOWER_RESOLUTION
 
 DOWNSAMPLED = (LOWER_RESOLUTION, "pool")
 """Cells that say which items need the full resolution: smaller pictures, else tokens pooled behind the tower."""
