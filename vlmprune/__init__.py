@@ -15,6 +15,9 @@ if (_root := Path(__file__).resolve().parent.parent).joinpath("kernels", "segmen
     __path__.append(str(_root))
 
 if TYPE_CHECKING:
+    from vlmprune.eval.tune.recommend import recommend
+    from vlmprune.eval.tune.run import tune
+
     from . import errors, methods
     from .api import apply, describe, last_run, list_methods, options, pruned, remove
     from .eval.pictures.plot import plot
@@ -41,13 +44,17 @@ __all__ = [
     "options",
     "plot",
     "pruned",
+    "recommend",
     "remove",
+    "tune",
 ]
 
 _HOMES = {
     **dict.fromkeys(("apply", "describe", "last_run", "list_methods", "options", "pruned", "remove"), "vlmprune.api"),
     "plot": "vlmprune.eval.pictures.plot",
     **dict.fromkeys(("ImageRecord", "RunRecord"), "vlmprune.record"),
+    "tune": "vlmprune.eval.tune.run",
+    "recommend": "vlmprune.eval.tune.recommend",
 }
 
 

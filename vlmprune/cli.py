@@ -343,6 +343,68 @@ def calibrate(
 
 
 @app.command()
+def tune(
+    model: Annotated[str, typer.Option(help="Shipped model (tiny-llava), local folder or hub name.")],
+    data: Annotated[Path, typer.Option(help="Your pictures (folder) or prompts (.jsonl), with answers or without.")],
+    same_answers: Annotated[
+        float | None, typer.Option(help="Share of items with the same answer (default 0.98).")
+    ] = None,
+    kl: Annotated[float | None, typer.Option(help="Mean divergence of the first token, in nats, at most.")] = None,
+    accuracy_drop: Annotated[
+        float | None, typer.Option(help="Accuracy that may be lost, as a share; needs answers.")
+    ] = None,
+    kv_share: Annotated[
+        float | None, typer.Option(help="Share of the KV cache that may stay; best answers win.")
+    ] = None,
+    ttft_speedup: Annotated[
+        float | None, typer.Option(help="How much faster the first token must come, measured.")
+    ] = None,
+    methods: Annotated[str, typer.Option(help=METHODS_HELP)] = "all",
+    keep: Annotated[str, typer.Option(help=KEEP_HELP)] = "0.5,0.35,0.25,0.18,0.12,0.08,0.05",
+    limit: Annotated[int | None, typer.Option(min=1, help="Items; all by default.")] = None,
+    new_tokens: Annotated[int, typer.Option(min=1, help="Tokens generated for each item.")] = 32,
+    score: Annotated[str, typer.Option(help="For answers: auto, exact, contains, choice or anls.")] = "auto",
+    minutes: Annotated[float | None, typer.Option(min=0, help="Time after which the best so far is taken.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for what is measured; the same command goes on from it.")
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="auto (as stored), float32, bfloat16 or float16.")] = "auto",
+    device: Annotated[str, typer.Option(help="auto (a GPU if there is one), cpu, cuda, cuda:1, ...")] = "auto",
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the order of items and of random methods.")] = 0,
+) -> None:
+    """Find the cheapest method and budget that meet a target on your data, and print the line to paste."""
+    with _clear_errors():
+        _check_methods(methods)
+        _require_extra("eval", "lmms_eval", "scipy")
+        import time
+
+        from vlmprune.eval.accuracy.answer_scores import check_scoring
+        from vlmprune.eval.models.loading import load_model
+        from vlmprune.eval.run.cells import parse_keeps, parse_methods
+        from vlmprune.eval.tune.run import TuneOptions, one_target, tune_loaded
+
+        check_scoring(score)
+        named = {
+            "same_answers": same_answers, "kl": kl, "accuracy_drop": accuracy_drop, "kv_share": kv_share,
+            "ttft_speedup": ttft_speedup,
+        }  # fmt: skip
+        options = TuneOptions(
+            one_target(named), parse_methods(methods), parse_keeps(keep), limit, new_tokens, minutes, out, seed, score
+        )
+        start = time.monotonic()
+
+        def tell(text: str) -> None:
+            spent = (time.monotonic() - start) / 60
+            left = "" if minutes is None else f", {max(minutes - spent, 0):.1f} left at most"
+            typer.echo(f"[{spent:.1f} min{left}] {text}", err=True)
+
+        found = tune_loaded(load_model(model, dtype, device), data, options, tell)
+        if found.line:
+            typer.echo(found.line)
+        typer.echo(found.sentence)
+
+
+@app.command()
 def report(
     folders: Annotated[list[Path], typer.Argument(help="Result folders of bench and latency, or folders of such.")],
     out: Annotated[

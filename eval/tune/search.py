@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,8 +16,8 @@ from vlmprune.eval.run.cells import Cell
 from .targets import Target
 
 HELD_OUT = 0.3
-FIRST_ITEMS = 16
-FINALISTS = 3
+FIRST_ITEMS = 32
+FINALISTS = 12
 MIDDLE = 0.25
 
 
@@ -97,9 +98,9 @@ def search(
     """Find the cheapest cell that meets a bound of quality, or the best one that meets a bound of cost.
 
     All methods start at their middle budget (or the largest that meets the bound of cost) on few items; each round doubles the
-    items and drops the worse half, and besides those that paired statistics tell from the best. For the three that are left the
-    budget is searched on all items of the search. Candidates are then confirmed on the items held out,
-    the cheapest (or best) first.
+    items and drops the worse half down to twelve, with a bound of cost also those that paired statistics tell from the
+    best. With a bound of quality the budgets of those that are left are searched, as far as they can be cheaper than what
+    meets it already. Candidates are then confirmed on the items held out, the cheapest (or best) first.
 
     Args:
         trial: measures.
@@ -159,10 +160,20 @@ class _Search:
         while self.alive:
             found = {title: self.losses(start[title], self.seen[:count]) for title in self.alive}
             cost = {title: self.trial.cost(start[title]) for title in self.alive}
-            self.means = {title: float(losses.mean()) for title, losses in found.items()}
-            ranked = sorted(self.alive, key=lambda title: (self.means[title], cost[title]))
-            best = ranked[0]
-            keeps = [title for title in ranked if loss_interval(found[title] - found[best])[0] <= 0]
+            if self.target.is_quality:
+                # A method that costs more than it saves is no answer to "as cheap as can be".
+                self.alive = [title for title in self.alive if cost[title] < 1.0] or self.alive
+            self.means = {title: float(found[title].mean()) for title in self.alive}
+            allowed = self.target.loss if self.target.is_quality else -math.inf
+            over = {title: max(self.means[title], allowed) for title in self.alive}
+            by_loss = sorted(self.alive, key=lambda title: (self.means[title], cost[title]))
+            by_cost = sorted(self.alive, key=lambda title: (over[title], cost[title]))
+            # The least loss promises the smallest budget, and meeting the bound at little cost is what is asked for.
+            ranked = list(dict.fromkeys(title for pair in zip(by_loss, by_cost, strict=True) for title in pair))
+            best = by_loss[0]
+            told = {title: loss_interval(found[title] - found[best])[0] > 0 for title in ranked}
+            # What loses more at this budget may still be the cheapest that meets a bound of quality at a larger one.
+            keeps = [title for title in ranked if self.target.is_quality or not told[title]]
             self.on_progress(f"{count} items, {len(self.alive)} methods, best so far {start[best].label}")
             wanted = max(FINALISTS, len(self.alive) // 2)
             self.alive = keeps[:wanted]
@@ -181,6 +192,10 @@ class _Search:
             low, high = 0, len(group) - 1
             while low <= high:
                 middle = (low + high) // 2
+                cheapest = min((self.trial.cost(cell) for cell, _ in self.candidates.values()), default=math.inf)
+                if self.trial.cost(group[middle]) >= cheapest:
+                    low = middle + 1
+                    continue
                 loss = self.loss_until_clear(group[middle])
                 self.on_progress(f"{group[middle].label}: mean loss {loss:.3g}")
                 if loss <= self.target.loss:
