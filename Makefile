@@ -76,6 +76,7 @@ tiny: setup  ## Train the three shipped checkpoints again (hours on a CPU).
 	$(BIN)/python -m vlmprune.eval.training.train tiny-llava --out results/tiny --resume
 	$(BIN)/python -m vlmprune.eval.training.train tiny-llava-next --start results/tiny --out results/tiny-next --resume
 	$(BIN)/python -m vlmprune.eval.training.train tiny-qwen2.5-vl --out results/tiny-qwen --resume
+	$(BIN)/python -m vlmprune.eval.training.train tiny-qwen2.5-vl-video --out results/tiny-qwen-video --resume
 	$(BIN)/python -m vlmprune.eval.training.text_tower.train tiny-llava --out results/text-tower
 	$(BIN)/python -m vlmprune.eval.training.text_tower.train tiny-llava-next --pictures 400 --out results/text-tower-next
 

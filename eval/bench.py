@@ -9,7 +9,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import datasets
 from rich.console import Console
@@ -23,6 +23,7 @@ from vlmprune.eval.accuracy.answer_scores import check_scoring
 from vlmprune.eval.accuracy.live_model import LiveModel
 from vlmprune.eval.accuracy.picture_check import check_tasks
 from vlmprune.eval.accuracy.task_index import data_identity, find_tasks
+from vlmprune.eval.accuracy.videos import is_video
 from vlmprune.eval.accuracy.task_scores import TaskScore, evaluate_tasks, quiet_lmms_eval
 from vlmprune.eval.bench_times import timed_cells, turns_of_tasks
 from vlmprune.eval.models.loading import LoadedModel, fingerprint, load_model
@@ -75,11 +76,12 @@ def run_bench(options: BenchOptions, console: Console | None = None) -> list[Row
     """
     started = time.perf_counter()
     ranks = Ranks()
-    loaded, cells, left_out = load_with_cells(options)
+    loaded = open_model(options)
     with quiet_lmms_eval():
         tasks = ranks.main_first(
             lambda: find_tasks(options.tasks, loaded.model.config.model_type, options.task_folders)
         )
+    cells, left_out = cells_for(options, loaded, shown_modality(next(iter(tasks.values()))))
     described = configuration(options, loaded, tasks)
     ranks.require_same("the configuration", described)
     ranks.require_same("the cells", [cell.label for cell in cells])
@@ -120,16 +122,28 @@ def run_on_data(
     return run_fidelity(loaded, wanted, console)
 
 
-def load_with_cells(options: BenchOptions) -> tuple[LoadedModel, list[Cell], list[LeftOut]]:
-    """The model, the cells asked for, and those of them that it cannot give (see `usable_cells`)."""
+def open_model(options: BenchOptions) -> LoadedModel:
+    """The model, without the progress bars of what loads it."""
     logging.disable_progress_bar()
     datasets.disable_progress_bars()
-    loaded = load_model(options.model, options.dtype, options.device, options.batch_size)
+    return load_model(options.model, options.dtype, options.device, options.batch_size)
+
+
+def cells_for(
+    options: BenchOptions, loaded: LoadedModel, modality: Literal["image", "video"] = "image"
+) -> tuple[list[Cell], list[LeftOut]]:
+    """The cells asked for, and those of them that the model cannot give for what is shown (see `usable_cells`)."""
     served = vlmprune.list_methods(loaded.model)
     baselines = [name for name in BASELINES if options.baselines and name in served]
     cells = make_cells(options.methods, options.keeps, options.seed, baselines, options.random_seeds)
     cells = equipped(cells, text_tower_of(loaded.source, options.text_tower), loaded.processor)
-    return loaded, *usable_cells(loaded.model, cells, options.methods)
+    return usable_cells(loaded.model, cells, options.methods, modality)
+
+
+def shown_modality(task: Any) -> Literal["image", "video"]:
+    """What the first document of a task shows."""
+    documents = task.test_docs() if task.has_test_docs() else task.validation_docs()
+    return "video" if any(map(is_video, task.doc_to_visual(documents[0]) or [])) else "image"
 
 
 def configuration(options: BenchOptions, loaded: LoadedModel, tasks: dict[str, Any]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from functools import partial
 from importlib.util import find_spec
 from math import prod
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -129,7 +129,8 @@ def bench(
     ] = DEFAULT_METHODS,
     keep: Annotated[str, typer.Option(help=KEEP_HELP)] = "0.5,0.25,0.1,0.05",
     tasks: Annotated[
-        str, typer.Option(help="lmms-eval tasks, tags or groups by comma; all: the embedded ones.")
+        str,
+        typer.Option(help="lmms-eval tasks, tags or groups by comma; all: the embedded ones, video: those on clips."),
     ] = "all",
     data: Annotated[
         Path | None,
@@ -210,6 +211,9 @@ def latency(
     ] = None,
     batch_size: Annotated[str, typer.Option(help="Batch sizes by comma.")] = "1",
     image_size: Annotated[str, typer.Option(help="Sizes of the made-up picture by comma: 336 or 640x480.")] = "672",
+    video_frames: Annotated[
+        int, typer.Option(min=0, help="Frames of a made-up video of that size in the picture's place; 0: a picture.")
+    ] = 0,
     text_tokens: Annotated[int, typer.Option(min=2, help="Text tokens of the made-up prompt.")] = 64,
     new_tokens: Annotated[int, typer.Option(min=2, help="Tokens generated.")] = 17,
     dtype: Annotated[str, typer.Option(help="auto (as stored, bfloat16 for random weights), float32, ...")] = "auto",
@@ -238,14 +242,15 @@ def latency(
         images = parse_sizes(image_size)
         largest = max(images, key=prod)
         if random_weights is not None:
-            loaded, processor = open_preset(random_weights, dtype, device, sizes[-1], largest, text_tokens + new_tokens)
+            need = sizes[-1], largest, text_tokens + new_tokens, video_frames
+            loaded, processor = open_preset(random_weights, dtype, device, *need)
         else:
-            opened = load_model(str(model), dtype, device, sizes[-1], largest)
+            opened = load_model(str(model), dtype, device, sizes[-1], largest, video_frames)
             loaded, processor = opened.model, opened.processor.image_processor
-        cells, left_out = usable_cells(loaded, cells, wanted)
+        cells, left_out = usable_cells(loaded, cells, wanted, "video" if video_frames else "image")
         for item in left_out:
             typer.echo(item.note, err=True)
-        options = LatencyOptions(cells, sizes, images, text_tokens, new_tokens, seconds, out)
+        options = LatencyOptions(cells, sizes, images, text_tokens, new_tokens, seconds, out, video_frames)
         run_latency(loaded, str(model or random_weights), options, processor)
 
 
@@ -289,6 +294,13 @@ def selection_cost(
     methods: Annotated[str, typer.Option(help=METHODS_HELP)] = "all",
     keep: Annotated[str, typer.Option(help=KEEP_HELP)] = "0.25",
     image_size: Annotated[str, typer.Option(help="Sizes of the made-up picture by comma: 336 or 640x480.")] = "336",
+    video_frames: Annotated[
+        int, typer.Option(min=0, help="Frames of a made-up video of that size in the picture's place; 0: a picture.")
+    ] = 0,
+    language_layers: Annotated[
+        int,
+        typer.Option(min=0, help="Layers of the language model that run, whose time stands for all; 0: all of them."),
+    ] = 0,
     text_tokens: Annotated[int, typer.Option(min=2, help="Text tokens of the made-up prompt.")] = 64,
     dtype: Annotated[str, typer.Option(help="auto (bfloat16), float32, ...")] = "auto",
     device: Annotated[str, typer.Option(help="auto (a GPU if there is one), cpu, cuda, cuda:1, ...")] = "auto",
@@ -310,11 +322,16 @@ def selection_cost(
 
             raise unknown("--clock", clock, list(CLOCKS))
         wanted, budgets = parse_methods(methods), parse_keeps(keep)
-        model, requests = open_request(random_weights, dtype, device, image_size, text_tokens)
-        cells, left_out, tower_model = prepare_cells(model, random_weights, wanted, budgets)
+        model, requests, depth = open_request(
+            random_weights, dtype, device, image_size, text_tokens, video_frames, language_layers
+        )
+        shown: Literal["image", "video"] = "video" if video_frames else "image"
+        cells, left_out, tower_model = prepare_cells(model, random_weights, wanted, budgets, shown)
         for item in left_out:
             typer.echo(item.note, err=True)
-        run_selection_cost(model, requests, cells, rounds, out, random_weights, tower_model=tower_model, clock=clock)
+        run_selection_cost(
+            model, requests, cells, rounds, out, random_weights, tower_model=tower_model, clock=clock, depth=depth
+        )
 
 
 @app.command()

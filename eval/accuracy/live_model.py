@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from lmms_eval.api.instance import GenerationResult, Instance
 from lmms_eval.api.model import lmms
-from PIL import Image
 from transformers import PreTrainedModel
 
 from vlmprune.errors import UnsupportedCallError
@@ -22,8 +21,9 @@ from vlmprune.eval.models.lower_resolution import LowerResolution
 
 from .answer_log import AnswerLog, Key
 from .generation import cut_at, end_tokens, generation_settings
-from .questions import Question, batches_of, generation_question, scoring_question, user_turn
+from .questions import Question, Turn, batches_of, generation_question, scoring_question, user_turn
 from .request_records import RequestRecord, request_records
+from .videos import MOST_FRAMES, processor_arguments
 
 
 class LiveModel(lmms):
@@ -32,6 +32,7 @@ class LiveModel(lmms):
     Attributes:
         pruned: whether `vlmprune.apply` was called on the model.
         resolution: what makes pictures smaller before they are encoded, if anything.
+        video_frames: most frames read of a video file.
         on_progress: called with the number of requests answered after every batch.
         records: what was counted since the last `reset`.
         model_seconds: time spent inside the model since then.
@@ -47,6 +48,7 @@ class LiveModel(lmms):
         batch_size: int = 1,
         pruned: bool = False,
         resolution: LowerResolution | None = None,
+        video_frames: int = MOST_FRAMES,
         on_progress: Callable[[int], None] | None = None,
     ) -> None:
         super().__init__()
@@ -56,6 +58,7 @@ class LiveModel(lmms):
         self.batch_size = int(batch_size)
         self.pruned = pruned
         self.resolution = resolution
+        self.video_frames = video_frames
         self.on_progress = on_progress
         self.reset()
 
@@ -88,7 +91,7 @@ class LiveModel(lmms):
         self,
         kind: str,
         requests: list[Instance],
-        make: Callable[[int, Instance, Any], Question],
+        make: Callable[[int, Instance, Any, int], Question],
         answer: Callable[[list[Question]], Sequence[Any]],
     ) -> list[Any]:
         """What `answer` gives for every request, batch by batch; answers that the log holds are taken from it."""
@@ -102,7 +105,7 @@ class LiveModel(lmms):
                     keys[place] = (kind, place, str(request.args[4]), int(request.args[3]))
                     stored = self.log.find(keys[place])
                 if stored is None:
-                    yield make(place, request, self.task_dict)
+                    yield make(place, request, self.task_dict, self.video_frames)
                 else:
                     answers[place] = stored[0]
                     self.records += [stored[1]] if stored[1] is not None else []
@@ -141,16 +144,17 @@ class LiveModel(lmms):
         return self._model
 
     def encode_turns(self, turns: Sequence[tuple[str, Sequence[Any] | None]]) -> dict[str, Any]:
-        """The processor's output for a batch of user turns (text and pictures), on the model's device."""
-        batch = [Question(i, "", 0, *user_turn(text, visuals), False) for i, (text, visuals) in enumerate(turns)]
+        """The processor's output for a batch of user turns (text, pictures and videos), on the model's device."""
+        batch = [
+            Question(i, "", 0, user_turn(text, visuals, self.video_frames), False)
+            for i, (text, visuals) in enumerate(turns)
+        ]
         return self._encode(self._prompts(batch), batch)
 
     @torch.inference_mode()
-    def reply(
-        self, turns: Sequence[tuple[list[dict[str, Any]], list[Image.Image]]], new_tokens: int
-    ) -> tuple[list[tuple[int, ...]], torch.Tensor]:
+    def reply(self, turns: Sequence[Turn], new_tokens: int) -> tuple[list[tuple[int, ...]], torch.Tensor]:
         """Greedy token ids of every turn (see `user_turn`), and log-probabilities [turns, vocabulary] of the first token."""
-        batch = [Question(i, "", i, messages, images, True) for i, (messages, images) in enumerate(turns)]
+        batch = [Question(i, "", i, turn, True) for i, turn in enumerate(turns)]
         inputs = self._encode(self._prompts(batch), batch)
         settings = generation_settings({"max_new_tokens": new_tokens})
         output = self._model.generate(
@@ -176,9 +180,12 @@ class LiveModel(lmms):
             self.on_progress(count)
 
     def _encode(self, texts: list[str], batch: Sequence[Question]) -> dict[str, Any]:
-        images = [image for question in batch for image in question.images]
+        images = [image for question in batch for image in question.turn.images]
+        videos = [video for question in batch for video in question.turn.videos]
         smaller: dict[str, Any] = {}
         if self.resolution is not None:
+            if videos:
+                raise UnsupportedCallError("'lower_resolution' makes pictures smaller, not videos; allowed: pictures.")
             images, smaller = self.resolution.shrink(images)
         bos = getattr(self.tokenizer, "bos_token", None)
         extra = {"add_special_tokens": False} if bos and all(text.startswith(bos) for text in texts) else {}
@@ -190,12 +197,13 @@ class LiveModel(lmms):
             return_tensors="pt",
             **extra,
             **smaller,
+            **processor_arguments(videos),
         )
         return dict(inputs.to(self._model.device, self._model.dtype))
 
     def _prompts(self, batch: Sequence[Question]) -> list[str]:
         return [
-            self.processor.apply_chat_template(question.messages, add_generation_prompt=True, tokenize=False)
+            self.processor.apply_chat_template(question.turn.messages, add_generation_prompt=True, tokenize=False)
             for question in batch
         ]
 
@@ -205,7 +213,7 @@ class LiveModel(lmms):
         records = request_records(self._model, self.pruned, batch, inputs, lengths, rows_per_question=beams)
         if self.resolution is None:
             return records
-        whole = [sum(self.resolution.whole_tokens(question.images)) for question in batch if question.counted]
+        whole = [sum(self.resolution.whole_tokens(question.turn.images)) for question in batch if question.counted]
         return [replace(record, visual_before=tokens) for record, tokens in zip(records, whole, strict=True)]
 
     @torch.inference_mode()

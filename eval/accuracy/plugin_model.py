@@ -19,13 +19,15 @@ from vlmprune.eval.run.cells import FULL, Cell
 from vlmprune.eval.run.text_towers import equipped, text_tower_of
 
 from .live_model import LiveModel
+from .videos import MOST_FRAMES
 
 
 class Vlmprune(LiveModel):
     """A pruned model built from `--model_args`.
 
     `pretrained` is a shipped name, folder or hub name; `method` a method's name, "lower_resolution" or "full"; `keep` a share or
-    count; `dtype` and `device` as for `vlmprune bench`; all else goes to the method. Each process of several takes its own GPU.
+    count; `dtype` and `device` as for `vlmprune bench`; `video_frames` the most frames read of a video file; all else goes to
+    the method. Each process of several takes its own GPU.
     """
 
     def __init__(
@@ -35,6 +37,7 @@ class Vlmprune(LiveModel):
         keep: float | int | None = None,
         dtype: str = "auto",
         device: str | None = None,
+        video_frames: int = MOST_FRAMES,
         batch_size: int | str | None = 1,
         max_batch_size: int | None = None,
         **parameters: Any,
@@ -59,6 +62,7 @@ class Vlmprune(LiveModel):
             batch_size=int(batch_size or 1),
             pruned=cell.is_pruned,
             resolution=cell.resolution(loaded.model, loaded.processor),
+            video_frames=int(video_frames),
         )
         self._contexts = ExitStack()
         if cell.method == LOWER_RESOLUTION:

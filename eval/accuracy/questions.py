@@ -1,4 +1,4 @@
-"""Requests of lmms-eval as conversations with their pictures."""
+"""Requests of lmms-eval as conversations with their pictures and videos."""
 
 from __future__ import annotations
 
@@ -14,40 +14,52 @@ from PIL import Image
 
 from vlmprune.errors import UnsupportedCallError
 
+from .videos import MOST_FRAMES, Video, is_video, to_video
+
 PLACEHOLDER = re.compile(r" ?<image>|<\|vision_start\|><\|image_pad\|><\|vision_end\|>|<\|image_pad\|>")
 """Marks for a picture that tasks have in their texts."""
 
 
+@dataclass(frozen=True)
+class Turn:
+    """A conversation: `messages` with placeholders, pictures and videos in the order of theirs."""
+
+    messages: list[dict[str, Any]]
+    images: list[Image.Image]
+    videos: list[Video]
+
+
 @dataclass
 class Question:
-    """One request as a conversation: `messages` with placeholders, `images` in order."""
+    """One request, and the conversation that puts it; `counted` is False for requests that only pad a batch of ranks."""
 
     position: int
     task: str
     doc_id: int
-    messages: list[dict[str, Any]]
-    images: list[Image.Image]
+    turn: Turn
     counted: bool
     continuation: str = ""
     settings: dict[str, Any] = field(default_factory=dict)
 
 
-def generation_question(position: int, request: Instance, tasks: Mapping[str, Any]) -> Question:
-    """A request for generated text; `tasks` are the documents by task and split."""
+def generation_question(
+    position: int, request: Instance, tasks: Mapping[str, Any], frames: int = MOST_FRAMES
+) -> Question:
+    """A request for generated text; `tasks` are the documents by task and split, `frames` those read of a video file."""
     first, second, third, doc_id, task, split = request.args
     doc = tasks[task][split][doc_id]
     if callable(second):
-        messages, images = from_lmms_messages(second(doc))
+        turn = from_lmms_messages(second(doc), frames)
         settings = third
     else:
-        messages, images = user_turn(first, third(doc))
+        turn = user_turn(first, third(doc), frames)
         settings = second
     counted = not request.metadata.get("__padding_only__", False)
-    return Question(position, task, doc_id, messages, images, counted, settings=dict(settings))
+    return Question(position, task, doc_id, turn, counted, settings=dict(settings))
 
 
-def scoring_question(position: int, request: Instance, tasks: Mapping[str, Any]) -> Question:
-    """A request for the likelihood of a continuation.
+def scoring_question(position: int, request: Instance, tasks: Mapping[str, Any], frames: int = MOST_FRAMES) -> Question:
+    """A request for the likelihood of a continuation; `frames` are read of a video file.
 
     Raises:
         UnsupportedCallError: the request has no document.
@@ -56,10 +68,10 @@ def scoring_question(position: int, request: Instance, tasks: Mapping[str, Any])
         raise UnsupportedCallError("Log-likelihood without a document (acc_mutual_info) is not supported.")
     context, continuation, to_visual, doc_id, task, split = request.args
     doc = tasks[task][split][doc_id]
-    messages, images = user_turn(context, to_visual(doc))
+    turn = user_turn(context, to_visual(doc), frames)
     counted = not request.metadata.get("__padding_only__", False)
     text = continuation(doc) if callable(continuation) else continuation
-    return Question(position, task, doc_id, messages, images, counted, continuation=str(text))
+    return Question(position, task, doc_id, turn, counted, continuation=str(text))
 
 
 def batches_of(questions: Iterator[Question], size: int) -> Iterator[list[Question]]:
@@ -78,11 +90,15 @@ def _key(question: Question) -> str:
     return json.dumps(question.settings, sort_keys=True, default=str)
 
 
-def user_turn(text: str, visuals: Sequence[Any] | None) -> tuple[list[dict[str, Any]], list[Image.Image]]:
-    """A conversation of one user turn, pictures before the text."""
-    images = [to_image(visual) for visual in visuals or []]
-    content: list[dict[str, Any]] = [*({"type": "image"} for _ in images), {"type": "text", "text": text}]
-    return with_text_placeholders([{"role": "user", "content": content}]), images
+def user_turn(text: str, visuals: Sequence[Any] | None, frames: int = MOST_FRAMES) -> Turn:
+    """A conversation of one user turn, pictures and videos before the text; of a video file at most `frames` are read."""
+    content: list[dict[str, Any]] = []
+    images: list[Image.Image] = []
+    videos: list[Video] = []
+    for visual in visuals or []:
+        content.append(_seen(visual, is_video(visual), images, videos, frames))
+    content.append({"type": "text", "text": text})
+    return Turn(with_text_placeholders([{"role": "user", "content": content}]), images, videos)
 
 
 def with_text_placeholders(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -115,21 +131,36 @@ def _replaced(content: list[dict[str, Any]], in_place: bool) -> list[dict[str, A
     return found
 
 
-def from_lmms_messages(messages: Sequence[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[Image.Image]]:
-    """lmms-eval's chat messages as Hugging Face messages with placeholders, and their pictures in order."""
-    result, images = [], []
+def from_lmms_messages(messages: Sequence[dict[str, Any]], frames: int = MOST_FRAMES) -> Turn:
+    """lmms-eval's chat messages as Hugging Face messages with placeholders, pictures and videos in order.
+
+    Raises:
+        UnsupportedCallError: content of another kind.
+    """
+    result: list[dict[str, Any]] = []
+    images: list[Image.Image] = []
+    videos: list[Video] = []
     for message in messages:
         content: list[dict[str, Any]] = []
         for part in message["content"]:
-            if part["type"] == "text":
+            kind = part["type"]
+            if kind == "text":
                 content.append({"type": "text", "text": part["text"]})
-            elif part["type"] == "image":
-                content.append({"type": "image"})
-                images.append(to_image(part["url"]))
+            elif kind in ("image", "video"):
+                content.append(_seen(part["url"], kind == "video", images, videos, frames))
             else:
-                raise UnsupportedCallError(f"Content of type {part['type']!r} is not supported; allowed: text, image.")
+                raise UnsupportedCallError(f"Content of type {kind!r} is not supported; allowed: text, image, video.")
         result.append({"role": message["role"], "content": content})
-    return with_text_placeholders(result), images
+    return Turn(with_text_placeholders(result), images, videos)
+
+
+def _seen(visual: Any, video: bool, images: list[Image.Image], videos: list[Video], frames: int) -> dict[str, Any]:
+    """The placeholder of a picture or video, which goes to its list."""
+    if video:
+        videos.append(to_video(visual, frames))
+        return {"type": "video"}
+    images.append(to_image(visual))
+    return {"type": "image"}
 
 
 def to_image(visual: Any) -> Image.Image:
@@ -139,7 +170,8 @@ def to_image(visual: Any) -> Image.Image:
         PictureError: it is neither, or cannot be read; one line with the file's name.
     """
     if not isinstance(visual, (str, Path, Image.Image)):
-        raise PictureError(f"A visual of type {type(visual).__name__!r} is not supported; allowed: picture or path.")
+        kind = type(visual).__name__
+        raise PictureError(f"A visual of type {kind!r} is not supported; allowed: picture, video or the path of one.")
     name = repr(str(visual)) if isinstance(visual, (str, Path)) else "A picture"
     try:
         return (visual if isinstance(visual, Image.Image) else Image.open(visual)).convert("RGB")

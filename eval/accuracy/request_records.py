@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 import vlmprune
 from vlmprune.eval.flops import VisionWork, vision_cost
+from vlmprune.eval.models.visual_tokens import visual_tokens
 from vlmprune.record import RunRecord
 
 from .questions import Question
@@ -19,7 +20,7 @@ from .questions import Question
 class RequestRecord:
     """Token counts of one request: visual ones before pruning and by layer of the LLM, and the tower's work.
 
-    `images`: visual tokens of each image before and after the input of the language model; empty for the unpruned model.
+    `images`: visual tokens of each image or video before and after the input of the language model; empty for the unpruned model.
     """
 
     task: str
@@ -51,7 +52,7 @@ def request_records(
         rows_per_question: beams that each was repeated for.
     """
     config = model.config
-    is_visual = inputs["input_ids"] == config.image_token_id
+    is_visual = visual_tokens(config, inputs["input_ids"])
     before = is_visual.sum(-1).tolist()
     images: list[tuple[tuple[int, int], ...]]
     if pruned:
@@ -64,7 +65,8 @@ def request_records(
         depth = config.get_text_config().num_hidden_layers
         layers = [(count,) * depth for count in before]
         text = (inputs["attention_mask"].bool() & ~is_visual).sum(-1).tolist()
-    works = vision_cost(config).work(config, inputs, [len(question.images) for question in batch])
+    seen = [len(question.turn.images) for question in batch], [len(question.turn.videos) for question in batch]
+    works = vision_cost(config).work(config, inputs, *seen)
     found = zip(batch, before, layers, text, new_tokens, works, images, strict=True)
     return [RequestRecord(question.task, question.doc_id, *counts) for question, *counts in found if question.counted]
 

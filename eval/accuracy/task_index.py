@@ -17,6 +17,9 @@ from vlmprune.errors import UnknownNameError, UnsupportedCallError, VlmpruneErro
 
 EMBEDDED = Path(__file__).parents[1] / "tasks"
 EMBEDDED_TASKS = tuple(f"scenes_{name}" for name in ("attribute", "existence", "counting", "relation", "reading"))
+VIDEO_TASKS = tuple(f"video_{name}" for name in ("motion", "order", "counting", "reading", "happened"))
+NAMED_GROUPS = {"all": EMBEDDED_TASKS, "video": VIDEO_TASKS}
+"""What stands for several of the embedded tasks: those on pictures, those on clips."""
 PROMPT_NAMES = {"llava": "llava_hf", "llava_next": "llava_hf"}
 """lmms-eval's name for a model type where the two differ; tasks keep prompts by that name."""
 OUTPUT_TYPES = {"generate_until": "chat", "multiple_choice": "simple", "loglikelihood": "simple"}
@@ -33,7 +36,7 @@ def find_tasks(names: Sequence[str], model_type: str, folders: Sequence[str] = (
     lmms-eval's own index, which takes seconds to build, is only read when a name is found nowhere else.
 
     Args:
-        names: tasks, tags and groups; "all" stands for the embedded tasks.
+        names: tasks, tags and groups; "all" stands for the embedded tasks on pictures, "video" for those on clips.
         model_type: by which lmms-eval's tasks choose their prompts.
         folders: further folders of tasks.
 
@@ -44,11 +47,9 @@ def find_tasks(names: Sequence[str], model_type: str, folders: Sequence[str] = (
     prompts = PROMPT_NAMES.get(model_type, model_type)
     paths = [str(EMBEDDED), *map(str, folders)]
     manager = TaskManager(include_path=paths, include_defaults=False, model_name=prompts)
-    wanted = [name for asked in names for name in (EMBEDDED_TASKS if asked == "all" else [asked])]
+    wanted = [name for asked in names for name in NAMED_GROUPS.get(asked, (asked,))]
     if not wanted:
-        raise UnknownNameError(
-            f"No task is named. Allowed: {', '.join(['all', *EMBEDDED_TASKS])}, or any of lmms-eval's."
-        )
+        raise UnknownNameError(f"No task is named. Allowed: {', '.join(_embedded())}, or any of lmms-eval's.")
     missing = [name for name in wanted if name not in manager.all_tasks]
     if missing:
         texts = shipped_task_texts()
@@ -76,10 +77,14 @@ def unknown_task(name: str, known: Sequence[str]) -> UnknownNameError:
     """The error for a task that does not exist, with the nearest names and not all thousands of them."""
     near = get_close_matches(name, known, n=3, cutoff=0.5)
     hint = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
-    allowed = ", ".join(["all", *EMBEDDED_TASKS])
+    allowed = ", ".join(_embedded())
     return UnknownNameError(
         f"Unknown task {name!r}.{hint} Allowed: {allowed}, and the {len(known)} tasks lmms-eval knows."
     )
+
+
+def _embedded() -> list[str]:
+    return [*NAMED_GROUPS, *EMBEDDED_TASKS, *VIDEO_TASKS]
 
 
 def shipped_task_texts() -> list[str]:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 from transformers import PreTrainedConfig
 
@@ -31,7 +30,7 @@ from .tower_macs_packed import (
 )
 from .vision_work import VisionWork, grids, one_crop_each, tiles, tiles_of_single_images
 
-Work = Callable[[PreTrainedConfig, Mapping[str, Any], Sequence[int]], list[VisionWork]]
+Work = Callable[..., list[VisionWork]]
 Macs = Callable[[PreTrainedConfig, VisionWork, EncoderMethod | None], tuple[int, int]]
 Tiles = Callable[[PreTrainedConfig, VisionWork], list[tuple[int, tuple[int, int]]]]
 Segments = Callable[[PreTrainedConfig, VisionWork, int], list[int]]
@@ -61,8 +60,8 @@ class VisionCost:
     """Cost functions of a family.
 
     Attributes:
-        work: `work(config, inputs, images)` reads from the processor's `inputs` of a batch, with `images` pictures in each
-            row, what every row gives the tower.
+        work: `work(config, inputs, images, videos=())` reads from the processor's `inputs` of a batch, with `images` pictures
+            and `videos` videos in each row, what every row gives the tower.
         macs: `macs(config, work, method)` gives MACs of tower and projector, with what reduces tokens in the tower or None.
         tiles: `tiles(config, work)` gives how many tiles or frames there are of how many rows and columns of tokens that an
             encoder method reduces.

@@ -26,7 +26,9 @@ class VisionWork:
     kept: tuple[int, ...] | None = None
 
 
-def one_crop_each(config: PreTrainedConfig, inputs: Mapping[str, Any], images: Sequence[int]) -> list[VisionWork]:
+def one_crop_each(
+    config: PreTrainedConfig, inputs: Mapping[str, Any], images: Sequence[int], videos: Sequence[int] = ()
+) -> list[VisionWork]:
     """One crop an image (LLaVA-1.5, VipLLaVA)."""
     pixels, vision = inputs.get("pixel_values"), config.vision_config
     width = vision.image_size if pixels is None else pixels.shape[-1]
@@ -34,26 +36,40 @@ def one_crop_each(config: PreTrainedConfig, inputs: Mapping[str, Any], images: S
     return [VisionWork(crops=count, side=side) for count in images]
 
 
-def tiles(config: PreTrainedConfig, inputs: Mapping[str, Any], images: Sequence[int]) -> list[VisionWork]:
+def tiles(
+    config: PreTrainedConfig, inputs: Mapping[str, Any], images: Sequence[int], videos: Sequence[int] = ()
+) -> list[VisionWork]:
     """Thumbnail and crops of every image (LLaVA-NeXT); padding tiles do not enter the tower."""
     counts = _tiles_by_image(config, inputs)
     return [VisionWork(crops=sum(counts[start:end])) for start, end in pairwise(accumulate(images, initial=0))]
 
 
 def tiles_of_single_images(
-    config: PreTrainedConfig, inputs: Mapping[str, Any], images: Sequence[int]
+    config: PreTrainedConfig, inputs: Mapping[str, Any], images: Sequence[int], videos: Sequence[int] = ()
 ) -> list[VisionWork]:
-    """As `tiles`, but the images of a prompt with several are one crop each (LLaVA-OneVision)."""
+    """As `tiles`, but the images of a prompt with several are one crop each, as are the frames of videos (LLaVA-OneVision)."""
     counts = _tiles_by_image(config, inputs)
-    spans = pairwise(accumulate(images, initial=0))
-    return [VisionWork(crops=sum(counts[start:end]) if end - start == 1 else end - start) for start, end in spans]
+    spans = list(pairwise(accumulate(images, initial=0)))
+    pixels = inputs.get("pixel_values_videos")
+    frames = 0 if pixels is None else int(pixels.shape[1])
+    return [
+        VisionWork(crops=(sum(counts[start:end]) if end - start == 1 else end - start) + shown * frames)
+        for (start, end), shown in zip(spans, videos or [0] * len(images), strict=True)
+    ]
 
 
-def grids(config: PreTrainedConfig, inputs: Mapping[str, Any], images: Sequence[int]) -> list[VisionWork]:
-    """Grid of patches of every image (Qwen)."""
-    found = inputs.get("image_grid_thw")
+def grids(
+    config: PreTrainedConfig, inputs: Mapping[str, Any], images: Sequence[int], videos: Sequence[int] = ()
+) -> list[VisionWork]:
+    """Grid of patches of every image and every video (Qwen)."""
+    of_images = _grids_by_row(inputs.get("image_grid_thw"), images)
+    of_videos = _grids_by_row(inputs.get("video_grid_thw"), videos or [0] * len(images))
+    return [VisionWork(grids=(*first, *then)) for first, then in zip(of_images, of_videos, strict=True)]
+
+
+def _grids_by_row(found: Any, counts: Sequence[int]) -> list[tuple[tuple[int, int, int], ...]]:
     shapes = [(int(t), int(h), int(w)) for t, h, w in found] if found is not None else []
-    return [VisionWork(grids=tuple(shapes[start:end])) for start, end in pairwise(accumulate(images, initial=0))]
+    return [tuple(shapes[start:end]) for start, end in pairwise(accumulate(counts, initial=0))]
 
 
 def _tiles_by_image(config: PreTrainedConfig, inputs: Mapping[str, Any]) -> list[int]:

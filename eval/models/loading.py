@@ -55,6 +55,7 @@ def load_model(
     device: str = "auto",
     batch_size: int = 1,
     image_size: tuple[int, int] = TYPICAL_IMAGE,
+    video_frames: int = 0,
 ) -> LoadedModel:
     """Load the model that `name` means (see `resolve_model`) with its processor.
 
@@ -64,6 +65,7 @@ def load_model(
         device: "auto" takes a GPU where there is one.
         batch_size: prompts that it will be asked at once.
         image_size: width and height of the pictures that it will be asked about.
+        video_frames: frames of that size of the videos that it will be asked about instead; 0: pictures.
 
     Raises:
         ModelLoadError: something about the folder or hub name is wrong.
@@ -80,7 +82,9 @@ def load_model(
     known = wanted if isinstance(wanted, torch.dtype) else None
     stored = config.dtype or config.get_text_config().dtype or torch.float32
     weights = None if known else stored_bytes(source)
-    require_memory(source, config, known or stored, target, batch_size, image_size, weights=weights)
+    require_memory(
+        source, config, known or stored, target, batch_size, image_size, weights=weights, video_frames=video_frames
+    )
     try:
         processor = AutoProcessor.from_pretrained(source)
         model, info = AutoModelForImageTextToText.from_pretrained(source, dtype=wanted, output_loading_info=True)

@@ -51,6 +51,7 @@ def require_memory(
     image_size: tuple[int, int] = TYPICAL_IMAGE,
     text_tokens: int = TYPICAL_TEXT,
     weights: int | None = None,
+    video_frames: int = 0,
 ) -> None:
     """Check that a model and the prompts to expect fit on a device, before anything large is loaded.
 
@@ -63,6 +64,7 @@ def require_memory(
         image_size: width and height of their pictures.
         text_tokens: their text tokens.
         weights: bytes of the weights where known.
+        video_frames: frames of the video that each prompt shows in place of a picture.
 
     Raises:
         DeviceError: it does not; names what is needed and what is free.
@@ -70,7 +72,7 @@ def require_memory(
     free = free_memory(device)
     if free is None:
         return
-    need = memory_need(config, dtype, batch_size, image_size, text_tokens, weights)
+    need = memory_need(config, dtype, batch_size, image_size, text_tokens, weights, video_frames)
     if need.total > free:
         prompts = "a prompt" if need.batch_size == 1 else f"{need.batch_size} prompts"
         shown = str(dtype).removeprefix("torch.")
@@ -89,6 +91,7 @@ def memory_need(
     image_size: tuple[int, int] = TYPICAL_IMAGE,
     text_tokens: int = TYPICAL_TEXT,
     weights: int | None = None,
+    video_frames: int = 0,
 ) -> MemoryNeed:
     """Weights, keys and values, and the largest activations of a prefill, unpruned.
 
@@ -97,10 +100,11 @@ def memory_need(
     """
     if weights is None:
         weights = parameter_count(config) * dtype.itemsize
-    inputs = synthetic_request(config, image_size, text_tokens)
+    inputs = synthetic_request(config, image_size, text_tokens, video_frames=video_frames)
     tokens = inputs["input_ids"].shape[1]
+    shown = ([0], [1]) if video_frames else ([1], [0])
     vision, shape = vision_cost(config), LanguageShape.from_config(config)
-    patches = sum(vision.segments(config, vision.work(config, inputs, [1])[0], 0))
+    patches = sum(vision.segments(config, vision.work(config, inputs, *shown)[0], 0))
     tower = patches * tower_width(config) * (vision.facts(config).layers + 1 + 8)
     language = tokens * (6 * shape.hidden + 3 * shape.ffn)
     activations = max(tower, language) * dtype.itemsize + 4 * shape.vocab

@@ -56,7 +56,13 @@ def _read(name: str) -> dict[str, Any]:
 
 
 def open_preset(
-    name: str, dtype: str, device: str, batch_size: int, image_size: tuple[int, int], text_tokens: int
+    name: str,
+    dtype: str,
+    device: str,
+    batch_size: int,
+    image_size: tuple[int, int],
+    text_tokens: int,
+    video_frames: int = 0,
 ) -> tuple[PreTrainedModel, Any]:
     """A preset with random weights and its image processor.
 
@@ -67,13 +73,15 @@ def open_preset(
         batch_size: requests that it will be asked at once.
         image_size: width and height of their pictures.
         text_tokens: their text tokens.
+        video_frames: frames of that size of a video in the picture's place.
 
     Raises:
         UnknownNameError: there is no preset of that name.
         DeviceError: model and requests do not fit; before anything large is made.
     """
     config = preset_config(name)
-    require_memory(name, config, random_dtype(dtype), pick_device(device), batch_size, image_size, text_tokens)
+    need = batch_size, image_size, text_tokens
+    require_memory(name, config, random_dtype(dtype), pick_device(device), *need, video_frames=video_frames)
     return build_random(config, dtype, device), preset_image_processor(name)
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.utils import is_torchvision_available
 
-from vlmprune.errors import ParameterError
+from vlmprune.errors import ParameterError, UnsupportedCallError
 from vlmprune.patches.families.facts import has_cls
 from vlmprune.patches.families.registry import family_of_config
 
@@ -51,8 +51,9 @@ def synthetic_request(
     batch_size: int = 1,
     image_processor: Any = None,
     seed: int = 0,
+    video_frames: int = 0,
 ) -> dict[str, Tensor]:
-    """Inputs of rows of one random picture and random text each.
+    """Inputs of rows of one random picture, or one random video, and random text each.
 
     Args:
         config: the model's configuration.
@@ -61,13 +62,18 @@ def synthetic_request(
         batch_size: number of rows.
         image_processor: that of the checkpoint; by default one of the family's class with the sizes of `config`.
         seed: of pictures and text.
+        video_frames: frames of `image_size` of a video that takes the picture's place; 0 is a picture.
 
     Raises:
         UnknownNameError: the model type is not supported.
+        UnsupportedCallError: it takes no videos.
         ParameterError: the prompt is too short for its markers.
     """
     preparation = family_of_config(config).preparation
-    mark, special = preparation.picture, special_ids(config)
+    if video_frames and preparation.video is None:
+        raise UnsupportedCallError(f"Models of type {config.model_type!r} take no videos; --video-frames 0 is allowed.")
+    mark = (preparation.video if video_frames else preparation.picture) or ""
+    special = special_ids(config)
     words = text_tokens - (sum(marker in mark for marker in preparation.markers) - 1)
     if words < 1:
         raise ParameterError(
@@ -77,11 +83,19 @@ def synthetic_request(
     processor = _make_processor(image_processor or default_image_processor(config), tokenizer, config)
     generator = np.random.default_rng(seed)
     width, height = image_size
-    pictures = [
-        Image.fromarray(generator.integers(0, 256, (height, width, 3), dtype=np.uint8)) for _ in range(batch_size)
-    ]
+    shape = (batch_size, video_frames or 1, height, width, 3)
+    pixels = generator.integers(0, 256, shape, dtype=np.uint8)
+    seen: dict[str, Any] = (
+        {
+            "videos": list(pixels),
+            "video_metadata": [_metadata(video_frames)] * batch_size,
+            "do_sample_frames": False,
+        }
+        if video_frames
+        else {"images": [[Image.fromarray(picture)] for picture in pixels[:, 0]]}
+    )
     text = " ".join([WORD] * (words // 2) + [mark] + [WORD] * (words - words // 2))
-    inputs = processor(images=[[picture] for picture in pictures], text=[text] * batch_size, return_tensors="pt")
+    inputs = processor(**seen, text=[text] * batch_size, return_tensors="pt")
     ids = inputs["input_ids"]
     vocabulary = min(config.get_text_config().vocab_size, 30000)
     usable = torch.tensor([token for token in range(vocabulary) if token not in special])
@@ -89,6 +103,13 @@ def synthetic_request(
     word = tokenizer.convert_tokens_to_ids(WORD)
     inputs["input_ids"] = torch.where(ids == word, usable[picks], ids)
     return dict(inputs)
+
+
+def _metadata(frames: int) -> dict[str, Any]:
+    """Of a video of two frames in a second that are all used."""
+    return {
+        "fps": 2.0, "total_num_frames": frames, "duration": frames / 2, "frames_indices": list(range(frames)),
+    }  # fmt: skip
 
 
 def for_model(request: Mapping[str, Tensor], model: PreTrainedModel) -> dict[str, Tensor]:
@@ -118,6 +139,22 @@ def default_image_processor(config: PreTrainedConfig, **settings: Any) -> Any:
         if family.has_tiles:
             given["image_grid_pinpoints"] = config.image_grid_pinpoints
     return _processing_class(name)(**{**given, **settings})
+
+
+def default_video_processor(config: PreTrainedConfig) -> Any:
+    """The model type's video processor with the sizes of `config`."""
+    family, vision = family_of_config(config), config.vision_config
+    made = getattr(transformers, str(family.preparation.video_processor))
+    if family.tower_kind != "packed":
+        return made(size={"height": vision.image_size, "width": vision.image_size})
+    pixels = vision.patch_size**2 * vision.spatial_merge_size**2
+    # Of Qwen3-VL the limits are those of all frames together, of the others those of one.
+    return made(
+        patch_size=vision.patch_size,
+        merge_size=vision.spatial_merge_size,
+        temporal_patch_size=vision.temporal_patch_size,
+        size={"shortest_edge": 4 * pixels, "longest_edge": 2**17 * pixels},
+    )
 
 
 def stand_in_tokenizer(config: PreTrainedConfig) -> PreTrainedTokenizerFast:
@@ -153,7 +190,7 @@ def _make_processor(image_processor: Any, tokenizer: Any, config: PreTrainedConf
     made = getattr(transformers, preparation.processor)
     settings: dict[str, Any] = {"image_processor": image_processor, "tokenizer": tokenizer}
     if preparation.video_processor is not None:
-        settings["video_processor"] = getattr(transformers, preparation.video_processor)()
+        settings["video_processor"] = default_video_processor(config)
     if hasattr(vision, "image_size"):
         settings |= {
             "patch_size": vision.patch_size,

@@ -11,11 +11,14 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
+from vlmprune.eval.models.visual_tokens import visual_tokens as _placeholders
+
 
 def encode_images(model: PreTrainedModel, inputs: Mapping[str, Any]) -> Any:
-    """Tower and projector for all pictures of `inputs`, as the model's own `get_image_features` gives them."""
-    call = model.model.get_image_features
-    names = inspect.signature(type(model.model).get_image_features).parameters
+    """Tower and projector for all pictures, or all videos, of `inputs`, as the model's own `get_image_features` gives them."""
+    name = "get_video_features" if inputs.get("pixel_values_videos") is not None else "get_image_features"
+    call = getattr(model.model, name)
+    names = inspect.signature(getattr(type(model.model), name)).parameters
     return call(**{name: inputs[name] for name in names if name in inputs}, return_dict=True)
 
 
@@ -37,7 +40,7 @@ class IdealPrefill:
     def prepare(cls, model: PreTrainedModel, inputs: Mapping[str, Any], visual_tokens: Sequence[int]) -> IdealPrefill:
         """From a request whose rows have one picture of one size each; layers see `visual_tokens` [layers] of each row's."""
         ids = inputs["input_ids"]
-        is_visual = ids == model.config.image_token_id
+        is_visual = _placeholders(model.config, ids)
         columns = ~is_visual[0] | (is_visual[0].cumsum(0) <= visual_tokens[0])
         text = int((~is_visual[0]).sum())
         embeddings = model.get_input_embeddings()(ids[:, columns])

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 import vlmprune
 from vlmprune.errors import BudgetError
 from vlmprune.eval.models.memory import PeakMemory
+from vlmprune.eval.models.visual_tokens import visual_tokens
 from vlmprune.eval.run.cells import Cell, LeftOut, not_reachable
 
 from .cell_times import time_generation
@@ -30,6 +31,7 @@ class Measurement:
     `prefill` is one forward, tower included; `ideal` the same work without the dropped tokens and without selecting them;
     `selection` their difference; `overhead` their ratio; `first_token` is the time of `generate` until the first token.
     `peak_bytes`: the highest use of memory during `generate` above that before it (the GPU's allocator, on a CPU the process).
+    `video_frames`: of that size, 0 where the request holds a picture.
     """
 
     title: str
@@ -50,6 +52,7 @@ class Measurement:
     kv_cache_bytes: int
     peak_bytes: int | None
     rounds: int
+    video_frames: int = 0
 
 
 def measure(
@@ -101,7 +104,7 @@ class _Probe:
     ) -> None:
         self.model, self.inputs, self.cell, self.new_tokens = model, inputs, cell, new_tokens
         self.image_size = image_size
-        self.visual = int((inputs["input_ids"][0] == model.config.image_token_id).sum())
+        self.visual = int(visual_tokens(model.config, inputs["input_ids"][0]).sum())
         self.text = inputs["input_ids"].shape[1] - self.visual
         self.times: dict[str, list[float]] = {
             name: []
@@ -160,6 +163,7 @@ class _Probe:
             kv_cache_bytes=self.cache_bytes,
             peak_bytes=self.peak,
             rounds=len(self.ratios),
+            video_frames=0,
             **{name: spread(values) for name, values in self.times.items()},
         )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,10 @@ from .latency import Measurement, measure
 
 @dataclass(frozen=True)
 class LatencyOptions:
-    """What `run_latency` measures; `seconds` is the time for each batch size and picture size (width, height)."""
+    """What `run_latency` measures; `seconds` is the time for each batch size and picture size (width, height).
+
+    With `video_frames` a request holds a video of so many frames of that size and no picture.
+    """
 
     cells: Sequence[Cell]
     batch_sizes: Sequence[int]
@@ -37,6 +40,7 @@ class LatencyOptions:
     new_tokens: int
     seconds: float
     out: Path | None = None
+    video_frames: int = 0
 
 
 def run_latency(
@@ -64,6 +68,8 @@ def run_latency(
         "new_tokens": options.new_tokens,
         "processes": ranks.count,
     }
+    if options.video_frames:
+        configuration["video_frames"] = options.video_frames
     ranks.require_same("the configuration", {**configuration, "sizes": [options.batch_sizes, options.image_sizes]})
     folder = ranks.on_main(lambda: ResultFolder(options.out, configuration) if options.out is not None else None)
     output = Console(width=100, quiet=not ranks.is_main)
@@ -101,12 +107,14 @@ def _measure_part(
     image_processor: Any,
     console: Console,
 ) -> list[Measurement]:
-    request = synthetic_request(model.config, image_size, options.text_tokens, batch_size, image_processor)
+    request = synthetic_request(
+        model.config, image_size, options.text_tokens, batch_size, image_processor, video_frames=options.video_frames
+    )
     inputs = for_model(request, model)
     with progress_bar(console) as progress:
-        title = f"{image_size[0]} x {image_size[1]}, batch size {batch_size}, rounds over {len(options.cells)} cells"
+        title = f"{_shown(image_size, options.video_frames)}, batch size {batch_size}, rounds over {len(options.cells)} cells"
         bar = progress.add_task(title, total=None)
-        return measure(
+        rows = measure(
             model,
             inputs,
             image_size,
@@ -116,6 +124,12 @@ def _measure_part(
             partial(_show, progress, bar),
             lambda cell: console.print(cell.note, markup=False, soft_wrap=True),
         )
+    return [replace(row, video_frames=options.video_frames) for row in rows]
+
+
+def _shown(image_size: tuple[int, int], video_frames: int) -> str:
+    size = f"{image_size[0]} x {image_size[1]}"
+    return f"{video_frames} frames of {size}" if video_frames else size
 
 
 def _show(progress: Progress, bar: Any, done: int, rounds: int) -> None:
@@ -144,8 +158,8 @@ def latency_table(rows: Sequence[Measurement]) -> Table:
     first = rows[0]
     unit, divisor = _unit(rows)
     table = cost_style(
-        f"{first.image_size[0]} x {first.image_size[1]} pixels ({first.visual_tokens_before} visual tokens), {first.text_tokens} "
-        f"text tokens, batch size {first.batch_size}: {unit}, medians of {first.rounds} rounds"
+        f"{_shown(first.image_size, first.video_frames)} pixels ({first.visual_tokens_before} visual tokens), "
+        f"{first.text_tokens} text tokens, batch size {first.batch_size}: {unit}, medians of {first.rounds} rounds"
     )
     table.add_column("method", no_wrap=True, max_width=16)
     for name in ("keep", "tokens", "tower", "select", "prefill", "over", "TTFT", "/token", "all", "KV MiB", "+GiB"):

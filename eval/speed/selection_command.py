@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from rich.console import Console
 from rich.table import Table
@@ -21,7 +21,7 @@ from vlmprune.eval.models.random_weights import build_random, preset_config, pre
 from vlmprune.eval.models.synthetic_request import for_model, parse_sizes, synthetic_request
 from vlmprune.eval.run.cells import Cell, LeftOut, make_cells, usable_cells
 from vlmprune.eval.run.csv_lines import add_to_csv, flattened, this_run
-from vlmprune.eval.run.figures import keep_text, median_text, with_quartiles
+from vlmprune.eval.run.figures import keep_text, median_text, three_figures, with_quartiles
 from vlmprune.eval.run.table_style import cost_style
 from vlmprune.eval.run.text_towers import equipped
 
@@ -30,21 +30,31 @@ from .selection_cost import TOWER_ALONE, SelectionCost, measure_selection, sites
 TOWER_LAYERS = 2
 
 
-def with_short_tower(config: PreTrainedConfig, layers: int = TOWER_LAYERS) -> PreTrainedConfig:
-    """`config` with that many layers in a CLIP or SigLIP tower: they run alike with and without pruning, and cost time here."""
+def with_short_tower(config: PreTrainedConfig, layers: int = TOWER_LAYERS, packed: bool = False) -> PreTrainedConfig:
+    """`config` with that many layers in its tower: they run alike with and without pruning, and cost time here.
+
+    A CLIP or SigLIP tower; with `packed` that of Qwen2-VL and Qwen2.5-VL too, the last layer with full attention.
+    """
     vision = config.vision_config
     if hasattr(vision, "num_hidden_layers"):
         vision.num_hidden_layers = min(vision.num_hidden_layers, layers)
+    elif packed and not getattr(vision, "deepstack_visual_indexes", None):
+        vision.depth = min(vision.depth, layers)
+        if getattr(vision, "fullatt_block_indexes", None):
+            vision.fullatt_block_indexes = [vision.depth - 1]
     return config
 
 
-def with_short_language_model(config: PreTrainedConfig) -> PreTrainedConfig:
-    """`config` with one decoder layer: what methods do in the tower does not depend on them."""
+def with_short_language(config: PreTrainedConfig, layers: int) -> tuple[PreTrainedConfig, float]:
+    """`config` with that many layers in its language model (0: all), and how many true ones each of them stands for."""
     text = config.get_text_config()
-    text.num_hidden_layers = 1
+    whole = int(text.num_hidden_layers)
+    if not 0 < layers < whole:
+        return config, 1.0
+    text.num_hidden_layers = layers
     if getattr(text, "layer_types", None):
-        text.layer_types = text.layer_types[:1]
-    return config
+        text.layer_types = text.layer_types[:layers]
+    return config, whole / layers
 
 
 def write_selection_csv(path: Path, rows: Sequence[SelectionCost], about: dict[str, Any]) -> None:
@@ -78,27 +88,62 @@ def selection_table(rows: Sequence[SelectionCost]) -> Table:
     return table
 
 
+def memory_line(rows: Sequence[SelectionCost]) -> str:
+    """The memory that each selection takes for itself, in MiB."""
+    known = [
+        f"{row.title} {three_figures(row.selection_peak_bytes / 2**20)}"
+        for row in rows
+        if row.selection_peak_bytes is not None
+    ]
+    return f"Memory taken by selecting, MiB: {', '.join(known) or 'not known'}."
+
+
 def open_request(
-    name: str, dtype: str, device: str, image_sizes: str, text_tokens: int
-) -> tuple[PreTrainedModel, list[dict[str, Tensor]]]:
+    name: str,
+    dtype: str,
+    device: str,
+    image_sizes: str,
+    text_tokens: int,
+    video_frames: int = 0,
+    language_layers: int = 0,
+) -> tuple[PreTrainedModel, list[dict[str, Tensor]], float]:
     """A preset with random weights and a short tower, and a request for each picture size of `"336,640x480"`.
+
+    Args:
+        name: the preset.
+        dtype: "auto" is bfloat16.
+        device: "auto" takes a GPU where there is one.
+        image_sizes: sizes of the picture, or of the frames of a video.
+        text_tokens: tokens that are not visual ones.
+        video_frames: frames of a video in the picture's place.
+        language_layers: layers of the language model that run (0: all).
+
+    Returns:
+        The model, the requests, and how many true layers each layer of the language model stands for.
 
     Raises:
         UnknownNameError: there is no preset of that name.
         ParameterError: the sizes are none.
+        UnsupportedCallError: the model takes no videos.
         DeviceError: the model does not fit.
     """
     sizes = parse_sizes(image_sizes)
-    config, target = with_short_tower(preset_config(name)), pick_device(device)
-    require_memory(name, config, random_dtype(dtype), target, 1, max(sizes, key=prod), text_tokens)
+    short = with_short_tower(preset_config(name), packed=video_frames > 0)
+    (config, depth), target = with_short_language(short, language_layers), pick_device(device)
+    largest = max(sizes, key=prod)
+    require_memory(name, config, random_dtype(dtype), target, 1, largest, text_tokens, video_frames=video_frames)
     model = build_random(config, dtype, device)
     processor = preset_image_processor(name)
-    requests = [synthetic_request(config, size, text_tokens, 1, processor) for size in sizes]
-    return model, [for_model(request, model) for request in requests]
+    requests = [synthetic_request(config, size, text_tokens, 1, processor, video_frames=video_frames) for size in sizes]
+    return model, [for_model(request, model) for request in requests], depth
 
 
 def prepare_cells(
-    model: PreTrainedModel, name: str, wanted: Sequence[tuple[str, dict[str, Any]]], keeps: Sequence[Keep]
+    model: PreTrainedModel,
+    name: str,
+    wanted: Sequence[tuple[str, dict[str, Any]]],
+    keeps: Sequence[Keep],
+    modality: Literal["image", "video"] = "image",
 ) -> tuple[list[Cell], list[LeftOut], PreTrainedModel]:
     """The cells that can be measured, those that cannot, and the model for methods that act in the tower alone.
 
@@ -109,12 +154,12 @@ def prepare_cells(
     pair = (None, None) if tower is None else (tower, tower[1])
     cells = equipped(make_cells(wanted, keeps, 0), *pair)
     inside = [cell for cell in cells if cell.is_pruned and sites_of(cell) == TOWER_ALONE]
-    usable, left_out = usable_cells(model, [cell for cell in cells if cell not in inside], wanted)
+    usable, left_out = usable_cells(model, [cell for cell in cells if cell not in inside], wanted, modality)
     if not inside:
         return usable, left_out, model
     dtype = str(model.dtype).removeprefix("torch.")
-    deep = build_random(with_short_language_model(preset_config(name)), dtype, str(model.device))
-    in_tower, not_in_tower = usable_cells(deep, inside, wanted)
+    deep = build_random(with_short_language(preset_config(name), 1)[0], dtype, str(model.device))
+    in_tower, not_in_tower = usable_cells(deep, inside, wanted, modality)
     return [*usable, *in_tower], [*left_out, *not_in_tower], deep
 
 
@@ -128,10 +173,11 @@ def run_selection_cost(
     console: Console | None = None,
     tower_model: PreTrainedModel | None = None,
     clock: str = "wall",
+    depth: float = 1.0,
 ) -> list[SelectionCost]:
     """Measure all cells on every request, print tables for each, and add their lines to the CSV file `out`.
 
-    `tower_model` and `clock` are those of `measure_selection`.
+    `tower_model`, `clock` and `depth` are those of `measure_selection`.
     """
     output = console or Console(width=100)
     found: list[SelectionCost] = []
@@ -145,11 +191,14 @@ def run_selection_cost(
             lambda item: output.print(item.note, soft_wrap=True, markup=False),
             tower_model,
             clock,
+            depth,
         )
         found.extend(part)
         for where in sorted({row.where for row in part}):
             output.print(selection_table([row for row in part if row.where == where]))
             output.print()
+        if any(row.selection_peak_bytes is not None for row in part):
+            output.print(memory_line(part), soft_wrap=True, markup=False, highlight=False)
         if part and out is not None:
             write_selection_csv(out, part, about)
     return found

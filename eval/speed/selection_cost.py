@@ -15,9 +15,11 @@ from transformers import PreTrainedModel
 
 import vlmprune
 from vlmprune.errors import BudgetError
+from vlmprune.eval.models.visual_tokens import visual_tokens
 from vlmprune.eval.run.cells import Cell, LeftOut, not_reachable
 
 from .hook_clock import HookClock
+from .hook_memory import HookMemory
 from .ideal_prefill import IdealPrefill, encode_images
 from .rounds import CLOCKS, clocked, spread
 
@@ -34,7 +36,8 @@ class SelectionCost:
     `selection`: all that the method adds to a call (reading the tower, scores, picking, compaction, handing back);
     `full` and `pruned` prefill, the latter with the selection; `saved` their difference; `share` selection over saved;
     `ideal` the unpatched layers on the tokens that each of them sees (for the tower, `pruned` without the selection);
-    `overhead` pruned over ideal.
+    `overhead` pruned over ideal. `selection_peak_bytes`: the most that one of the method's hooks takes beside what was there
+    before it; None where the system does not tell, and for methods inside tower or language model.
     """
 
     title: str
@@ -52,6 +55,7 @@ class SelectionCost:
     share: dict[str, float]
     overhead: dict[str, float]
     rounds: int
+    selection_peak_bytes: int | None = None
 
 
 def measure_selection(
@@ -62,6 +66,7 @@ def measure_selection(
     on_left_out: Callable[[LeftOut], None] | None = None,
     tower_model: PreTrainedModel | None = None,
     clock: str = "wall",
+    depth: float = 1.0,
 ) -> list[SelectionCost]:
     """Measure every cell on one request, in rounds over all cells.
 
@@ -79,8 +84,10 @@ def measure_selection(
         on_left_out: is told of cells that are left out.
         tower_model: a model with the whole tower; `model` itself where there is none.
         clock: a name in `CLOCKS`.
+        depth: how many layers each layer of the language model stands for; if not 1, methods that act inside the language model
+            are left out.
     """
-    bench = _SelectionBench(model, inputs, cells, tower_model or model, clock)
+    bench = _SelectionBench(model, inputs, cells, tower_model or model, clock, depth)
     order = random.Random(0)
     with torch.inference_mode():
         for _ in range(rounds):
@@ -99,11 +106,13 @@ class _SelectionBench:
         cells: Sequence[Cell],
         tower_model: PreTrainedModel,
         clock: str,
+        layer_depth: float = 1.0,
     ) -> None:
+        self.layer_depth = layer_depth
         self.model, self.inputs, self.tower_model, self.clock_name = model, inputs, tower_model, clock
         self.cells = [cell for cell in cells if cell.is_pruned]
         self.clock = HookClock(model.device, CLOCKS[clock])
-        self.visual = int((inputs["input_ids"][0] == model.config.image_token_id).sum())
+        self.visual = int(visual_tokens(model.config, inputs["input_ids"][0]).sum())
         self.depth = int(model.config.get_text_config().num_hidden_layers)
         self.encoded: Any = None
         self.full: list[float] = []
@@ -111,6 +120,12 @@ class _SelectionBench:
         self.times: dict[str, list[tuple[float, float, float]]] = {cell.label: [] for cell in self.cells}
         self.layers: dict[str, list[int]] = {}
         self.left_out: list[LeftOut] = []
+        self.peaks: dict[str, int | None] = {}
+        if layer_depth != 1:
+            inside = [cell for cell in self.cells if "layer" in sites_of(cell)]
+            self.cells = [cell for cell in self.cells if cell not in inside]
+            reason = "It acts inside the language model, whose layers do not all run here; allowed: --language-layers 0."
+            self.left_out += [LeftOut(cell.title, cell.keep, "not served", reason) for cell in inside]
 
     def round(self, cells: Sequence[Cell]) -> None:
         if self.encoded is None:
@@ -147,7 +162,7 @@ class _SelectionBench:
             else:
                 with without_layers(self.model):
                     if not self.times[cell.label]:
-                        self._call()
+                        self.peaks[cell.label] = self._peak()
                     times = statistics.median(self._call()[0] for _ in range(REPEATS)), 0.0
             self.layers[cell.label] = vlmprune.last_run(self.model).visual_tokens_per_layer[0]
         return times
@@ -168,9 +183,16 @@ class _SelectionBench:
         whole = self._timed(lambda: self.model(**self.inputs, use_cache=True, logits_to_keep=1))
         return self.clock.in_hooks, whole - self.clock.in_tower
 
-    def _layers_alone(self, visual_tokens: Sequence[int]) -> float:
-        ideal = IdealPrefill.prepare(self.model, self.inputs, visual_tokens)
-        return self._timed(lambda: ideal.after_tower(self.encoded))
+    def _peak(self) -> int | None:
+        """Bytes that the method's hooks take for themselves, in one call that is not timed."""
+        memory = HookMemory(self.model.device)
+        with memory.watching(self.model):
+            self.model(**self.inputs, use_cache=True, logits_to_keep=1)
+        return memory.most
+
+    def _layers_alone(self, kept: Sequence[int]) -> float:
+        ideal = IdealPrefill.prepare(self.model, self.inputs, kept)
+        return self.layer_depth * self._timed(lambda: ideal.after_tower(self.encoded))
 
     def _timed(self, call: Callable[[], Any]) -> float:
         return clocked(call, self.model.device, CLOCKS[self.clock_name])
@@ -200,6 +222,7 @@ class _SelectionBench:
                     share=spread(shares, 1),
                     overhead=spread([after / least for after, least in zip(pruned, ideal, strict=True)], 1),
                     rounds=len(whole),
+                    selection_peak_bytes=self.peaks.get(cell.label),
                 )
             )
         return found

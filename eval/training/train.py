@@ -16,8 +16,9 @@ from .common.pipeline import Pipeline, run_chains, run_stages
 from .llava.schedule import PIPELINE as LLAVA
 from .next.schedule import PIPELINE as NEXT
 from .qwen.schedule import PIPELINE as QWEN
+from .video.schedule import PIPELINE as VIDEO
 
-PIPELINES: dict[str, Pipeline] = {pipeline.name: pipeline for pipeline in (LLAVA, NEXT, QWEN)}
+PIPELINES: dict[str, Pipeline] = {pipeline.name: pipeline for pipeline in (LLAVA, NEXT, QWEN, VIDEO)}
 
 
 def train(

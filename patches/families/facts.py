@@ -40,6 +40,11 @@ class Preparation:
         }
     )
 
+    @property
+    def video(self) -> str | None:
+        """What stands for a video in a prompt, if the processor takes one."""
+        return None if self.video_processor is None else self.picture.replace("image", "video")
+
 
 def has_cls(config: Any) -> bool:
     """Whether token 0 of the vision tower is a CLS token."""

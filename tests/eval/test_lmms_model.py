@@ -9,11 +9,10 @@ import vlmprune
 
 pytest.importorskip("lmms_eval")
 
-from vlmprune.errors import UnknownNameError, UnsupportedCallError
+from vlmprune.errors import UnknownNameError
 from vlmprune.eval.accuracy import task_index
 from vlmprune.eval.accuracy.generation import cut_at, generation_settings
 from vlmprune.eval.accuracy.live_model import LiveModel
-from vlmprune.eval.accuracy.questions import from_lmms_messages
 from vlmprune.eval.accuracy.task_index import EMBEDDED, EMBEDDED_TASKS, TaskLoadError, find_tasks
 from vlmprune.eval.accuracy.task_scores import evaluate_tasks, quiet_lmms_eval
 
@@ -165,8 +164,3 @@ def test_settings_of_generation():
     assert generation_settings({})["max_new_tokens"] == 256
     assert cut_at("yes\n\nno.", ["\n\n"]) == "yes"
     assert cut_at("yes", None) == "yes"
-
-
-def test_videos_are_refused():
-    with pytest.raises(UnsupportedCallError, match="'video'"):
-        from_lmms_messages([{"role": "user", "content": [{"type": "video", "url": "x.mp4"}]}])

@@ -75,13 +75,13 @@ def test_choices_are_logged_too(options):
 def test_a_placeholder_in_the_text_is_no_second_picture(toy):
     picture = toy.image(0)
     kinds = lambda messages: [part.get("text", "image") for part in messages[0]["content"]]  # noqa: E731
-    assert kinds(user_turn("a <image>\nb", [picture])[0]) == ["a", "image", "b"]
-    assert kinds(user_turn("<image> b", [picture])[0]) == ["image", " b"]
-    assert kinds(user_turn("<image> <image> b", [picture])[0]) == ["image", "b"]
-    assert kinds(user_turn("<|vision_start|><|image_pad|><|vision_end|>b", [picture])[0]) == ["image", "b"]
-    assert kinds(user_turn("say <image>", [])[0]) == ["say"]
+    assert kinds(user_turn("a <image>\nb", [picture]).messages) == ["a", "image", "b"]
+    assert kinds(user_turn("<image> b", [picture]).messages) == ["image", " b"]
+    assert kinds(user_turn("<image> <image> b", [picture]).messages) == ["image", "b"]
+    assert kinds(user_turn("<|vision_start|><|image_pad|><|vision_end|>b", [picture]).messages) == ["image", "b"]
+    assert kinds(user_turn("say <image>", []).messages) == ["say"]
     content = [{"type": "text", "text": "<image> what"}, {"type": "image", "url": picture}]
-    assert kinds(from_lmms_messages([{"role": "user", "content": content}])[0]) == ["image", " what"]
+    assert kinds(from_lmms_messages([{"role": "user", "content": content}]).messages) == ["image", " what"]
 
 
 def test_bad_pictures_are_named_before_the_run(toy, tmp_path, monkeypatch):

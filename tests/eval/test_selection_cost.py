@@ -17,7 +17,12 @@ from vlmprune.eval.models.synthetic_request import synthetic_request
 from vlmprune.eval.run.cells import Cell, make_cells, parse_methods, usable_cells
 from vlmprune.eval.speed import selection_command
 from vlmprune.eval.speed.hook_clock import HookClock
-from vlmprune.eval.speed.selection_command import prepare_cells, run_selection_cost, with_short_tower
+from vlmprune.eval.speed.selection_command import (
+    prepare_cells,
+    run_selection_cost,
+    with_short_language,
+    with_short_tower,
+)
 from vlmprune.eval.speed.selection_cost import measure_selection, without_layers
 from vlmprune.methods import DivPrune, PyramidDrop
 
@@ -145,6 +150,36 @@ def test_a_text_tower_with_random_weights_serves_the_methods_that_need_one(monke
     assert deep.config.get_text_config().num_hidden_layers == 1
     rows = measure_selection(model, synthetic_request(model.config, (32, 32), 10), cells, 2, tower_model=deep)
     assert [row.where for row in rows] == ["language model", "vision tower"]
+
+
+@pytest.mark.parametrize("model_type", ["llava_onevision", "qwen2_5_vl"])
+def test_videos_and_layers_that_stand_for_several(model_type):
+    config = with_short_tower(tiny_config(model_type), 1, packed=True)
+    config, depth = with_short_language(config, 1)
+    assert depth == 3
+    assert with_short_language(config, 0) == (config, 1.0)
+    model = build_random(config, "float32", "cpu")
+    inputs = synthetic_request(config, (64, 64), 15, video_frames=8)
+    left_out = []
+    cells = [Cell("divprune", 0.25), Cell("fastv", 0.5)]
+    (row,) = measure_selection(model, inputs, cells, 2, left_out.append, depth=depth)
+    assert row.visual_tokens_after < row.visual_tokens_before
+    assert "--language-layers 0" in left_out[0].note
+    assert row.selection_peak_bytes is None or row.selection_peak_bytes >= 0
+
+
+def test_memory_of_the_selection_shows(request_, monkeypatch):
+    model, inputs = request_
+    picked = DivPrune.select
+
+    def wasteful(self, batch):
+        torch.ones(64 * 2**20).sum()
+        return picked(self, batch)
+
+    monkeypatch.setattr(DivPrune, "select", wasteful)
+    (row,) = measure_selection(model, inputs, [Cell("divprune", 0.5)], 2)
+    if row.selection_peak_bytes is not None:
+        assert 200 * 2**20 < row.selection_peak_bytes < 600 * 2**20
 
 
 def test_short_tower():

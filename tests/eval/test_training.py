@@ -16,6 +16,7 @@ from transformers import AutoModelForImageTextToText
 from vlmprune.eval.training.common.losses import weighed
 from vlmprune.eval.training.qwen import workshop as qwen_workshop
 from vlmprune.eval.training.train import PIPELINES, parse, train
+from vlmprune.eval.training.video import workshop as video_workshop
 
 
 def two_steps(stage):
@@ -41,6 +42,8 @@ def runs(tmp_path_factory):
 def test_all_stages_and_the_card(name, runs, monkeypatch):
     real = qwen_workshop.fit_codes
     monkeypatch.setattr(qwen_workshop, "fit_codes", lambda: real(batches=1))
+    fit_video = video_workshop.fit_codes
+    monkeypatch.setattr(video_workshop, "fit_codes", lambda *parts: fit_video(*parts, batches=1))
     pipeline, threads = shortened(PIPELINES[name]), torch.get_num_threads()
     start = runs / pipeline.starts_from if pipeline.starts_from else None
     train(pipeline, runs / name, start=start, threads=1, limit=1)

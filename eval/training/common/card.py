@@ -47,6 +47,8 @@ understand free questions, only the five forms in"""
 
 def finish(pipeline: Pipeline, workshop: Workshop, limit: int | None = None) -> dict[str, Any]:
     """Export the last stage's weights to `{out}/{name}`, measure the exported files (the first `limit` items), write the card."""
+    if pipeline.finish is not None:
+        return pipeline.finish(pipeline, workshop, limit)
     folder = workshop.out / pipeline.name
     workshop.load(list(pipeline.stages)[-1])
     workshop.export(folder)
@@ -84,8 +86,8 @@ def write_card(pipeline: Pipeline, figures: dict[str, Any], folder: Path, machin
         megabytes=(folder / "model.safetensors").stat().st_size / 1e6,
         items=figures["items"],
         large_items=figures.get("large_items"),
-        table=_table(("task", "question", "all tokens", "blind", "5 % random", "guessing"), rows),
-        stages=_table(("stage", "steps", "seconds"), stages),
+        table=table(("task", "question", "all tokens", "blind", "5 % random", "guessing"), rows),
+        stages=table(("stage", "steps", "seconds"), stages),
         minutes=sum(time["seconds"] for time in times.values()) / 60,
         limits=_limits(figures),
     )
@@ -102,7 +104,8 @@ def this_machine() -> str:
     return f"{os.cpu_count()} cores of {platform.processor() or platform.machine()}, no GPU"
 
 
-def _table(names: Sequence[str], rows: Sequence[str]) -> str:
+def table(names: Sequence[str], rows: Sequence[str]) -> str:
+    """A table with these columns; `rows` are its lines."""
     return "\n".join([f"| {' | '.join(names)} |", f"|{'---|' * len(names)}", *rows])
 
 

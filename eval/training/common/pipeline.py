@@ -6,6 +6,7 @@ import multiprocessing
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -29,6 +30,7 @@ class Pipeline:
         large: whether it is measured on the larger test pictures too.
         starts_from: the model whose training it goes on from, if any.
         threads: threads to use in all by default (0: as many as the machine has).
+        finish: what ends the training in place of `card.finish`, called with the same arguments.
     """
 
     name: str
@@ -39,6 +41,7 @@ class Pipeline:
     large: bool = True
     starts_from: str | None = None
     threads: int = 0
+    finish: Callable[..., dict[str, Any]] | None = None
 
     @property
     def stages(self) -> dict[str, Stage]:

@@ -96,10 +96,10 @@ def is_test_string(text: str) -> bool:
     return zlib.crc32(text.encode()) % TEST_SHARE == 0
 
 
-def make_string(rng: np.random.Generator, test: bool) -> str:
-    """A random string of 2 to 4 glyphs from the training or the test half of all strings."""
+def make_string(rng: np.random.Generator, test: bool, longest: int = MAX_STRING) -> str:
+    """A random string of 2 to `longest` glyphs from the training or the test half of all strings."""
     while True:
-        length = int(rng.integers(2, MAX_STRING + 1))
+        length = int(rng.integers(2, longest + 1))
         text = "".join(ALPHABET[i] for i in rng.integers(0, len(ALPHABET), length))
         if is_test_string(text) == test:
             return text
@@ -191,7 +191,7 @@ def _blend(size: int, knots: int) -> np.ndarray:
     return matrix
 
 
-def _background(rng: np.random.Generator, width: int, height: int) -> np.ndarray:
+def draw_background(rng: np.random.Generator, width: int, height: int) -> np.ndarray:
     """Uneven grey-brown ground with stripes, grain and confetti in the colours of the things."""
     light = _blend(height, 5) @ rng.uniform(70, 165, (5, 5)).astype(np.float32) @ _blend(width, 5).T
     tint = rng.uniform(-18, 18, 3).astype(np.float32)
@@ -212,22 +212,33 @@ def _background(rng: np.random.Generator, width: int, height: int) -> np.ndarray
 def render(scene: Scene) -> np.ndarray:
     """Draw a scene: `uint8` array of height, width, 3."""
     rng = np.random.default_rng(scene.texture_seed)
-    image = _background(rng, scene.size, scene.height)
+    image = draw_background(rng, scene.size, scene.height)
     for thing in scene.things:
-        reach = int(thing.radius * 1.15) + 2
-        x0, y0 = max(int(thing.x) - reach, 0), max(int(thing.y) - reach, 0)
-        x1, y1 = min(int(thing.x) + reach + 1, scene.size), min(int(thing.y) + reach + 1, scene.height)
-        gx, gy = np.arange(x0, x1) + 0.5 - thing.x, np.arange(y0, y1) + 0.5 - thing.y
-        distance = signed_distance(thing.shape, gx[None, :], gy[:, None], thing.radius)
-        cover = np.clip(0.5 - distance, 0, 1).astype(np.float32)[:, :, None]
-        colour = np.array(COLOURS[COLOUR_NAMES[thing.colour]], np.float32) + rng.uniform(-12, 12, 3).astype(np.float32)
-        image[y0:y1, x0:x1] += cover * (colour - image[y0:y1, x0:x1])
+        draw_thing(image, thing, rng.uniform(-12, 12, 3))
+    draw_text(image, scene)
+    return np.clip(image, 0, 255).astype(np.uint8)
+
+
+def draw_thing(image: np.ndarray, thing: Thing, tint: np.ndarray) -> None:
+    """Draw a thing on a picture (height, width, 3) in place; `tint` (3) is added to its colour."""
+    height, width = image.shape[:2]
+    reach = int(thing.radius * 1.15) + 2
+    x0, y0 = max(int(thing.x) - reach, 0), max(int(thing.y) - reach, 0)
+    x1, y1 = min(int(thing.x) + reach + 1, width), min(int(thing.y) + reach + 1, height)
+    gx, gy = np.arange(x0, x1) + 0.5 - thing.x, np.arange(y0, y1) + 0.5 - thing.y
+    distance = signed_distance(thing.shape, gx[None, :], gy[:, None], thing.radius)
+    cover = np.clip(0.5 - distance, 0, 1).astype(np.float32)[:, :, None]
+    colour = np.array(COLOURS[COLOUR_NAMES[thing.colour]], np.float32) + tint.astype(np.float32)
+    image[y0:y1, x0:x1] += cover * (colour - image[y0:y1, x0:x1])
+
+
+def draw_text(image: np.ndarray, scene: Scene) -> None:
+    """Print a scene's string on a picture (height, width, 3) in place."""
     ink = 245.0 if scene.light_ink else 10.0
     for i, glyph in enumerate(scene.text):
         x = scene.text_x + i * GLYPH_SIZE
         cell = image[scene.text_y : scene.text_y + GLYPH_SIZE, x : x + GLYPH_SIZE]
         cell[GLYPHS[glyph]] = ink
-    return np.clip(image, 0, 255).astype(np.uint8)
 
 
 def encode_jpeg(image: np.ndarray) -> bytes:

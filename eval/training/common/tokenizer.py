@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import string
+from collections.abc import Sequence
 
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
@@ -31,12 +32,12 @@ CHAT_TEMPLATE = (
 """`USER: <image>\\n{question} ASSISTANT: {answer}</s>` and so on."""
 
 
-def vocabulary() -> list[str]:
-    """All tokens in the order of their ids."""
+def vocabulary(more: Sequence[str] = ()) -> list[str]:
+    """All tokens in the order of their ids, the words `more` behind the others."""
     letters = string.ascii_letters + string.digits
     words = [*_WORDS, *COLOUR_NAMES, *SHAPES, *(plural(shape) for shape in SHAPES), *NUMBERS]
     singles = [c for c in letters if c not in words]
-    return [*SPECIAL, *words, *singles, *(f"##{c}" for c in letters), *string.punctuation]
+    return [*SPECIAL, *words, *singles, *(f"##{c}" for c in letters), *string.punctuation, *more]
 
 
 def glyph_tokens() -> tuple[list[str], list[str]]:
@@ -44,9 +45,9 @@ def glyph_tokens() -> tuple[list[str], list[str]]:
     return list(ALPHABET), [f"##{c}" for c in ALPHABET]
 
 
-def build_tokenizer() -> PreTrainedTokenizerFast:
-    """A word-piece tokenizer over `vocabulary` that puts `<s>` in front."""
-    vocab = {token: i for i, token in enumerate(vocabulary())}
+def build_tokenizer(more: Sequence[str] = ()) -> PreTrainedTokenizerFast:
+    """A word-piece tokenizer over `vocabulary` that puts `<s>` in front; `more` are further words that it knows."""
+    vocab = {token: i for i, token in enumerate(vocabulary(more))}
     core = Tokenizer(
         models.WordPiece(vocab, unk_token=UNK, continuing_subword_prefix="##", max_input_chars_per_word=64)
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -104,9 +105,12 @@ def build_model() -> Qwen2_5_VLForConditionalGeneration:
     return model.eval()
 
 
-def build_processor() -> Qwen2_5_VLProcessor:
-    """The processor: pictures keep their size, rounded to visual tokens of 16 x 16 px, between 16 and 576 tokens."""
-    tokenizer = build_tokenizer()
+def build_processor(more: Sequence[str] = ()) -> Qwen2_5_VLProcessor:
+    """The processor: pictures keep their size, rounded to visual tokens of 16 x 16 px, between 16 and 576 tokens.
+
+    `more` are further words of its tokenizer.
+    """
+    tokenizer = build_tokenizer(more)
     settings = {
         "size": {"shortest_edge": 16 * TOKEN_SIZE**2, "longest_edge": 576 * TOKEN_SIZE**2},
         "patch_size": PATCH_SIZE,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerFast
 
@@ -29,9 +31,9 @@ CHAT_TEMPLATE = (
 """`USER: <|vision_start|><|image_pad|><|vision_end|>{question} ASSISTANT: {answer}</s>` and so on."""
 
 
-def build_tokenizer() -> PreTrainedTokenizerFast:
-    """The tokenizer; ids of tiny-llava's tokens are the same there."""
-    base = build_base()
+def build_tokenizer(more: Sequence[str] = ()) -> PreTrainedTokenizerFast:
+    """The tokenizer; ids of tiny-llava's tokens are the same there, the words `more` and the vision tokens stand behind them."""
+    base = build_base(more)
     base.add_tokens([AddedToken(token, special=True, normalized=False) for token in VISION], special_tokens=True)
     return PreTrainedTokenizerFast(
         tokenizer_object=base.backend_tokenizer,

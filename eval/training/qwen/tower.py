@@ -15,13 +15,17 @@ from .model import MERGE
 
 
 def pack(pixels: Tensor) -> Tensor:
-    """`uint8` pixels (batch, height, width, 3) as the processor would hand them to the tower: (patches, 384)."""
-    batch, height, width, _ = pixels.shape
+    """`uint8` pixels as the processor would hand them to the tower: (patches, 384).
+
+    They are those of pictures (batch, height, width, 3) or of slices of a video (batch, 2, height, width, 3).
+    """
+    if pixels.ndim == 4:
+        pixels = pixels[:, None].expand(-1, 2, -1, -1, -1)
+    batch, frames, height, width, _ = pixels.shape
     span = MERGE * PATCH_SIZE
     values = (pixels.float() / 255 - 0.5) / 0.5
-    values = values.view(batch, height // span, MERGE, PATCH_SIZE, width // span, MERGE, PATCH_SIZE, 3)
-    values = values.permute(0, 1, 4, 2, 5, 7, 3, 6).reshape(-1, 3, 1, PATCH_SIZE * PATCH_SIZE)
-    return values.expand(-1, -1, 2, -1).flatten(1)
+    values = values.reshape(batch, frames, height // span, MERGE, PATCH_SIZE, width // span, MERGE, PATCH_SIZE, 3)
+    return values.permute(0, 2, 5, 3, 6, 8, 1, 4, 7).reshape(-1, 3 * frames * PATCH_SIZE**2)
 
 
 def look(
