@@ -23,8 +23,8 @@ from vlmprune.eval.accuracy.answer_scores import check_scoring
 from vlmprune.eval.accuracy.live_model import LiveModel
 from vlmprune.eval.accuracy.picture_check import check_tasks
 from vlmprune.eval.accuracy.task_index import data_identity, find_tasks
-from vlmprune.eval.accuracy.videos import is_video
 from vlmprune.eval.accuracy.task_scores import TaskScore, evaluate_tasks, quiet_lmms_eval
+from vlmprune.eval.accuracy.videos import is_video
 from vlmprune.eval.bench_times import timed_cells, turns_of_tasks
 from vlmprune.eval.models.loading import LoadedModel, fingerprint, load_model
 from vlmprune.eval.own_data import Fidelity, FidelityOptions, run_fidelity
@@ -120,6 +120,14 @@ def run_on_data(
         command=options.command,
     )
     return run_fidelity(loaded, wanted, console)
+
+
+def load_with_cells(
+    options: BenchOptions, modality: Literal["image", "video"] = "image"
+) -> tuple[LoadedModel, list[Cell], list[LeftOut]]:
+    """The model, the cells asked for, and those of them that it cannot give for what is shown (see `usable_cells`)."""
+    loaded = open_model(options)
+    return loaded, *cells_for(options, loaded, modality)
 
 
 def open_model(options: BenchOptions) -> LoadedModel:

@@ -73,7 +73,9 @@ def to_video(visual: Any, frames: int = MOST_FRAMES) -> Video:
 
 
 def _unwrapped(visual: Any) -> Any:
-    return visual["url"] if isinstance(visual, Mapping) and visual.get("type") == "video" and "url" in visual else visual
+    return (
+        visual["url"] if isinstance(visual, Mapping) and visual.get("type") == "video" and "url" in visual else visual
+    )
 
 
 @lru_cache(maxsize=4)

@@ -124,7 +124,9 @@ class _SelectionBench:
         if layer_depth != 1:
             inside = [cell for cell in self.cells if "layer" in sites_of(cell)]
             self.cells = [cell for cell in self.cells if cell not in inside]
-            reason = "It acts inside the language model, whose layers do not all run here; allowed: --language-layers 0."
+            reason = (
+                "It acts inside the language model, whose layers do not all run here; allowed: --language-layers 0."
+            )
             self.left_out += [LeftOut(cell.title, cell.keep, "not served", reason) for cell in inside]
 
     def round(self, cells: Sequence[Cell]) -> None:
