@@ -45,6 +45,11 @@ def with_short_tower(config: PreTrainedConfig, layers: int = TOWER_LAYERS, packe
     return config
 
 
+def with_short_language_model(config: PreTrainedConfig) -> PreTrainedConfig:
+    """`config` with one decoder layer: what methods do in the tower does not depend on them."""
+    return with_short_language(config, 1)[0]
+
+
 def with_short_language(config: PreTrainedConfig, layers: int) -> tuple[PreTrainedConfig, float]:
     """`config` with that many layers in its language model (0: all), and how many true ones each of them stands for."""
     text = config.get_text_config()
@@ -158,7 +163,7 @@ def prepare_cells(
     if not inside:
         return usable, left_out, model
     dtype = str(model.dtype).removeprefix("torch.")
-    deep = build_random(with_short_language(preset_config(name), 1)[0], dtype, str(model.device))
+    deep = build_random(with_short_language_model(preset_config(name)), dtype, str(model.device))
     in_tower, not_in_tower = usable_cells(deep, inside, wanted, modality)
     return [*usable, *in_tower], [*left_out, *not_in_tower], deep
 
