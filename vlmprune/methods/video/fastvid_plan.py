@@ -101,6 +101,8 @@ def official_shares(
             for frame in scene:
                 context[frame] = min(context[frame], tokens // 2)
                 salient[frame] = min(salient[frame], tokens - context[frame])
+    # Where an anchor has too few other tokens, the official codes for LLaVA fail.
+    context = [min(count, tokens - held) for count, held in zip(context, salient, strict=True)]
     return FrameShares(tuple(salient), tuple(context))
 
 
