@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import re
 from functools import cache
+from importlib.metadata import entry_points
 from pathlib import Path
 
 from .errors import unknown
+
+ENTRY_POINTS = "vlmprune.methods"
+"""The group under which other packages offer methods."""
 
 _NAME = re.compile(r"""^    name(?:: ClassVar\[str\])? = ["']([a-z0-9_]+)["']""", re.MULTILINE)
 
@@ -15,11 +19,12 @@ _STAGE = re.compile(r"^    is_stage(?:: ClassVar\[bool\])? = True", re.MULTILINE
 
 @cache
 def named_in_files() -> tuple[str, ...]:
-    """Names that classes in the folders of methods have, found without importing them."""
+    """Names that classes in the folders of methods have, and those that installed packages offer, without importing any."""
     files = sorted(Path(__file__).with_name("methods").glob("*/*.py"))
     texts = ((file.stem, file.read_text(encoding="utf-8")) for file in files)
     found = (name for stem, text in texts for name in _NAME.findall(text) if name == stem and not _STAGE.search(text))
-    return tuple(dict.fromkeys(found))
+    offered = (entry.name for entry in entry_points(group=ENTRY_POINTS))
+    return tuple(dict.fromkeys([*found, *offered]))
 
 
 def check_names(text: str, others: tuple[str, ...] = ()) -> None:

@@ -8,9 +8,8 @@ from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 
 from ..errors import ParameterError, VlmpruneWarning
+from ..method_files import ENTRY_POINTS
 from .base import Method
-
-GROUP = "vlmprune.methods"
 
 
 @cache
@@ -27,7 +26,7 @@ def load_plugins(register: Callable[[type[Method]], type[Method]]) -> dict[str, 
         What is wrong with those that cannot be loaded, by their names.
     """
     broken: dict[str, str] = {}
-    for entry in sorted(entry_points(group=GROUP), key=lambda entry: entry.name):
+    for entry in sorted(entry_points(group=ENTRY_POINTS), key=lambda entry: entry.name):
         try:
             _load(entry, register)
         except Exception as error:  # Whatever the code of another package raises.
