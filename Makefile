@@ -9,7 +9,7 @@ OLDEST := torch==2.8.0 torchvision==0.23.0 transformers==5.17.0
 OLDEST_TESTS ?= tests/contracts tests/api tests/calls tests/families tests/layer_site tests/methods tests/patches
 TYPED := build/typed/vlmprune
 
-.PHONY: FORCE docs help setup test test-whole test-oldest fuzz compatibility test-gpu lint format demo tiny bench-gpu clean
+.PHONY: FORCE docs help setup test test-whole test-oldest fuzz compatibility test-gpu lint format demo tiny bench-gpu clean models
 
 help:  ## Show the targets.
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*## /\t/' | expand -t 12
@@ -35,6 +35,9 @@ fuzz: setup  ## Random call sequences on one cache for MINUTES (60), against log
 
 compatibility: setup  ## Run the decoding matrix and write docs/compatibility.md from it.
 	OMP_NUM_THREADS=1 $(BIN)/python tests/decoding/write.py
+
+models: setup  ## Run the contracts on every class of the image-text-to-text mapping and write docs/models.md from it.
+	OMP_NUM_THREADS=1 $(BIN)/python tests/general/write.py
 
 test-oldest: $(VENV_OLDEST)/.installed  ## Run the contract tests on the oldest supported Python, torch and transformers.
 	OMP_NUM_THREADS=1 $(VENV_OLDEST)/bin/python -m pytest -n 2 $(OLDEST_TESTS)

@@ -13,7 +13,7 @@ from vlmprune.record import RunRecord
 
 from .cache.continuation import begin_language_call
 from .cache.generation import patch_generation
-from .cache.pruned_cache import close_cache
+from .cache.pruned_cache import close_cache, let_be_measured
 from .call_options import OptionsInForce, RowPipelines
 from .calls import CallStack, LanguageModelCall, ModelCall
 from .continuous_batching import refuse_continuous_batching
@@ -94,6 +94,7 @@ class PruningEngine:
         check_not_exported()
         inputs = {**dict(zip(self._model_parameters, args, strict=False)), **kwargs} if args else kwargs
         self.calls.model.append(ModelCall(inputs))
+        let_be_measured(inputs.get("past_key_values"))
         read_model_call(self.family, self.calls.model[-1], self._model_parameters)
 
     def _leave_model(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
@@ -104,6 +105,7 @@ class PruningEngine:
             model_call = self.calls.model.pop()
             # The two name each other: without this what they hold would wait for the garbage collector.
             call, model_call.language_call = model_call.language_call, None
+            close_cache(model_call.inputs.get("past_key_values"))
             if call is not None and call.cache is not None:
                 close_cache(call.cache)
 

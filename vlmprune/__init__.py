@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from vlmprune.eval.tune.run import tune
 
     from . import errors, methods
-    from .api import apply, describe, last_run, list_methods, options, pruned, remove
+    from .api import apply, describe, explain, last_run, list_methods, options, pruned, register_family, remove
     from .eval.pictures.plot import plot
     from .methods import AttentionMethod as AttentionMethod
     from .methods import InputMethod as InputMethod
@@ -38,6 +38,7 @@ __all__ = [
     "apply",
     "describe",
     "errors",
+    "explain",
     "last_run",
     "list_methods",
     "methods",
@@ -45,12 +46,14 @@ __all__ = [
     "plot",
     "pruned",
     "recommend",
+    "register_family",
     "remove",
     "tune",
 ]
 
 _HOMES = {
-    **dict.fromkeys(("apply", "describe", "last_run", "list_methods", "options", "pruned", "remove"), "vlmprune.api"),
+    **dict.fromkeys(("apply", "describe", "explain", "last_run", "list_methods"), "vlmprune.api"),
+    **dict.fromkeys(("options", "pruned", "register_family", "remove"), "vlmprune.api"),
     "plot": "vlmprune.eval.pictures.plot",
     **dict.fromkeys(("ImageRecord", "RunRecord"), "vlmprune.record"),
     "tune": "vlmprune.eval.tune.run",

@@ -186,6 +186,43 @@ def describe(model: Any) -> str:
     return describe_engine(engine.family.model, engine)
 
 
+def explain(model: Any) -> str:
+    """Return what was found in a model: tower, signal, layout, the methods of each site, and what is missing for the others.
+
+    No method need be applied. Of a model that cannot be served it says which of the needed facts its class lacks.
+    """
+    from .explanation import explain_model
+
+    return explain_model(model)
+
+
+def register_family(model_class: Any, family: Any = None, **facts: Any) -> Any:
+    """Say how a class of your own, or of a repository with remote code, is built, so that methods can be applied to it.
+
+    Args:
+        model_class: the class of the whole model, `type(model)`.
+        family: a family whose facts hold for it, one of vlmprune's or your own subclass; without it the facts below hold.
+        facts: `multimodal_model`, from the model to the module whose `get_image_features` encodes images (its output has them
+            in `pooler_output`) and whose forward calls the decoder, "model" by default and "" for the model itself;
+            `language_model`, from that module to the decoder, "language_model" by default; `modalities`, of "image" and
+            "video", ("image",) by default; `mrope`, whether position ids are 3-D, False by default.
+
+    Returns:
+        The family, whose objects know one model each.
+
+    Raises:
+        ParameterError: `model_class` is no class of modules, or `family` no family.
+        UnknownNameError: another fact; names those that there are.
+    """
+    from vlmprune.patches.families import registry
+
+    known = ("multimodal_model", "language_model", "modalities", "mrope")
+    for name in facts:
+        if name not in known:
+            raise unknown("fact", name, known)
+    return registry.register_family(model_class, family, **facts)
+
+
 def list_methods(model: Any = None) -> list[str]:
     """Return the names of all methods, or of those that this model can be served with.
 
@@ -251,4 +288,15 @@ def _engine(model: Any) -> PruningEngine:
     return engine
 
 
-__all__ = ["UnsupportedFamilyError", "apply", "describe", "last_run", "list_methods", "options", "pruned", "remove"]
+__all__ = [
+    "UnsupportedFamilyError",
+    "apply",
+    "describe",
+    "explain",
+    "last_run",
+    "list_methods",
+    "options",
+    "pruned",
+    "register_family",
+    "remove",
+]

@@ -18,6 +18,7 @@ _STATE = "_vlmprune_state"
 _RUNNING = "_vlmprune_running"
 _PREPARED = "_vlmprune_prepared"
 _TRUSTED = "_vlmprune_trusted"
+_MEASURED = "_vlmprune_measured"
 
 
 class PrunedCache:
@@ -53,9 +54,16 @@ class PrunedCache:
 
     def get_mask_sizes(self, *args: Any, **kwargs: Any) -> Any:
         """Return what the host makes masks from; only inside a patched forward."""
-        if not self._vlmprune_running:
+        if self._vlmprune_running:
+            return super().get_mask_sizes(*args, **kwargs)  # type: ignore[misc]
+        if _MEASURED not in self.__dict__:
             self._refuse()
-        return super().get_mask_sizes(*args, **kwargs)  # type: ignore[misc]
+        # For a mask of the caller's sequence, which is made anew once it is known what the layers hold.
+        state, (length, offset) = self._known(), super().get_mask_sizes(*args, **kwargs)  # type: ignore[misc]
+        more = state.caller_length - state.cache_length
+        layer = kwargs.get("layer_idx", args[1] if len(args) > 1 else 0)
+        sliding = getattr(self.layers[layer], "is_sliding", False)  # type: ignore[attr-defined]
+        return (length, offset + more) if sliding else (length + more, offset)
 
     def update(self, *args: Any, **kwargs: Any) -> Any:
         """Add keys and values of one layer; only inside a patched forward."""
@@ -145,7 +153,7 @@ class PrunedCache:
                 layer.keys, layer.values = change(layer.keys), change(layer.values)
 
     def _forget(self) -> None:
-        for name in (_STATE, _RUNNING, _PREPARED, _TRUSTED):
+        for name in (_STATE, _RUNNING, _PREPARED, _TRUSTED, _MEASURED):
             self.__dict__.pop(name, None)
         self.__class__ = _host_class(self)
 
@@ -212,6 +220,12 @@ def take_trust(cache: Any) -> bool:
     return bool(cache.__dict__.pop(_TRUSTED, False))
 
 
+def let_be_measured(cache: Any) -> None:
+    """Let a patched model make masks with a pruned cache before it calls the language model, where they are made anew."""
+    if isinstance(cache, PrunedCache):
+        cache.__dict__[_MEASURED] = True
+
+
 def open_cache(cache: Any) -> None:
     """Let a patched forward use a pruned cache."""
     cache._vlmprune_running = True
@@ -221,3 +235,4 @@ def close_cache(cache: Any) -> None:
     """End what `open_cache` or `prepare_cache` began."""
     if isinstance(cache, PrunedCache):
         cache._vlmprune_running = cache._vlmprune_prepared = False
+        cache.__dict__.pop(_MEASURED, None)

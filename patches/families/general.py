@@ -10,16 +10,31 @@ from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
 
 from vlmprune.errors import UnsupportedFamilyError
-from vlmprune.layout import VisualLayout, unknown_layout
+from vlmprune.layout import VisualLayout
 from vlmprune.methods.batch import TowerFacts
+from vlmprune.methods.needs import (
+    CLS_TOKEN,
+    GRID,
+    PROJECTOR_LAYERS,
+    TOWER_ATTENTION,
+    TOWER_BLOCKS,
+    TOWER_FEATURES,
+    WHOLE_TILES,
+    Need,
+)
 
 from ..parts import Part
 from ..tower.encoded_visuals import EncodedVisuals
 from .decoder import decoder_gap, reading_gap
 from .family import Family
+from .geometry import Geometry, read_geometry
 from .shape import ModelShape, read_shape
 
 _MASKS = "create_masks_for_generate"
+_TOWER = "which module of this class is the tower, and how its patches become tokens, only a family of its own says"
+_NOT_KNOWN: dict[Need, str] = dict.fromkeys(
+    (TOWER_ATTENTION, TOWER_FEATURES, PROJECTOR_LAYERS, TOWER_BLOCKS, WHOLE_TILES, CLS_TOKEN), _TOWER
+)
 
 
 class GeneralFamily(Family):
@@ -67,14 +82,25 @@ class GeneralFamily(Family):
     def _axes(self, positions: Tensor) -> Tensor:
         return positions.expand(3, 1, -1) if self.mrope else positions
 
+    @cached_property
+    def geometry(self) -> Geometry:
+        """How the places of visual tokens are told."""
+        return read_geometry(self.multimodal_model, self.language_model, self.config)
+
     @property
     def has_grid(self) -> bool:
-        """False: how tokens lie is not known."""
-        return False
+        """True where the processor's grids tell it, or equally large tiles of a tower whose patches lie in a raster."""
+        return self.geometry.kind != "unknown"
+
+    def reason(self, need: Need) -> str:
+        """Return why the model does not meet a need."""
+        if need is GRID:
+            return self.geometry.why
+        return super().reason(need) or _NOT_KNOWN.get(need, "")
 
     def layouts(self, visuals: EncodedVisuals) -> tuple[VisualLayout, ...]:
-        """Return layouts of unknown geometry."""
-        return tuple(unknown_layout(count) for count in visuals.counts)
+        """Return a raster per image or video where one is known and has as many places as there are tokens."""
+        return self.geometry.layouts(visuals)
 
     def token_vision(self, signal: Tensor, visuals: EncodedVisuals, layouts: Sequence[VisualLayout]) -> Tensor:
         """Return nothing: no signal of the tower is served."""

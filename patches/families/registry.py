@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from vlmprune.errors import UnsupportedFamilyError, nearest, unknown
+from vlmprune.errors import ParameterError, UnsupportedFamilyError, nearest, unknown
 
 from .family import Family
-from .general import general_family
+from .general import general_family, made_family
 from .llava import Llava
 from .llava_next import LlavaNext
 from .llava_next_video import LlavaNextVideo
@@ -18,6 +19,7 @@ from .llava_onevision import LlavaOnevision
 from .qwen2_5_vl import Qwen25VL
 from .qwen2_vl import Qwen2VL
 from .qwen3_vl import Qwen3VL
+from .shape import ModelShape
 from .vip_llava import VipLlava
 from .wrappers import find_inside
 
@@ -31,6 +33,47 @@ FAMILIES: tuple[type[Family], ...] = (
     Qwen25VL,
     Qwen3VL,
 )
+
+
+REGISTERED: dict[str, type[Family]] = {}
+"""Families that users registered, by the qualified name of the model class."""
+
+
+def register_family(
+    model_class: type[nn.Module],
+    family: type[Family] | None = None,
+    *,
+    multimodal_model: str = "model",
+    language_model: str = "language_model",
+    modalities: Sequence[str] = ("image",),
+    mrope: bool = False,
+) -> type[Family]:
+    """Say how a class of your own, or of a repository with remote code, is built, so that methods can be applied to it.
+
+    Args:
+        model_class: the class of the whole model, `type(model)`.
+        family: a family whose facts hold for it, one of vlmprune's or your own subclass; without it the facts below hold.
+        multimodal_model: from the model to the module whose `get_image_features` encodes images (its output has them in
+            `pooler_output`) and whose forward calls the decoder; names by dots, "" is the model itself.
+        language_model: from that module to the decoder.
+        modalities: what is encoded, of "image" and "video"; `config.image_token_id` is the placeholder.
+        mrope: whether position ids are 3-D.
+
+    Returns:
+        The family, whose objects know one model each.
+
+    Raises:
+        ParameterError: `model_class` is no class of modules, or `family` no family.
+    """
+    if not (isinstance(model_class, type) and issubclass(model_class, nn.Module)):
+        raise ParameterError(f"model_class={model_class!r} is no class of modules; allowed: type(model).")
+    if family is None:
+        cls: Any = model_class
+        family = made_family(cls, ModelShape(multimodal_model, language_model, tuple(modalities), mrope))
+    elif not (isinstance(family, type) and issubclass(family, Family)):
+        raise ParameterError(f"family={family!r} is no family; allowed: subclasses of vlmprune's Family.")
+    REGISTERED[_qualified(model_class)] = family
+    return family
 
 
 def find_vlm(model: Any) -> nn.Module:
@@ -63,12 +106,31 @@ def find_family(model: Any) -> Family:
 
 
 def _family_of(model: object) -> type[Family] | None:
-    names = [cls.__name__ for cls in type(model).__mro__]
-    return next((family for family in FAMILIES if any(name in family.model_classes for name in names)), None)
+    """Return the family that the class of a model is registered for, or that names it or a class that it derives from.
+
+    A class that is only called as one of transformers' is not it: remote code has other modules under the same name.
+    """
+    for cls in type(model).__mro__:
+        if _qualified(cls) in REGISTERED:
+            return REGISTERED[_qualified(cls)]
+        for family in FAMILIES:
+            if cls.__name__ in family.model_classes and _of_transformers(cls):
+                return family
+    return None
+
+
+def _of_transformers(cls: type) -> bool:
+    return cls.__module__.partition(".")[0] == "transformers"
+
+
+def _qualified(cls: type) -> str:
+    return f"{cls.__module__}.{cls.__qualname__}"
 
 
 def _may_be_general(model: object) -> bool:
     """Return whether a module is a whole model that generates and sees images, of a class that no family names."""
+    if any(type(model).__name__ in family.model_classes for family in FAMILIES):
+        return True
     if not isinstance(model, PreTrainedModel) or not model.can_generate():
         return False
     inner = getattr(model, "model", None)
@@ -76,6 +138,14 @@ def _may_be_general(model: object) -> bool:
 
 
 def _general_of(model: nn.Module) -> type[Family]:
+    cls = type(model)
+    alike = next((family for family in FAMILIES if cls.__name__ in family.model_classes), None)
+    if alike is not None and not _of_transformers(cls):
+        raise UnsupportedFamilyError(
+            f"{cls.__module__}.{cls.__qualname__} is called as a class of {alike.name} in transformers, and is another. Where it "
+            f"is built alike: vlmprune.register_family(type(model), {alike.__name__}), with vlmprune.patches.families; else "
+            "register it with the facts that it is built by."
+        )
     try:
         return general_family(model)
     except UnsupportedFamilyError as error:

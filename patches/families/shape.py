@@ -74,6 +74,11 @@ def read_shape(model: nn.Module) -> ModelShape:
         and isinstance(getattr(config, f"{name}_token_id", None), int)
         and hasattr(multimodal, f"get_{name}_features")
     )
+    section = (getattr(config.get_text_config(), "rope_parameters", None) or {}).get("mrope_section") or ()
+    if len(section) > 3:
+        return ModelShape(
+            missing=(f"positions of one axis or three (`mrope_section` splits heads over {len(section)})",)
+        )
     mrope = any(hasattr(multimodal, name) for name in ("get_rope_index", "compute_3d_position_ids"))
     return ModelShape(path, decoder or "", modalities, mrope)
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
+from vlmprune.errors import UnsupportedFamilyError
 from vlmprune.methods.batch import VisionSignal
 
 from ..calls import PIXELS, CallStack, TowerCall
@@ -65,6 +66,11 @@ class EncoderCall:
         finally:
             self.calls.tower.pop()
         features = getattr(output, "pooler_output", None)
+        if features is None and self.family.is_general:
+            raise UnsupportedFamilyError(
+                f"get_{self.modality}_features of {type(self.family.multimodal_model).__name__} returned no `pooler_output`, in "
+                "which other classes have the features of each image as they enter the language model."
+            )
         if features is None:
             return output
         inner = encoded_visuals(output)

@@ -57,7 +57,11 @@ class HostCase:
         padded = torch.tensor([[PAD] * (width - len(row)) + row for row in ids])
         mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in ids])
         pictures = [self.picture(item) for row in rows for item in row if isinstance(item, str)]
-        tensors = {name: torch.cat([picture[name] for picture in pictures]) for name in pictures[0]}
+        # Towers that take `target_sizes` have all pictures side by side in one.
+        beside = {"pixel_values": -1} if "target_sizes" in pictures[0] else {}
+        tensors = {
+            name: torch.cat([picture[name] for picture in pictures], dim=beside.get(name, 0)) for name in pictures[0]
+        }
         taken = inspect.signature(type(self.multimodal).forward).parameters
         types = {name: (padded == placeholder).long() for name in _TYPES if name in taken}
         if type(self.multimodal).__name__.startswith("PaliGemma"):

@@ -23,11 +23,21 @@ def recipes(encode: Any, config: Any) -> Iterator[Any]:
     if "spatial_shapes" in taken:
         yield _spatial(vision)
     if "image_position_ids" in taken:
-        yield from (_positions(vision, side) for side in (6, 4))
+        yield from (_positions(patch, side) for patch in _patches(config) for side in (6, 4))
     if "target_sizes" in taken:
         yield _targets(vision)
     side = int(_number(getattr(vision, "image_size", None), 32))
+    if "image_grid_hw" in taken:
+        yield _sizes_of(vision, "image_grid_hw")
     if "pixel_attention_mask" in taken:
+        yield lambda name: {
+            "pixel_values": seeded_pixels(name, 1, 3, side, side),
+            "pixel_attention_mask": torch.ones(1, 1, side, side, dtype=torch.int64),
+        }
+        yield lambda name: {
+            "pixel_values": seeded_pixels(name, 1, 3, side, side),
+            "pixel_attention_mask": torch.ones(1, 1, dtype=torch.bool),
+        }
         yield lambda name: {"pixel_values": seeded_pixels(name, 1, 3, side, side)}
     if "high_res_pixel_values" in taken:
         high = int(_number(getattr(config.high_res_vision_config, "image_size", None), 32))
@@ -48,7 +58,7 @@ def recipes(encode: Any, config: Any) -> Iterator[Any]:
             "pixel_values": seeded_pixels(name, 3, 3, side, side),
             "image_sizes": torch.tensor([[side, 2 * side]]),
         }
-    for size in (side, 32, 64):
+    for size in (side, 32, 64, 28):
         yield lambda name, size=size: {"pixel_values": seeded_pixels(name, 3, size, size)}
         yield lambda name, size=size: {"pixel_values": seeded_pixels(name, 1, 3, size, size)}
         yield lambda name, size=size: {"pixel_values": seeded_pixels(name, size * size // 64, 3 * 64)}
@@ -62,7 +72,8 @@ def _number(value: Any, default: int) -> int:
 
 def _grids(vision: Any, flat: bool, name: str, taken: Any) -> Any:
     patch, colours = _number(vision.patch_size, 8), _number(getattr(vision, "in_channels", None) or 3, 3)
-    frames = _number(getattr(vision, "temporal_patch_size", None), 1) if flat else 1
+    temporal = getattr(vision, "temporal_patch_size", None) or getattr(vision, "patch_temporal", None)
+    frames = _number(temporal, 1) if flat else 1
     merge = _number(getattr(vision, "spatial_merge_size", None), 2)
 
     def picture(image: str) -> dict[str, Tensor]:
@@ -73,6 +84,17 @@ def _grids(vision: Any, flat: bool, name: str, taken: Any) -> Any:
         if "image_merge_sizes" in taken:
             made["image_merge_sizes"] = torch.tensor([merge])
         return made
+
+    return picture
+
+
+def _sizes_of(vision: Any, name: str) -> Any:
+    patch = _number(vision.patch_size, 8)
+
+    def picture(image: str) -> dict[str, Tensor]:
+        rows, columns = _SIZES[image]
+        pixels = seeded_pixels(image, rows * columns, 3 * patch * patch)[0]
+        return {"pixel_values": pixels, name: torch.tensor([[rows, columns]])}
 
     return picture
 
@@ -94,8 +116,14 @@ def _spatial(vision: Any) -> Any:
     return picture
 
 
-def _positions(vision: Any, side: int) -> Any:
-    patch = _number(vision.patch_size, 8)
+def _patches(config: Any) -> list[int]:
+    """Return what may be the side of a patch."""
+    vision = getattr(config, "vision_config", None)
+    named = [getattr(vision, name, None) for name in ("patch_size", "model_patch_size")]
+    return [int(patch) for patch in named if patch] or [8]
+
+
+def _positions(patch: int, side: int) -> Any:
 
     def picture(image: str) -> dict[str, Tensor]:
         place = torch.stack([torch.arange(side * side) % side, torch.arange(side * side) // side], -1)
