@@ -17,8 +17,9 @@ ROWS = {
 
 def encoded(model, inputs):
     """The features of every video of a call, `[tokens, dim]`, as the unpatched model makes them."""
-    names = ("pixel_values_videos", "video_grid_thw")
-    found = model.model.get_video_features(**{name: inputs[name] for name in names if name in inputs}).pooler_output
+    # The first argument has another name in transformers 5.17.
+    grid = {name: inputs[name] for name in ("video_grid_thw",) if name in inputs}
+    found = model.model.get_video_features(inputs["pixel_values_videos"], **grid).pooler_output
     return [features.reshape(-1, features.shape[-1]) for features in found]
 
 
