@@ -9,7 +9,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import datasets
 from rich.console import Console
@@ -30,7 +30,7 @@ from vlmprune.eval.models.loading import LoadedModel, fingerprint, load_model
 from vlmprune.eval.own_data import Fidelity, FidelityOptions, run_fidelity
 from vlmprune.eval.reports.bench_results import print_tables, write_results
 from vlmprune.eval.reports.summary import Row, cell_result, make_rows, summarise_requests
-from vlmprune.eval.run.cells import BASELINES, Cell, LeftOut, make_cells, not_reachable, usable_cells
+from vlmprune.eval.run.cells import BASELINES, Cell, LeftOut, Modality, make_cells, not_reachable, usable_cells
 from vlmprune.eval.run.progress import progress_bar
 from vlmprune.eval.run.ranks import Ranks
 from vlmprune.eval.run.result_folder import ResultFolder
@@ -81,7 +81,7 @@ def run_bench(options: BenchOptions, console: Console | None = None) -> list[Row
         tasks = ranks.main_first(
             lambda: find_tasks(options.tasks, loaded.model.config.model_type, options.task_folders)
         )
-    cells, left_out = cells_for(options, loaded, shown_modality(next(iter(tasks.values()))))
+    cells, left_out = cells_for(options, loaded, *shown_modalities(tasks))
     described = configuration(options, loaded, tasks)
     ranks.require_same("the configuration", described)
     ranks.require_same("the cells", [cell.label for cell in cells])
@@ -105,7 +105,8 @@ def run_on_data(
 ) -> list[Fidelity]:
     """Compare every cell with the unpruned model on own prompts, with answers or without (see `run_fidelity`)."""
     check_scoring(scoring)
-    loaded, cells, left_out = load_with_cells(options)
+    loaded = open_model(options)
+    cells, left_out = cells_for(options, loaded)
     wanted = FidelityOptions(
         data=data,
         cells=cells,
@@ -122,14 +123,6 @@ def run_on_data(
     return run_fidelity(loaded, wanted, console)
 
 
-def load_with_cells(
-    options: BenchOptions, modality: Literal["image", "video"] = "image"
-) -> tuple[LoadedModel, list[Cell], list[LeftOut]]:
-    """The model, the cells asked for, and those of them that it cannot give for what is shown (see `usable_cells`)."""
-    loaded = open_model(options)
-    return loaded, *cells_for(options, loaded, modality)
-
-
 def open_model(options: BenchOptions) -> LoadedModel:
     """The model, without the progress bars of what loads it."""
     logging.disable_progress_bar()
@@ -137,21 +130,24 @@ def open_model(options: BenchOptions) -> LoadedModel:
     return load_model(options.model, options.dtype, options.device, options.batch_size)
 
 
-def cells_for(
-    options: BenchOptions, loaded: LoadedModel, modality: Literal["image", "video"] = "image"
-) -> tuple[list[Cell], list[LeftOut]]:
-    """The cells asked for, and those of them that the model cannot give for what is shown (see `usable_cells`)."""
+def cells_for(options: BenchOptions, loaded: LoadedModel, *modalities: Modality) -> tuple[list[Cell], list[LeftOut]]:
+    """The cells asked for, and those of them that the model cannot give for all that is shown (see `usable_cells`)."""
     served = vlmprune.list_methods(loaded.model)
     baselines = [name for name in BASELINES if options.baselines and name in served]
     cells = make_cells(options.methods, options.keeps, options.seed, baselines, options.random_seeds)
     cells = equipped(cells, text_tower_of(loaded.source, options.text_tower), loaded.processor)
-    return usable_cells(loaded.model, cells, options.methods, modality)
+    return usable_cells(loaded.model, cells, options.methods, *modalities)
 
 
-def shown_modality(task: Any) -> Literal["image", "video"]:
-    """What the first document of a task shows."""
-    documents = task.test_docs() if task.has_test_docs() else task.validation_docs()
-    return "video" if any(map(is_video, task.doc_to_visual(documents[0]) or [])) else "image"
+def shown_modalities(tasks: Mapping[str, Any]) -> list[Modality]:
+    """What tasks show, each kind once; of a task its first item that shows something counts."""
+    found: dict[Modality, None] = {}
+    for task in tasks.values():
+        documents = task.test_docs() if task.has_test_docs() else task.validation_docs()
+        visuals: Sequence[Any] = next(filter(None, map(task.doc_to_visual, documents)), [])
+        if visuals:
+            found["video" if any(map(is_video, visuals)) else "image"] = None
+    return list(found)
 
 
 def configuration(options: BenchOptions, loaded: LoadedModel, tasks: dict[str, Any]) -> dict[str, Any]:

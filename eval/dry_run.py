@@ -13,7 +13,7 @@ from vlmprune.eval.accuracy.prompts import read_prompts
 from vlmprune.eval.accuracy.questions import user_turn
 from vlmprune.eval.accuracy.task_index import find_tasks
 from vlmprune.eval.accuracy.task_scores import quiet_lmms_eval
-from vlmprune.eval.bench import BenchOptions, configuration, load_with_cells
+from vlmprune.eval.bench import BenchOptions, cells_for, configuration, open_model, shown_modalities
 from vlmprune.eval.bench_times import Turn, turns_of_tasks
 from vlmprune.eval.run.result_folder import ResultFolder
 
@@ -26,19 +26,21 @@ def print_plan(options: BenchOptions, data: Path | None = None, new_tokens: int 
     Raises:
         ResultFolderError: `options.out` holds other results.
         PromptDataError: a picture of `data` cannot be used.
+        UnsupportedMethodError: a method asked for by name does not serve what a task shows.
     """
     output = Console(width=100)
-    loaded, cells, left_out = load_with_cells(options)
-    stored = 0
+    loaded, stored = open_model(options), 0
     if data is None:
         with quiet_lmms_eval():
             tasks = find_tasks(options.tasks, loaded.model.config.model_type, options.task_folders)
+        cells, left_out = cells_for(options, loaded, *shown_modalities(tasks))
         folder = ResultFolder(options.out, configuration(options, loaded, tasks), write=False)
         stored = sum(folder.has(cell) for cell in cells)
         sizes = {name: len(_documents(task)) for name, task in tasks.items()}
         counts = {name: size if options.limit is None else min(size, options.limit) for name, size in sizes.items()}
         turns = turns_of_tasks(tasks, options.limit, options.batch_size)
     else:
+        cells, left_out = cells_for(options, loaded)
         prompts = read_prompts(data, options.limit)
         check_prompts(prompts)
         counts = {str(data): len(prompts)}

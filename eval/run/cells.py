@@ -29,6 +29,7 @@ BASELINES = (RANDOM, "uniform", "pool")
 COMPARED = (*BASELINES, LOWER_RESOLUTION)
 """What methods are compared with where it is in the table."""
 SeedFrom = Literal["benchmark", "name", "repetition"]
+Modality = Literal["image", "video"]
 
 
 @dataclass(frozen=True)
@@ -256,12 +257,12 @@ def usable_cells(
     model: PreTrainedModel,
     cells: Iterable[Cell],
     methods: Sequence[tuple[str, dict[str, Any]]],
-    modality: Literal["image", "video"] = "image",
+    *modalities: Modality,
 ) -> tuple[list[Cell], list[LeftOut]]:
     """Put every cell's method on and off once; returns the cells that the model can give, and those that it cannot.
 
-    Budgets out of reach are left out, and so are methods that cannot serve the model, or calls of that modality, where all
-    methods were asked for.
+    A cell must serve calls of each of `modalities` (pictures, if none is given). Budgets out of reach are left out, and so are
+    methods that cannot serve the model, or such calls, where all methods were asked for.
 
     Raises:
         UnsupportedMethodError: a method asked for by name cannot serve the model, or such calls.
@@ -274,7 +275,8 @@ def usable_cells(
     for cell in cells:
         try:
             with cell.applied_to(model):
-                _check_modality(model, cell, modality)
+                for modality in modalities or ("image",):
+                    _check_modality(model, cell, modality)
                 usable.append(cell)
         except BudgetError as error:
             errors.append(error)
@@ -290,7 +292,11 @@ def usable_cells(
     return usable, list(left_out.values())
 
 
-def _check_modality(model: PreTrainedModel, cell: Cell, modality: str) -> None:
+def _check_modality(model: PreTrainedModel, cell: Cell, modality: Modality) -> None:
+    if cell.method == LOWER_RESOLUTION and modality == "video":
+        raise UnsupportedMethodError(
+            f"{LOWER_RESOLUTION!r} makes pictures smaller, not videos, and a task shows videos."
+        )
     method, family = cell.make_method(), find_family(model) if cell.is_pruned else None
     if method is not None and family is not None:
         for part in method.parts():

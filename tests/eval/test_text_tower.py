@@ -13,7 +13,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, CLIPModel
 
 import vlmprune
 from vlmprune.errors import ParameterError
-from vlmprune.eval.bench import BenchOptions, load_with_cells
+from vlmprune.eval.bench import BenchOptions, cells_for, open_model
 from vlmprune.eval.run.cells import make_cells, parse_methods
 from vlmprune.eval.run.text_towers import equipped, text_tower_of
 from vlmprune.eval.training.common.dataset import load_rows
@@ -105,7 +105,7 @@ def test_the_shipped_tower_is_found_and_another_can_be_named():
 def test_bench_serves_methods_that_need_the_tower(tmp_path):
     methods = [("cdpruner", {}), ("recoverable_compression", {})]
     options = BenchOptions("tiny-llava", methods, [0.5], ["scenes_reading"], tmp_path, baselines=False)
-    _, cells, left_out = load_with_cells(options)
+    cells, left_out = cells_for(options, open_model(options))
     assert [cell.label for cell in cells[1:]] == [
         "cdpruner keep=0.5",
         "recoverable_compression",
