@@ -7,12 +7,24 @@ import torch
 
 from support.method_batches import random_batch
 from vlmprune.layout import raster_layout
-from vlmprune.methods.registry import make_method
+from vlmprune.methods.needs import VIDEOS
+from vlmprune.methods.registry import METHODS, get_method, make_method
 
 ROWS, COLUMNS = 4, 5
 TOKENS = ROWS * COLUMNS
 # Of a still clip whose budget is one frame, every place stays once.
-ONCE = [("evs", {}), ("divprune", {}), ("divprune", {"per": "video"})]
+ONCE = [
+    ("evs", {}),
+    ("divprune", {}),
+    ("divprune", {"per": "video"}),
+    ("holitom", {}),
+    # Cuts that a clip has not would give every scene its part.
+    ("fastvid", {"scenes": 1}),
+    # What is picked is picked in every frame; the trees of the others are what time merges.
+    ("flashvid", {"alpha": 0.0, "min_segments": 1}),
+]
+# All frames are alike to it: an even budget, at the same places or not.
+DOES_NOT_CLAIM_IT = {"vidcom2"}
 
 
 def scene(seed, frames=1, noise=0.0):
@@ -36,6 +48,25 @@ def kept_of(name, parameters, video, keep):
 def test_a_static_clip_does_not_spend_its_budget_twice(name, parameters, frames):
     mask = kept_of(name, parameters, scene(1, frames), TOKENS)
     assert mask.sum(0).tolist() == [1] * TOKENS
+
+
+def test_every_method_for_videos_is_here():
+    videos_only = {name for name in METHODS if VIDEOS in get_method(name).needs}
+    assert videos_only == {name for name, _ in ONCE if name != "divprune"} | DOES_NOT_CLAIM_IT
+
+
+# FlashVID's budget is even over frames, so each of two scenes has room for its places where they are equally long.
+CUTS = [
+    (*case, cut) for case in ONCE if case[0] != "divprune" for cut in (1, 4, 7) if case[0] != "flashvid" or cut == 4
+]
+
+
+@pytest.mark.parametrize(("name", "parameters", "cut"), CUTS)
+def test_of_two_still_scenes_each_is_kept_once(name, parameters, cut):
+    """Every place of both, from one side of the cut and from the other."""
+    video = torch.cat([scene(1, cut), scene(2, 8 - cut)])
+    mask = kept_of(name, parameters, video, 2 * TOKENS)
+    assert mask[:cut].sum(0).tolist() == mask[cut:].sum(0).tolist() == [1] * TOKENS
 
 
 def test_a_static_stretch_gets_nothing_and_a_cut_gets_all():
