@@ -17,6 +17,8 @@ HEAD_REDUCTIONS = ("rms", "mean", "none")
 
 # Upper size of the block of attention that the reference holds at a time.
 BLOCK_BYTES = 64 * 2**20
+# What of it stays in a processor's cache from round to round, and rows of a causal block there.
+CACHED_BYTES, CAUSAL_ROWS = 2**22, 128
 
 
 def attention_pagerank(
@@ -81,48 +83,54 @@ def attention_pagerank_reference(
 ) -> Tensor:
     """The votes by head, fp32 `[heads, tokens]`, for arguments that are already checked.
 
-    A block is as many whole heads as fit, made once for all rounds, or as many rows of one head, made again in each.
+    Blocks are rows of some heads, causal ones without the keys behind their last row. Those of as many heads as stay in the cache
+    are made once for all rounds; where the rows of one head are more than `BLOCK_BYTES` they are made again in each.
     """
     tokens, heads, _ = query.shape
     votes = torch.empty(heads, tokens, dtype=torch.float32, device=query.device)
     group = heads // max(1, key.shape[1])
+    cached = CACHED_BYTES if query.device.type == "cpu" else BLOCK_BYTES
     for begin, end in pairwise(bounds):
         length = end - begin
         if length == 0:
             continue
         first = query.new_ones(length, dtype=torch.float32) if start is None else start[begin:end].to(torch.float32)
         mask = None if seen is None else seen[begin:end]
-        together = min(heads, max(1, BLOCK_BYTES // (4 * length**2)))
+        together = min(heads, max(1, cached // (4 * length**2)))
         rows = min(length, max(1, BLOCK_BYTES // (4 * length)))
+        whole = rows == length
+        if whole and causal:
+            rows = min(length, CAUSAL_ROWS)
+        parts = [(row, min(row + rows, length)) for row in range(0, length, rows)]
         for head in range(0, heads, together):
             some = range(head, min(head + together, heads))
             queries = query[begin:end, some.start : some.stop].transpose(0, 1).to(torch.float32) * scale
             keys = key[begin:end, [h // group for h in some]].permute(1, 2, 0).to(torch.float32)
             current = (first / first.sum()).expand(len(some), 1, length)
-            whole = _rows(queries, keys, 0, length, causal, mask) if rows == length else None
+            held = [_rows(queries, keys, *part, causal, mask) for part in parts] if whole else None
             for _ in range(iterations):
-                if whole is not None:
-                    current = current @ whole
-                    continue
-                parts = range(0, length, rows)
-                blocks = (_rows(queries, keys, row, min(row + rows, length), causal, mask) for row in parts)
-                current = sum(
-                    (current[..., row : row + rows] @ block for row, block in zip(parts, blocks, strict=True)),
-                    torch.zeros_like(current),
-                )
+                received = current.new_zeros(len(some), 1, length)
+                for index, part in enumerate(parts):
+                    block = _rows(queries, keys, *part, causal, mask) if held is None else held[index]
+                    received[..., : block.shape[2]] += current[..., slice(*part)] @ block
+                current = received
             votes[some.start : some.stop, begin:end] = current[:, 0]
     return votes
 
 
 def _rows(queries: Tensor, keys: Tensor, first: int, last: int, causal: bool, mask: Tensor | None) -> Tensor:
-    """Rows `first` to `last` of the attention of some heads, `[heads, rows, length]`; 0 where nothing is seen."""
-    scores = queries[:, first:last] @ keys
+    """Rows `first` to `last` of the attention of some heads, 0 where nothing is seen: `[heads, rows, keys]`.
+
+    Causal ones have the keys before `last` alone, others have all.
+    """
+    ends = last if causal else keys.shape[2]
+    scores = queries[:, first:last] @ keys[..., :ends]
     if causal:
-        positions = torch.arange(keys.shape[2], device=keys.device)
-        scores.masked_fill_(positions > positions[first:last, None], -torch.inf)
+        later = torch.ones(last - first, last - first, dtype=torch.bool, device=keys.device).triu_(1)
+        scores[..., first:].masked_fill_(later, -torch.inf)
     if mask is None:
         return scores.softmax(-1)
-    return scores.masked_fill_(~mask, -torch.inf).softmax(-1).nan_to_num_(nan=0.0)
+    return scores.masked_fill_(~mask[:ends], -torch.inf).softmax(-1).nan_to_num_(nan=0.0)
 
 
 def _attention_pagerank_triton(

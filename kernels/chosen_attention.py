@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from vlmprune.kernels.row_attention import row_attention
 from vlmprune.kernels.shared.compile_cases import CompileCase
@@ -11,8 +12,8 @@ from vlmprune.kernels.shared.compile_cases import CompileCase
 HEAD_REDUCTIONS = ("mean", "none")
 QUERY_REDUCTIONS = ("none", "mean", "sum")
 
-# Upper size of the block of rows, all heads and keys, that is held at a time.
-BLOCK_BYTES = 64 * 2**20
+# Upper size of the block of rows, all heads and keys, that is held at a time; on a processor what stays in its cache.
+BLOCK_BYTES, CACHED_BYTES = 64 * 2**20, 2**20
 
 
 def chosen_attention(
@@ -50,30 +51,34 @@ def chosen_attention(
     _check(query, key, columns, last, valid, reduce_heads, reduce_queries)
     queries, heads = query.shape[:2]
     keys = key.shape[0]
-    block = max(1, BLOCK_BYTES // max(1, 4 * heads * keys))
+    on_cpu = query.device.type == "cpu"
+    block = max(1, (CACHED_BYTES if on_cpu else BLOCK_BYTES) // max(1, 4 * heads * keys))
     places = torch.arange(keys, device=key.device)
-    shape = (columns.numel(),) if reduce_heads == "mean" else (heads, columns.numel())
-    total = torch.zeros(shape, dtype=torch.float32, device=query.device)
+    by_head = () if reduce_heads == "mean" else (heads,)
+    total = torch.zeros(*by_head, keys, dtype=torch.float32, device=query.device)
     parts = []
     for begin in range(0, queries, block):
         rows = slice(begin, begin + block)
-        seen = None if last is None else places <= last[rows, None]
+        # Keys that no row of the block sees are left out where asking for the last one waits for nothing.
+        ends = keys if last is None or not on_cpu else min(keys, max(1, int(last[rows].max()) + 1))
+        seen = None if last is None else places[:ends] <= last[rows, None]
         if valid is not None:
-            seen = valid[None].expand(len(query[rows]), -1) if seen is None else seen & valid
+            seen = valid[None, :ends].expand(len(query[rows]), -1) if seen is None else seen & valid[:ends]
         found = row_attention(
             query[None, rows],
-            key[None],
+            key[None, :ends],
             scale=scale,
             mask=None if seen is None else seen[None].contiguous(),
             reduce=reduce_heads,
             implementation=implementation,
-        )[0].index_select(-1, columns)
+        )[0]
         if reduce_queries == "none":
-            parts.append(found)
+            parts.append(pad(found, (0, keys - ends)).index_select(-1, columns))
         else:
-            total += found.sum(0)
+            total[..., :ends] += found.sum(0)
     if reduce_queries == "none":
-        return torch.cat(parts) if parts else total.new_zeros(0, *shape)
+        return torch.cat(parts) if parts else total.new_zeros(0, *by_head, columns.numel())
+    total = total.index_select(-1, columns)
     return total / max(1, queries) if reduce_queries == "mean" else total
 
 

@@ -57,18 +57,19 @@ def row_attention_reference(
     grouped = (query.to(torch.float32) * scale).reshape(batch, rows, kv_heads, heads // kv_heads, head_dim)
     queries = grouped.permute(0, 2, 1, 3, 4).reshape(batch, kv_heads, rows * (heads // kv_heads), head_dim)
     scores = queries @ key.to(torch.float32).permute(0, 2, 3, 1)
+    # Views, so that nothing is copied where heads are reduced.
     scores = scores.view(batch, kv_heads, rows, heads // kv_heads, keys).permute(0, 2, 1, 3, 4)
-    scores = scores.reshape(batch, rows, heads, keys)
+    hidden = None
     if mask is not None:
-        hidden = ~(mask[:, None, None, :] if mask.dim() == 2 else mask[:, :, None, :])
-        scores = scores.masked_fill(hidden, -torch.inf)
+        hidden = ~(mask[:, None] if mask.dim() == 2 else mask)[:, :, None, None, :]
+        scores.masked_fill_(hidden, -torch.inf)
     if not logits:
         scores = scores.softmax(-1)
-        if mask is not None:
+        if hidden is not None:
             scores = scores.masked_fill(hidden, 0.0)
     if reduce == "none":
-        return scores
-    return scores.mean(2) if reduce == "mean" else scores.sum(2)
+        return scores.reshape(batch, rows, heads, keys)
+    return scores.mean((2, 3)) if reduce == "mean" else scores.sum((2, 3))
 
 
 def _row_attention_triton(

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from support.peak_memory import PeakMemory
 from vlmprune.kernels import attention_pagerank as module
 from vlmprune.kernels.attention_pagerank import attention_pagerank
 
@@ -79,6 +80,36 @@ def test_reference_in_blocks(causal: bool, size: int, monkeypatch: pytest.Monkey
     whole = attention_pagerank(*arguments, causal=causal, seen=seen)
     monkeypatch.setattr(module, "BLOCK_BYTES", size)
     torch.testing.assert_close(attention_pagerank(*arguments, causal=causal, seen=seen), whole, atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_reference_never_holds_the_attention_of_all_heads(causal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Counted at the dispatcher: no tensor beyond a block, and never as much alive at once as all heads' rows are."""
+    heads, length = 16, 600
+    query, key = torch.randn(length, heads, 16), torch.randn(length, 4, 16)
+    seen = torch.arange(length) >= 3
+    expected = oracle(query, key, [0, length], 2, 0.25, causal, seen, None)
+    every = 4 * heads * length**2
+    # Whole heads in the cache, and rows of one head made again in each round.
+    for block, cached in ((module.BLOCK_BYTES, module.CACHED_BYTES), (4 * length * 50, 1)):
+        monkeypatch.setattr(module, "BLOCK_BYTES", block)
+        monkeypatch.setattr(module, "CACHED_BYTES", cached)
+        with PeakMemory() as memory:
+            votes = attention_pagerank(
+                query, key, [0, length], 2, causal=causal, seen=seen, reduce_heads="none", implementation="torch"
+            )
+        torch.testing.assert_close(votes.double(), expected, atol=1e-6, rtol=1e-4)
+        limit = min(block, max(cached, 4 * length**2))
+        assert memory.largest <= max(limit, 4 * query.numel())
+        assert memory.peak < every // 2
+
+
+def test_the_counter_sees_the_attention_of_all_heads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "CACHED_BYTES", module.BLOCK_BYTES)
+    query, key = torch.randn(600, 16, 16), torch.randn(600, 4, 16)
+    with PeakMemory() as memory:
+        attention_pagerank(query, key, [0, 600], 2, implementation="torch")
+    assert memory.largest == 4 * 16 * 600**2
 
 
 @BOTH

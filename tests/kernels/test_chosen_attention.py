@@ -38,6 +38,7 @@ def test_blocks_of_rows_give_the_whole(implementation, reduce_heads, reduce_quer
     more = {"last": last, "valid": valid, "implementation": implementation, **reduce}
     for size in (module.BLOCK_BYTES, 4 * 6 * 23 * 4):
         monkeypatch.setattr(module, "BLOCK_BYTES", size)
+        monkeypatch.setattr(module, "CACHED_BYTES", size)
         found = chosen_attention(query, key, columns, **more)
         assert found.dtype == torch.float32
         torch.testing.assert_close(found.cpu().double(), expected, atol=1e-6, rtol=1e-5)
