@@ -28,8 +28,7 @@ def figure_of(rows: Sequence[Sequence[Panel]]) -> Figure:
     Args:
         rows: for each image its panels.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+    from .shown_figure import ShownFigure
 
     shapes = [_height_over_width(panel) for row in rows for panel in row]
     if rows and max(len(row) for row in rows) > 1 and max(shapes) < 1 / WIDE:
@@ -37,8 +36,7 @@ def figure_of(rows: Sequence[Sequence[Panel]]) -> Figure:
     columns = max(len(row) for row in rows)
     width = PANEL_WIDTH * (1 if columns > 1 else 3)
     heights = [max(_height_over_width(panel) for panel in row) * width + _lines(row) * 0.17 + 0.35 for row in rows]
-    figure = Figure(figsize=(width * columns, sum(heights)), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = ShownFigure(figsize=(width * columns, sum(heights)), dpi=150, layout="constrained")
     grid = figure.add_gridspec(len(rows), columns, height_ratios=heights)
     for number, row in enumerate(rows):
         for column, panel in enumerate(row):

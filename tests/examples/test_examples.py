@@ -100,3 +100,14 @@ def test_lmms_eval_command(tmp_path):
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert "scenes_existence" in done.stdout
+
+
+def test_the_notebook_runs_from_top_to_bottom():
+    nbclient, nbformat = pytest.importorskip("nbclient"), pytest.importorskip("nbformat")
+    notebook = nbformat.read(EXAMPLES / "tour.ipynb", as_version=4)
+    assert not any(cell.get("outputs") for cell in notebook.cells), "shipped without outputs"
+    nbclient.NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(ROOT)}}).execute()
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", ())]
+    assert any("image/png" in output.get("data", {}) for output in outputs), "the figure is shown"
+    text = "".join(output.get("text", "") for output in outputs)
+    assert "image: 576 -> 58 (10 %)" in text
