@@ -1,7 +1,5 @@
 """`keep_positions=True` around methods of every kind: as many tokens as without it, and those that carry position among them."""
 
-import math
-
 import pytest
 import torch
 
@@ -9,6 +7,7 @@ import vlmprune
 from support.family_cases import FAMILY_CASES
 from support.layerwise import Positions, default_positions, language_model_inputs, placeholders, row_by_layers
 from support.matrix import METHOD_PARAMETERS, ONE_OF_EACH_KIND, fitting
+from support.position_ranks import ranked
 from vlmprune.errors import ParameterError
 from vlmprune.methods.registry import make_method
 
@@ -37,24 +36,6 @@ over_cases = pytest.mark.parametrize(("method", "family"), list(_cases()))
 
 def applied(model, method, keep, **more):
     return vlmprune.pruned(model, method, keep=keep, **METHOD_PARAMETERS[method], **more)
-
-
-def ranked(model, positions, columns):
-    """The better of a token's two places, by mean cosine and by mean sine, with plain loops."""
-    frequencies = model.model.language_model.rotary_emb.inv_freq.tolist()
-    axes = (
-        positions[-3:, columns].T.tolist()
-        if positions.ndim == 2
-        else [[place] for place in positions[columns].tolist()]
-    )
-    places = []
-    for function in (math.cos, math.sin):
-        means = [
-            sum(function(place * frequency) for place in own for frequency in frequencies) / len(own) for own in axes
-        ]
-        # Tokens that are as good as equal may stand in either order.
-        places.append([sum(other > mean + 1e-4 for other in means) for mean in means])
-    return [min(pair) for pair in zip(*places, strict=True)]
 
 
 @over_cases
