@@ -43,6 +43,7 @@ def batch_parts(
         "images": tuple(chosen),
         "totals": tuple(images.totals[image] for image in chosen),
         "entered": tuple(len(images.entered[image]) for image in chosen),
+        "layouts": tuple(images.layouts[image] for image in chosen),
         "indices": tuple(images.index[image] for image in chosen),
         "columns": tuple(
             columns - row * run.width

@@ -158,6 +158,7 @@ class LayerSite:
             text_lengths=call.text.sum(1).tolist(),
             visual_lengths=call.visual.sum(1).tolist(),
             totals=visuals.spans.counts,
+            layouts=[visuals.layouts[image] for image in visuals.spans.unique],
             spans=[TextSpans(*(part.to(device, non_blocking=True) for part in around)) for around in spans],
             vision=self._vision(visuals, device),
             carried=cut.carried(visuals.spans),

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from vlmprune.layout import VisualLayout
 from vlmprune.methods.batch import Selection, VisionSignal
 from vlmprune.methods.layer_batch import TextSpans
 
@@ -29,6 +30,7 @@ class VisualTokens:
         text_lengths: true entries per row of `text`.
         visual_lengths: true entries per row of `visual`.
         totals: visual tokens per image before any pruning.
+        layouts: geometry per image before any pruning.
         spans: per image the flat columns of the text around it.
         vision: per signal of the vision tower and image the channels of its own visual tokens, `[total, channels]`.
         carried: per image what the method's input stage handed on, `[entered, channels]`; empty if nothing.
@@ -46,6 +48,7 @@ class VisualTokens:
     text_lengths: list[int]
     visual_lengths: list[int]
     totals: tuple[int, ...] = ()
+    layouts: Sequence[VisualLayout] = ()
     spans: Sequence[TextSpans] = ()
     vision: Mapping[VisionSignal, Sequence[Tensor]] = field(default_factory=dict)
     carried: Sequence[Tensor] = ()

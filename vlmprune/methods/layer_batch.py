@@ -11,6 +11,7 @@ from typing import Any, Literal, NamedTuple
 from torch import Tensor
 
 from vlmprune.kernels.chosen_attention import chosen_attention
+from vlmprune.layout import VisualLayout
 
 from .batch import VisionSignal
 
@@ -132,6 +133,7 @@ class LayerBatch:
         images: number of each image in the prompt.
         totals: visual tokens per image before anything was dropped.
         entered: visual tokens per image that entered the first layer.
+        layouts: geometry of each image before anything was dropped; `indices` are places in it.
         indices: per image int64 `[counts[i]]`, the alive tokens as indices into the image's own order.
         columns: per image int64 `[counts[i]]`, the columns of its alive tokens.
         text: the text around each image.
@@ -153,6 +155,7 @@ class LayerBatch:
     images: tuple[int, ...] = ()
     totals: tuple[int, ...] = ()
     entered: tuple[int, ...] = ()
+    layouts: tuple[VisualLayout, ...] = ()
     indices: tuple[Tensor, ...] = ()
     columns: tuple[Tensor, ...] = ()
     text: tuple[TextSpans, ...] = ()

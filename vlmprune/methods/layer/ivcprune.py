@@ -15,15 +15,23 @@ from vlmprune.methods.batch import Selection
 from vlmprune.methods.checks import check_choice, check_number
 from vlmprune.methods.layer.fastv import share_after_cut
 from vlmprune.methods.layer.ivcprune_image import IVCChoice, IVCCounts, choose
+from vlmprune.methods.layer.ivcprune_tiles import PositionsBy, choose_by_tiles, tile_places
 from vlmprune.methods.layer_method import LayerBatch, LayerCut, LayerMethod, check_depth, check_layers
 from vlmprune.methods.needs import STILL_IMAGES, VALUES_BEFORE_CUT, Need
 from vlmprune.methods.selection_macs import ScoredLayers
 from vlmprune.methods.shared.rotary_coordinates import rotary_tables, table_means
 
-Variant = Literal["qwen2.5-vl", "llava-1.5"]
+Variant = Literal["qwen2.5-vl", "llava-1.5", "internvl2.5", "deepseek-vl2"]
 
 # Tokens of the largest mean cosine (and as many of the largest mean sine), as a share of the tokens that stay.
-_POSITIONS: Mapping[Variant, float] = {"qwen2.5-vl": 0.2, "llava-1.5": 0.25}
+_POSITIONS: Mapping[Variant, float] = {
+    "qwen2.5-vl": 0.2,
+    "llava-1.5": 0.25,
+    "internvl2.5": 0.2,
+    "deepseek-vl2": 0.2,
+}
+# By what the crops' tokens that carry position are counted, and their share of the tokens that stay, for cosine and for sine.
+_CROPS: Mapping[Variant, tuple[PositionsBy, float]] = {"internvl2.5": ("tile", 0.2), "deepseek-vl2": ("row", 0.3)}
 _SEEDS = 0.01
 # The first tokens after the image that are not asked: the end of the image, a newline.
 _SKIPPED = 2
@@ -49,19 +57,27 @@ class IVCPrune(LayerMethod):
     leaves a share of at least half of `keep`. Without parameters `keep` is 0.25. The official code knows its own budgets
     only.
 
+    `variant="internvl2.5"` and `"deepseek-vl2"` are the rules for images cut in tiles. Text and seeds ask the thumbnail alone,
+    of which as large a share stays as of the image, by the rule above; of the crops stay the tokens whose centre one of
+    these shows, and in every tile (with "deepseek-vl2" in every row of the stitched crops) those that carry position: of
+    0.5 a tenth by cosine and by sine, 0.15 in rows. If that is too many the first in the image's order stay, as in the
+    official code; if too few the thumbnail fills up by similarity, then crops as the thumbnail's tokens that show them. Both
+    are the rule of "qwen2.5-vl" for an image that is one tile.
+
     Positions: original; decoding goes on at the full prompt's.
 
     Attributes:
         layer: the paper's k, 0-based layer at whose input the tokens are dropped; None for L/2, or as `keep` asks for.
         share: share of an image's tokens that stays after the cut, in (0, 1].
-        variant: "qwen2.5-vl" or "llava-1.5", the two rules of the official code.
+        variant: "qwen2.5-vl", "llava-1.5", "internvl2.5" or "deepseek-vl2", the rules of the official code.
 
     Source: "IVC-Prune: Revealing the Implicit Visual Coordinates in LVLMs for Vision Token Pruning", ICLR 2026, arXiv
     2602.03060. The official code takes one image a prompt and counts later ones as text; here every image has its own
     budget and text. Its tables have the model's dtype, in which many tokens tie; here they are fp32 and ties go to the
     lowest index. Where rules want more tokens than stay it exceeds the number; here the most similar of them stay. The
-    paper speaks of attention; what the code computes is the similarity of values, as here. InternVL's and DeepSeek-VL2's
-    rules for tiles are left out.
+    paper speaks of attention; what the code computes is the similarity of values, as here. The official InternVL has its
+    thumbnail behind the crops, so that too many tokens cost the thumbnail there, and the last crops where it comes first;
+    newlines, of which DeepSeek-VL2's rows hold one, are in no tile and no row here.
     """
 
     layer: int | None = None
@@ -120,7 +136,7 @@ class IVCPrune(LayerMethod):
         """Return how many of `total` tokens each rule takes; `kept` of them stay if that is fixed."""
         share = self.share if kept is None else kept / total
         assert share is not None
-        if kept is None and (self.variant == "qwen2.5-vl" or share == 1):
+        if kept is None and (self.variant != "llava-1.5" or share == 1):
             kept = max(1, round(share * total))
         return IVCCounts(
             seeds=max(1, round(_SEEDS * total)),
@@ -131,11 +147,40 @@ class IVCPrune(LayerMethod):
 
     def select_at_layer(self, batch: LayerBatch) -> Selection:
         """Choose the tokens of every image."""
-        kept = [self.choose(batch, image).kept for image in range(len(batch.counts))]
+        kept = [self.kept(batch, image) for image in range(len(batch.counts))]
         return Selection(torch.cat(kept), tuple(len(own) for own in kept))
 
+    def kept(self, batch: LayerBatch, image: int) -> Tensor:
+        """Return the tokens of one image that stay, int64, ascending; by tiles where the variant and the image have them."""
+        places = None
+        if self.variant in _CROPS:
+            by, positions = _CROPS[self.variant]
+            places = tile_places(batch.layouts[image], batch.indices[image], by)
+        if places is None:
+            return self.choose(batch, image).kept
+        total = self.counts(batch.counts[image], self._budget(batch, image)).total
+        assert total is not None
+        share = total / batch.counts[image]
+        cosines, sines = self._coordinates(batch, image)
+
+        def of_thumbnail(tokens: Tensor) -> IVCChoice:
+            counts = self.counts(len(tokens), max(1, round(share * len(tokens))))
+            return self._choose_among(batch, image, tokens, cosines, sines, counts)
+
+        return choose_by_tiles(places, cosines, sines, of_thumbnail, positions * share, total)
+
     def choose(self, batch: LayerBatch, image: int) -> IVCChoice:
-        """Choose the tokens of one image."""
+        """Choose the tokens of one image as if it were one tile."""
+        cosines, sines = self._coordinates(batch, image)
+        counts = self.counts(batch.counts[image], self._budget(batch, image))
+        tokens = torch.arange(batch.counts[image], device=cosines.device)
+        return self._choose_among(batch, image, tokens, cosines, sines, counts)
+
+    def _budget(self, batch: LayerBatch, image: int) -> int | None:
+        return batch.budgets[image] if self.keep is not None else None
+
+    def _coordinates(self, batch: LayerBatch, image: int) -> tuple[Tensor, Tensor]:
+        """Return the mean rotary cosines and sines of an image's tokens, fp32 `[tokens]`."""
         probed, row, columns = batch.probed, batch.rows[image], batch.columns[image]
         assert probed is not None
         assert probed.value is not None
@@ -147,16 +192,24 @@ class IVCPrune(LayerMethod):
             # Some hosts count the padding of a first prompt, and coordinates are absolute.
             positions = positions - (positions if valid is None else positions[:, valid]).amin()
         cosines, sines = rotary_tables(positions[:, columns], probed.inverse_frequencies)
-        budget = batch.budgets[image] if self.keep is not None else None
+        return table_means(cosines), table_means(sines)
+
+    def _choose_among(
+        self, batch: LayerBatch, image: int, tokens: Tensor, cosines: Tensor, sines: Tensor, counts: IVCCounts
+    ) -> IVCChoice:
+        """Choose among `tokens` of one image."""
+        probed, row = batch.probed, batch.rows[image]
+        assert probed is not None
+        assert probed.value is not None
         return choose(
             probed.value[row],
-            columns,
+            batch.columns[image][tokens],
             asking_text(batch, image),
-            table_means(cosines),
-            table_means(sines),
-            self.counts(batch.counts[image], budget),
+            cosines[tokens],
+            sines[tokens],
+            counts,
             all_keys=self.variant == "llava-1.5",
-            valid=valid,
+            valid=None if batch.valid is None else batch.valid[row],
         )
 
     def own_macs(self, scored: ScoredLayers) -> int:
