@@ -79,18 +79,33 @@ def selection_table(rows: Sequence[SelectionCost]) -> Table:
     )
     table.add_column("method", no_wrap=True, max_width=20)
     for name in ("keep", "tokens", "select", "prefill", "saved", "share %", "quartiles", "over"):
-        table.add_column(name, justify="right", no_wrap=True)
+        table.add_column(name, justify="right", no_wrap=True, min_width=len(name))
     for row in rows:
         table.add_row(
             row.title,
             keep_text(row.keep),
             f"{row.visual_tokens_after:.0f}",
             *(with_quartiles(part).replace(" ", "\n", 1) for part in (row.selection, row.pruned, row.saved)),
-            f"{100 * row.share['median']:.2f}",
-            f"{100 * row.share['q25']:.2f} to {100 * row.share['q75']:.2f}",
+            *(("none", "none") if saves_nothing(row) else _share_text(row)),
             f"{row.overhead['median']:.3f}x",
         )
     return table
+
+
+def _share_text(row: SelectionCost) -> tuple[str, str]:
+    low, middle, high = (100 * row.share[name] for name in ("q25", "median", "q75"))
+    return f"{middle:.2f}", f"{low:.2f} to {high:.2f}"
+
+
+def saves_nothing(row: SelectionCost) -> bool:
+    """Whether a method keeps all tokens in all layers, so that there is nothing its cost could be a share of."""
+    return row.where == "language model" and row.visual_tokens_after == row.visual_tokens_before
+
+
+def added_line(rows: Sequence[SelectionCost]) -> str:
+    """What methods that drop nothing add, in per cent of the full prefill."""
+    added = [f"{row.title} {100 * row.selection['median'] / row.full['median']:.2f} %" for row in rows]
+    return f"Drops nothing, and adds to the full prefill (later steps are not measured): {', '.join(added)}."
 
 
 def memory_line(rows: Sequence[SelectionCost]) -> str:
@@ -202,6 +217,9 @@ def run_selection_cost(
         for where in sorted({row.where for row in part}):
             output.print(selection_table([row for row in part if row.where == where]))
             output.print()
+        dropping_nothing = [row for row in part if saves_nothing(row)]
+        if dropping_nothing:
+            output.print(added_line(dropping_nothing), soft_wrap=True, markup=False, highlight=False)
         if any(row.selection_peak_bytes is not None for row in part):
             output.print(memory_line(part), soft_wrap=True, markup=False, highlight=False)
         if part and out is not None:

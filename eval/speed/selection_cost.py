@@ -25,6 +25,8 @@ from .rounds import CLOCKS, clocked, spread
 
 REPEATS = 2
 TOWER_ALONE = frozenset({"encoder"})
+INSIDE = frozenset({"layer", "attention"})
+NOTHING_SAVED = {"median": float("inf"), "q25": float("inf"), "q75": float("inf")}
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,9 @@ class SelectionCost:
     `where`: "language model", its prefill without tower and projector, or, for methods that act nowhere else, "vision tower",
     encoding the picture; `clock`: "wall", or "cpu" for the processor time of all threads;
     `selection`: all that the method adds to a call (reading the tower, scores, picking, compaction, handing back);
-    `full` and `pruned` prefill, the latter with the selection; `saved` their difference; `share` selection over saved;
+    for a method that changes attention all that its hooks in the layers add to the prefill, later steps apart;
+    `full` and `pruned` prefill, the latter with the selection; `saved` their difference;
+    `share` selection over saved, infinite for a method that drops nothing;
     `ideal` the unpatched layers on the tokens that each of them sees (for the tower, `pruned` without the selection);
     `overhead` pruned over ideal. `selection_peak_bytes`: the most that one of the method's hooks takes beside what was there
     before it; None where the system does not tell, and for methods inside tower or language model.
@@ -72,9 +76,9 @@ def measure_selection(
 
     A method that acts before the language model is measured with its layers taken out, which do the same whoever chose the
     tokens; its prefill is that of the layers on as many tokens, timed once a round for all methods that keep as many, and its
-    selection. A method that drops inside is measured in the whole call, and its ideal right after. A method that acts in the
-    vision tower alone is measured there, in the one of `tower_model`. A cell whose budget the request does not allow is left
-    out, and `on_left_out` told.
+    selection. A method that drops or changes attention inside is measured in the whole call, and its ideal right after. A
+    method that acts in the vision tower alone is measured there, in the one of `tower_model`. A cell whose budget the request
+    does not allow is left out, and `on_left_out` told.
 
     Args:
         model: its tower may be short, since methods behind it do not change what it costs.
@@ -122,7 +126,7 @@ class _SelectionBench:
         self.left_out: list[LeftOut] = []
         self.peaks: dict[str, int | None] = {}
         if layer_depth != 1:
-            inside = [cell for cell in self.cells if "layer" in sites_of(cell)]
+            inside = [cell for cell in self.cells if INSIDE & sites_of(cell)]
             self.cells = [cell for cell in self.cells if cell not in inside]
             reason = (
                 "It acts inside the language model, whose layers do not all run here; allowed: --language-layers 0."
@@ -141,7 +145,7 @@ class _SelectionBench:
             self.tower.append(self._timed(lambda: encode_images(self.tower_model, self.inputs)))
         alone: dict[tuple[int, ...], float] = {}
         for cell in cells:
-            inside = "layer" in sites[cell.label]
+            inside = bool(INSIDE & sites[cell.label])
             try:
                 if sites[cell.label] == TOWER_ALONE:
                     selection, pruned = self._pruned_tower(cell)
@@ -221,7 +225,9 @@ class _SelectionBench:
                     pruned=spread(pruned),
                     ideal=spread(ideal),
                     saved=spread(saved),
-                    share=spread(shares, 1),
+                    share=spread(shares, 1)
+                    if min(self.layers[cell.label]) < self.visual or in_tower
+                    else NOTHING_SAVED,
                     overhead=spread([after / least for after, least in zip(pruned, ideal, strict=True)], 1),
                     rounds=len(whole),
                     selection_peak_bytes=self.peaks.get(cell.label),

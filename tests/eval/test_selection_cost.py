@@ -24,7 +24,7 @@ from vlmprune.eval.speed.selection_command import (
     with_short_tower,
 )
 from vlmprune.eval.speed.selection_cost import measure_selection, without_layers
-from vlmprune.methods import DivPrune, PyramidDrop
+from vlmprune.methods import VAR, DivPrune, PyramidDrop
 
 STAGED = Cell("pyramiddrop", None, (("layers", (1, 2)), ("ratios", (0.5, 0.25))))
 
@@ -77,6 +77,22 @@ def test_slow_picking_shows_and_slow_layers_do_not(request_, monkeypatch):
         if cell is not STAGED:
             assert plain.selection["median"] < 40
         assert plain.full["median"] > 50
+
+
+def test_a_method_that_changes_attention_is_counted_in_the_layers(request_, monkeypatch):
+    model, inputs = request_
+    cell, change = Cell("var", None, (("first_layer", 1), ("tau", 1.5))), VAR.change
+    monkeypatch.setattr(VAR, "change", lambda self, *given: time.sleep(0.05) or change(self, *given))
+    printed = io.StringIO()
+    (row,) = run_selection_cost(model, [inputs], [cell], 2, None, "toy", Console(file=printed, width=100))
+    layers = model.config.get_text_config().num_hidden_layers
+    assert 50 * (layers - 1) <= row.selection["median"] < row.pruned["median"]
+    assert row.visual_tokens_after == row.visual_tokens_before
+    assert row.share["median"] == float("inf")
+    assert "Drops nothing, and adds to the full prefill (later steps are not measured): var" in printed.getvalue()
+    left_out = []
+    assert not measure_selection(model, inputs, [cell], 2, left_out.append, depth=3.0)
+    assert "--language-layers 0" in left_out[0].note
 
 
 def test_tower_and_hooks_inside_it_are_told_apart(request_):

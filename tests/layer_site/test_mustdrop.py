@@ -11,7 +11,8 @@ from vlmprune.errors import BudgetError, ParameterError, UnsupportedCallError
 from vlmprune.methods import MustDrop, MustDropFilter
 from vlmprune.methods.batch import TowerFacts
 from vlmprune.methods.encoder.mustdrop import merge_windows, window_likeness
-from vlmprune.methods.layer.mustdrop_filter import FilterScores, important, scaled_strength
+from vlmprune.methods.encoder_method import BlockBatch
+from vlmprune.methods.layer.mustdrop_filter import FilterScores, important, key_set, scaled_strength
 
 CLIP = TowerFacts(layers=24, feature_layer=22, has_cls=True)
 FAMILY = deeper(deeper_tower(LLAVA_CLIP_GQA))
@@ -30,6 +31,27 @@ def test_the_papers_layers_and_the_forced_counts():
         assert MustDrop(keep=(wanted / 576) ** 2).plan(576, CLIP) == (576 - 8 * windows,) * 23
     assert MustDrop(keep=1.0).plan(576, CLIP) == (576,) * 23
     assert MustDrop(keep=round(576 / 9)).plan(576, CLIP)[0] == 192
+
+
+def test_official_counts_of_crops():
+    """Five crops of 576 patches: K of each where it is forced, else 576 - 8 r, r of the one with the fewest like windows."""
+    for wanted, windows in ((192, 48), (128, 56), (64, 64)):
+        method = MustDrop(keep=(wanted / 576) ** 2)
+        hidden = torch.randn(5, 577, 8)
+        removed = 576 - method.plan(576, CLIP)[0]
+        reduced = method.reduce(BlockBatch(block=0, hidden=hidden, remove=removed, tower=CLIP, leading=1))
+        assert reduced.values.shape[:2] == (5, 1 + 576 - 8 * windows)
+    like = (28, 40, 64, 31, 50)
+    hidden = torch.randn(5, 577, 64)
+    for tile, windows in enumerate(like):
+        rows = hidden[tile, 1:].view(8, 3, 8, 3, 64)
+        for window in range(windows):
+            rows[window // 8, :, window % 8] = torch.randn(64)
+    for faithful, counts in ((True, (28,) * 5), (False, like)):
+        batch = BlockBatch(block=0, hidden=hidden, remove=0, tower=CLIP, leading=1)
+        assert MustDrop(faithful=faithful).removed(batch) == [8 * count for count in counts]
+    # 352 patches a crop are left, of which 29 are protected.
+    assert len(key_set(torch.rand(576 - 8 * 28), 0.08)) == 29
 
 
 def test_windows_in_plain_loops():
