@@ -15,7 +15,7 @@ from ..calls import LanguageModelCall
 from .compaction import Compaction
 from .sequence_bounds import SEQUENCE_BOUNDS
 
-# What the sites before and after this one put in place themselves.
+# What the sites before and after this one put in place themselves, and what speaks of the output, which has the caller's length.
 _OWN = frozenset(
     {
         "inputs_embeds",
@@ -25,6 +25,7 @@ _OWN = frozenset(
         "past_key_values",
         "visual_pos_masks",
         "deepstack_visual_embeds",
+        "logits_to_keep",
         *SEQUENCE_BOUNDS,
     }
 )

@@ -13,7 +13,7 @@ def test_versions_method_and_hooks_are_told():
         told = vlmprune.describe(model).splitlines()
     assert told[0].startswith(f"vlmprune {vlmprune.__version__}, transformers ")
     assert "LlavaForConditionalGeneration as LLaVA" in told[1]
-    assert "FastV(keep=0.7, layer=1" in told[2]
+    assert "FastV(keep=0.7, keep_positions=False, layer=1" in told[2]
     hooks = [line.split(maxsplit=2) for line in told[3:]]
     assert ["model.language_model", "before", "language model entry"] in hooks
     assert hooks.index(["model.language_model", "after", "language model exit"]) < hooks.index(

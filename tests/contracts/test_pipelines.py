@@ -12,6 +12,7 @@ from support.layerwise import Positions, alive_columns, language_model_inputs, r
 from support.matrix import METHOD_PARAMETERS
 from support.tiny_models import LLAVA_CLIP_GQA
 from vlmprune.errors import UnsupportedMethodError
+from vlmprune.methods.needs import VIDEOS
 from vlmprune.methods.registry import METHODS, make_method
 
 FAMILIES = [deeper(LLAVA_CLIP_GQA), deeper(qwen3_vl.CASES[0])]
@@ -21,7 +22,10 @@ ROWS = [[3, "A", 4, 5], [2, "B", 1, "small", 6]]
 
 def of_sites(*sites):
     """Names of the methods that act at just these sites."""
-    return [name for name, cls in METHODS.items() if [part.site for part in cls().parts()] == list(sites)]
+    acting = {name: cls().parts() for name, cls in METHODS.items()}
+    # Methods for videos: tests/contracts/test_videos.py.
+    images = {name: parts for name, parts in acting.items() if not any(VIDEOS in part.needs for part in parts)}
+    return [name for name, parts in images.items() if [part.site for part in parts] == list(sites)]
 
 
 def _pairs():

@@ -25,14 +25,16 @@ from support.merging import COMBINED, given_merged
 from support.oracle import suppressed
 from support.tiny_models import FamilyCase
 from vlmprune.errors import VlmpruneError
-from vlmprune.methods.needs import STILL_IMAGES
+from vlmprune.methods.needs import PIXELS, STILL_IMAGES
 from vlmprune.methods.registry import get_method
 
 DTYPE = torch.float64
 CASES = {
     parameter.id: parameter.values
     for parameter in MATRIX
-    if not get_method(parameter.values[0]).merges or parameter.values[0] in COMBINED.keys() - MERGED_INSIDE.keys()
+    if (not get_method(parameter.values[0]).merges or parameter.values[0] in COMBINED.keys() - MERGED_INSIDE.keys())
+    # The features of the reference come from a tower that ran on all patches.
+    and PIXELS not in get_method(parameter.values[0]).needs
 }
 IMAGES = ("A", "B", "small", "large")
 VIDEOS = ("video small", "video large")

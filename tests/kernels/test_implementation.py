@@ -18,6 +18,8 @@ from vlmprune.kernels.max_min_from_distances import max_min_from_distances
 from vlmprune.kernels.max_sum import max_sum
 from vlmprune.kernels.merge_scatter import merge_scatter
 from vlmprune.kernels.merge_to_targets import merge_to_targets
+from vlmprune.kernels.nearest_centre import nearest_centre
+from vlmprune.kernels.peak_scores import peak_scores
 from vlmprune.kernels.received_attention import received_attention
 from vlmprune.kernels.redistributed_attention import redistributed_attention
 from vlmprune.kernels.row_attention import row_attention
@@ -51,6 +53,8 @@ CALLS = {
     "bipartite_match": lambda name: bipartite_match(ROWS, ROWS, [0, 4], [0, 4], implementation=name),
     "merge_to_targets": lambda name: merge_to_targets(ROWS, ROWS, [0, 4], ONE, [0, 1], implementation=name),
     "unpredicted_tokens": lambda name: unpredicted_tokens(ROWS, [(2, 2)], implementation=name),
+    "peak_scores": lambda name: peak_scores(ROWS, [0, 4], [2], implementation=name),
+    "nearest_centre": lambda name: nearest_centre(ROWS, [0, 4], ONE, [0, 1], implementation=name),
     "unmerge": lambda name: unmerge(ROWS[None], ONE[None], implementation=name),
     "chosen_attention": lambda name: chosen_attention(ROWS[:, None], ROWS[:, None], ONE, implementation=name),
     "token_transition": lambda name: token_transition(ROWS, ROWS, implementation=name),

@@ -154,7 +154,9 @@ def test_an_image_without_tiles_keeps_its_best_tokens():
 
 def test_a_family_without_crops_is_refused_and_the_others_are_named():
     model = LLAVA_CLIP_GQA.build(torch.float32)
-    with pytest.raises(UnsupportedMethodError, match=r"crops.*Families that have them: LLaVA-NeXT, LLaVA-OneVision\."):
+    with pytest.raises(
+        UnsupportedMethodError, match=r"crops.*Families that have them: LLaVA-NeXT, LLaVA-NeXT-Video, LLaVA-OneVision\."
+    ):
         vlmprune.apply(model, "globalcom2")
     assert "globalcom2" not in vlmprune.list_methods(model)
 
@@ -162,6 +164,7 @@ def test_a_family_without_crops_is_refused_and_the_others_are_named():
 def test_a_family_with_images_of_any_size_is_refused():
     model = QWEN2_VL.build(torch.float32)
     with pytest.raises(
-        UnsupportedMethodError, match=r"tiles of one size.*LLaVA, ViP-LLaVA, LLaVA-NeXT, LLaVA-OneVision\."
+        UnsupportedMethodError,
+        match=r"tiles of one size.*LLaVA, ViP-LLaVA, LLaVA-NeXT, LLaVA-NeXT-Video, LLaVA-OneVision\.",
     ):
         vlmprune.apply(model, "hired")

@@ -73,7 +73,7 @@ BY_THE_LAST_TOKEN = frozenset(
 )
 
 # They score by what all tokens of a row do; those of earlier turns are no longer there to be seen, so images behind are refused.
-BY_ALL_TOKENS_OF_A_CALL = frozenset({"transprune", "aim"})
+BY_ALL_TOKENS_OF_A_CALL = frozenset({"transprune", "aim", "sink"})
 
 # They score by the prompt's words: the same image is cut otherwise once more text follows it.
 FOLLOW_THE_QUESTION = (

@@ -43,7 +43,7 @@ class Sink(LayerMethod):
     the name of a model. The paper's setting is `Sink(tau=20)`: it is the sinks of VAR, which the paper masks to show that
     accuracy does not change; it proposes no pruning by them.
 
-    Positions: original.
+    Positions: original. An image behind an earlier turn is refused: the row's first token is no longer there to be read.
 
     Attributes:
         layer: 0-based layer at whose input the tokens are dropped, an int >= 1; None for 2, from which on sinks are there, or 1
@@ -64,6 +64,8 @@ class Sink(LayerMethod):
     needs: ClassVar[frozenset[Need]] = frozenset({STILL_IMAGES, HIDDEN_AT_CUT})
     symbols: ClassVar[Mapping[str, str]] = {"D_sink": "dimensions=D_sink"}
     positions = "original"
+    # The channels are those of the row's first token, of whose states a cache tells nothing.
+    reads_whole_row = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
