@@ -25,16 +25,30 @@ from support.merging import COMBINED, given_merged
 from support.oracle import suppressed
 from support.tiny_models import FamilyCase
 from vlmprune.errors import VlmpruneError
+from vlmprune.methods.layer_method import LayerMethod
 from vlmprune.methods.needs import PIXELS, STILL_IMAGES
-from vlmprune.methods.registry import get_method
+from vlmprune.methods.registry import get_method, make_method
 
 DTYPE = torch.float64
+
+
+def modelled(name: str) -> bool:
+    """Whether the reference can follow a method.
+
+    It takes features from a tower that ran on all patches, and caches that hold what each layer saw; methods that refuse images
+    in later turns have tests of their own.
+    """
+    parts = make_method(name, **METHOD_PARAMETERS[name]).parts()
+    inner = [part for part in parts if isinstance(part, LayerMethod)]
+    trimmed = any(part.trims_cache(6) is not None or part.reads_whole_row for part in inner)
+    return not trimmed and not any(PIXELS in part.needs for part in parts)
+
+
 CASES = {
     parameter.id: parameter.values
     for parameter in MATRIX
     if (not get_method(parameter.values[0]).merges or parameter.values[0] in COMBINED.keys() - MERGED_INSIDE.keys())
-    # The features of the reference come from a tower that ran on all patches.
-    and PIXELS not in get_method(parameter.values[0]).needs
+    and modelled(parameter.values[0])
 }
 IMAGES = ("A", "B", "small", "large")
 VIDEOS = ("video small", "video large")
