@@ -29,7 +29,7 @@ MERGED = ToMe(keep=0.6, output="merged")
 
 @over_families
 def test_diverse_tokens_are_chosen_among_the_merged_ones(family):
-    model, inputs = family.build(torch.float32), family.inputs(ROWS)
+    model, inputs = family.build(torch.float64), family.inputs(ROWS)
     with torch.no_grad():
         with vlmprune.pruned(model, MERGED), entering(model) as entered:
             model(**inputs)
@@ -58,7 +58,7 @@ def _run(model, inputs):
 @pytest.mark.parametrize("family", FAMILIES[:2], ids=str)
 def test_a_token_has_the_attention_of_all_its_patches(family):
     """FasterVLM's choice, from the plain tower."""
-    model = family.build(torch.float32)
+    model = family.build(torch.float64)
     adapter = find_family(model)
     patches, cls = family.tokens("A"), int(adapter.tower_facts.has_cls)
     counts = (patches, *MERGED.plan(patches, adapter.tower_facts))
@@ -95,7 +95,7 @@ def test_a_token_has_the_attention_of_all_its_patches(family):
 @pytest.mark.parametrize("chooser", CHOOSERS)
 @pytest.mark.parametrize("family", FAMILIES[:2], ids=str)
 def test_identity_oracle_and_batch(chooser, family):
-    model, inputs = family.build(torch.float32), family.inputs(ROWS)
+    model, inputs = family.build(torch.float64), family.inputs(ROWS)
     second = make_method(chooser, 0.25, **METHOD_PARAMETERS[chooser])
     layered = any(part.site == "layer" for part in second.parts())
     methods = [MERGED, second, *([] if layered else [PyramidDrop(keep=0.5)])]
@@ -121,7 +121,7 @@ def test_identity_oracle_and_batch(chooser, family):
 
 def test_a_share_that_leaves_more_than_the_tower_does_keeps_what_it_left():
     family = FAMILIES[0]
-    model, inputs = family.build(torch.float32), family.inputs(ROWS)
+    model, inputs = family.build(torch.float64), family.inputs(ROWS)
     with torch.no_grad():
         with vlmprune.pruned(model, ToMe(keep=0.5, output="merged")):
             expected = model(**inputs).logits
