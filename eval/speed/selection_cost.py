@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 import vlmprune
 from vlmprune.errors import BudgetError
+from vlmprune.eval.models.memory import garbage_kept
 from vlmprune.eval.models.visual_tokens import visual_tokens
 from vlmprune.eval.run.cells import Cell, LeftOut, not_reachable
 
@@ -192,7 +193,7 @@ class _SelectionBench:
     def _peak(self) -> int | None:
         """Bytes that the method's hooks take for themselves, in one call that is not timed."""
         memory = HookMemory(self.model.device)
-        with memory.watching(self.model):
+        with memory.watching(self.model), garbage_kept():
             self.model(**self.inputs, use_cache=True, logits_to_keep=1)
         return memory.most
 

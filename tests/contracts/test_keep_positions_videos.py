@@ -6,16 +6,14 @@ import torch
 import vlmprune
 from support.layerwise import (
     Positions,
-    check_greedy,
     default_positions,
     language_model_inputs,
     placeholders,
-    row_by_layers,
 )
 from support.matrix import METHOD_PARAMETERS, fitting
-from support.merging import entering, given_as_entered
 from support.position_ranks import ranked
-from support.video_matrix import ONE_OF_EACH_KIND, as_served, replaces_values
+from support.video_by_hand import check_by_hand
+from support.video_matrix import ONE_OF_EACH_KIND, as_served
 from vlmprune.methods.registry import make_method
 
 ROWS = [[2, "A", 3, "video", 4], [1, "video small", 2], [6]]
@@ -69,22 +67,10 @@ def test_the_budget_is_met_and_positions_are_among_them(method, case):
 
 @over_cases
 def test_layers_and_decode_steps_by_hand(method, case):
-    rows, steps = as_served(method, case, ROWS), 4
-    model, inputs = case.build(torch.float32), case.inputs(rows)
-    with torch.no_grad(), applied(model, method, keep_positions=True), entering(model) as entered:
-        logits = model(**inputs).logits
-        run = vlmprune.last_run(model)
-        new = model.generate(**inputs, max_new_tokens=steps, do_sample=False)[:, -steps:]
-    as_run = make_method(method, keep=0.4, **PARAMETERS[method])
-    given, trimmed = language_model_inputs(model, inputs), default_positions(model, as_run).trimmed
+    model, inputs = case.build(torch.float32), case.inputs(as_served(method, case, ROWS))
+    trimmed = default_positions(model, make_method(method, keep=0.4, **PARAMETERS[method])).trimmed
     # Those of the full prompt in every family.
-    positions = Positions(False, False, trimmed)
-    if replaces_values(method):
-        given = given_as_entered(model, given, entered[0], inputs, run)
-    for row in range(len(rows)):
-        by_hand = row_by_layers(model, inputs, run, row, positions, given=given)
-        torch.testing.assert_close(logits[row, by_hand.columns], by_hand.logits, atol=2e-5, rtol=1e-4)
-        check_greedy(model, inputs, run, row, positions, new[row], given)
+    check_by_hand(model, inputs, method, applied(model, method, keep_positions=True), Positions(False, False, trimmed))
 
 
 @over_cases

@@ -5,9 +5,10 @@ import torch
 
 import vlmprune
 from support.families.qwen_case import QwenCase, token_types
-from support.layerwise import check_greedy, default_positions, language_model_inputs, row_by_layers
+from support.layerwise import check_greedy, default_positions, language_model_inputs
 from support.matrix import BY_ALL_TOKENS_OF_A_CALL, FOLLOW_THE_QUESTION, METHOD_PARAMETERS
 from support.merging import entering, given_as_entered
+from support.video_by_hand import check_by_hand
 from support.video_matrix import ROWS, as_served, over_video_matrix, replaces_values
 from vlmprune.methods.registry import make_method
 
@@ -25,21 +26,11 @@ def pruned(model, method, keep):
 @over_video_matrix
 @over_rows
 def test_pruned_forward_and_decode_equal_the_layers_by_hand(method, case, rows):
-    rows, steps = as_served(method, case, rows), 4
+    rows = as_served(method, case, rows)
     model, inputs = case.build(torch.float32), case.inputs(rows)
-    with torch.no_grad(), pruned(model, method, 0.4), entering(model) as entered:
-        logits = model(**inputs).logits
-        run = vlmprune.last_run(model)
-        new = model.generate(**inputs, max_new_tokens=steps, do_sample=False)[:, -steps:]
     as_run = make_method(method, keep=0.4, **METHOD_PARAMETERS[method])
-    given, positions = language_model_inputs(model, inputs), default_positions(model, as_run)
-    if replaces_values(method):
-        given = given_as_entered(model, given, entered[0], inputs, run)
-    for row in range(len(rows)):
-        by_hand = row_by_layers(model, inputs, run, row, positions, given=given)
-        torch.testing.assert_close(logits[row, by_hand.columns], by_hand.logits, atol=2e-5, rtol=1e-4)
-        check_greedy(model, inputs, run, row, positions, new[row], given)
-        assert run.visual_tokens_per_layer[row][-1] == len(by_hand.columns) - run.text_tokens[row]
+    positions = default_positions(model, as_run)
+    check_by_hand(model, inputs, method, pruned(model, method, 0.4), positions)
 
 
 @over_video_matrix

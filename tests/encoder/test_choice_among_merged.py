@@ -1,7 +1,5 @@
 """Input methods that choose among the tokens that a reduced tower hands on."""
 
-from itertools import pairwise
-
 import pytest
 import torch
 
@@ -11,8 +9,8 @@ from support.deeper_tower import deeper_tower
 from support.families import vip_llava
 from support.layerwise import default_positions, language_model_inputs, row_by_layers
 from support.matrix import METHOD_PARAMETERS
+from support.merged_attention import shared_attention
 from support.merging import entering, given_as_entered
-from support.plain_methods.tome import tome_tower
 from support.tiny_models import LLAVA_CLIP_GQA, LLAVA_SIGLIP_TIED
 from vlmprune.kernels.max_min import max_min
 from vlmprune.methods import DivPrune, FasterVLM, PyramidDrop, ToMe
@@ -60,26 +58,8 @@ def test_a_token_has_the_attention_of_all_its_patches(family):
     """FasterVLM's choice, from the plain tower."""
     model = family.build(torch.float64)
     adapter = find_family(model)
-    patches, cls = family.tokens("A"), int(adapter.tower_facts.has_cls)
-    counts = (patches, *MERGED.plan(patches, adapter.tower_facts))
-    removed = [before - after for before, after in pairwise(counts)]
-    layer = FasterVLM().vision_signals(adapter.tower_facts)[0].layer
-    states = tome_tower(adapter.vision_tower, family.image("A")["pixel_values"], removed)
-    before, block = states[layer - 1], adapter.vision_layers[layer]
-    with torch.no_grad():
-        module, normed = block.self_attn, block.layer_norm1(torch.stack(before.values))
-        query, key = (
-            projection(normed).unflatten(-1, (module.num_heads, -1)) for projection in (module.q_proj, module.k_proj)
-        )
-        logits = torch.einsum("qhd,khd->hqk", query, key) * key.shape[-1] ** -0.5
-        sizes = torch.tensor([float(len(members)) for members in before.members])
-        attention = (logits + sizes.log()).softmax(-1).mean(0)
-        received = attention[0] if cls else (attention * sizes[:, None]).sum(0) / sizes.sum()
-    share = {
-        member: float(score) / len(members)
-        for score, members in zip(received, before.members, strict=True)
-        for member in members
-    }
+    cls = int(adapter.tower_facts.has_cls)
+    states, share = shared_attention(model, family, MERGED)
     last = states[max(adapter.state_layers)]
     totals = {
         place - cls: sum(share[member] for member in members)

@@ -1,7 +1,5 @@
 """Encoder methods before methods at the other sites."""
 
-from itertools import pairwise
-
 import pytest
 import torch
 
@@ -11,8 +9,8 @@ from support.deeper_tower import deeper_tower
 from support.families import llava_next, llava_onevision, vip_llava
 from support.layerwise import default_positions, language_model_inputs, row_by_layers
 from support.matrix import METHOD_PARAMETERS
+from support.merged_attention import shared_attention
 from support.merging import entering, given_as_entered
-from support.plain_methods.tome import tome_tower
 from support.tiny_models import LLAVA_CLIP_GQA, LLAVA_SIGLIP_TIED
 from vlmprune.errors import UnsupportedMethodError
 from vlmprune.methods import DivPrune, FasterVLM, FastV, Pool, PyramidDrop, ToMe
@@ -60,29 +58,9 @@ def test_an_input_method_reads_the_reduced_tower(second, family):
 def test_attention_of_the_reduced_tower_is_mapped_back(family):
     """FasterVLM's choice, from the plain tower: a patch gets its share of the attention to the token it was merged into."""
     model = family.build(torch.float32)
-    adapter = find_family(model)
-    method = ToMe(keep=0.6)
-    patches = family.tokens("A")
-    counts = (patches, *method.plan(patches, adapter.tower_facts))
-    removed = [before - after for before, after in pairwise(counts)]
-    layer = FasterVLM().vision_signals(adapter.tower_facts)[0].layer
-    states = tome_tower(adapter.vision_tower, family.image("A")["pixel_values"], removed)
-    before, block = states[layer - 1], adapter.vision_layers[layer]
-    cls = int(adapter.tower_facts.has_cls)
-    with torch.no_grad():
-        module, normed = block.self_attn, block.layer_norm1(torch.stack(before.values))
-        query, key = (
-            projection(normed).unflatten(-1, (module.num_heads, -1)) for projection in (module.q_proj, module.k_proj)
-        )
-        logits = torch.einsum("qhd,khd->hqk", query, key) * key.shape[-1] ** -0.5
-        sizes = torch.tensor([float(len(members)) for members in before.members])
-        attention = (logits + sizes.log()).softmax(-1).mean(0)
-        received = attention[0] if cls else (attention * sizes[:, None]).sum(0) / sizes.sum()
-    share = {
-        member: float(score) / len(members)
-        for score, members in zip(received, before.members, strict=True)
-        for member in members
-    }
+    method, patches = ToMe(keep=0.6), family.tokens("A")
+    _, share = shared_attention(model, family, method)
+    cls = int(find_family(model).tower_facts.has_cls)
     expected = sorted(range(patches), key=lambda patch: (-round(share[patch + cls], 7), patch))[:9]
     with torch.no_grad(), vlmprune.pruned(model, [method, FasterVLM(keep=9)]):
         model(**family.inputs([[3, "A", 4]]))

@@ -125,15 +125,14 @@ def test_equals_the_hosts_eager_attention(tower_and_reader, grids, monkeypatch):
         torch.testing.assert_close(signal, expected, atol=1e-6, rtol=1e-5)
 
 
-def test_keys_are_those_that_the_host_hands_to_its_attention(tower_and_reader, monkeypatch):
-    tower, reader = tower_and_reader
-    (keys,) = captured(tower, reader, (1,), GRIDS, kind="keys")
+def attended(tower, block, monkeypatch):
+    """Return queries and keys `[heads, patches, head_dim]` that a block hands to the host's eager attention, call by call."""
     seen, module = [], sys.modules[type(tower).__module__]
     original = module.eager_attention_forward
 
     def forward(attention, query, key, *args, **kwargs):
-        if attention is tower.blocks[1].attn:
-            seen.append(key[0])
+        if attention is tower.blocks[block].attn:
+            seen.append((query[0], key[0]))
         return original(attention, query, key, *args, **kwargs)
 
     with monkeypatch.context() as patch:
@@ -142,6 +141,13 @@ def test_keys_are_those_that_the_host_hands_to_its_attention(tower_and_reader, m
         with torch.no_grad():
             tower(pixels(GRIDS, tower.dtype), grid_thw=GRIDS)
         tower.set_attn_implementation("sdpa")
+    return seen
+
+
+def test_keys_are_those_that_the_host_hands_to_its_attention(tower_and_reader, monkeypatch):
+    tower, reader = tower_and_reader
+    (keys,) = captured(tower, reader, (1,), GRIDS, kind="keys")
+    seen = [key for _, key in attended(tower, 1, monkeypatch)]
     # [heads, patches, head_dim] per sequence; four patches a token, heads side by side.
     patches = torch.cat([key.transpose(0, 1).flatten(1) for key in seen])
     order = window_order(tower, GRIDS)
@@ -153,20 +159,7 @@ def test_mean_query_of_a_frame_over_the_mean_keys_of_its_tokens(tower_and_reader
     tower, reader = tower_and_reader
     last = len(tower.blocks) - 1
     (signal,) = captured(tower, reader, (last,), GRIDS, kind="mean_query_attention")
-    seen, module = [], sys.modules[type(tower).__module__]
-    original = module.eager_attention_forward
-
-    def forward(attention, query, key, *args, **kwargs):
-        if attention is tower.blocks[last].attn:
-            seen.append((query[0], key[0]))
-        return original(attention, query, key, *args, **kwargs)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(module, "eager_attention_forward", forward)
-        tower.set_attn_implementation("eager")
-        with torch.no_grad():
-            tower(pixels(GRIDS, tower.dtype), grid_thw=GRIDS)
-        tower.set_attn_implementation("sdpa")
+    seen = attended(tower, last, monkeypatch)
     # One call a frame (a window, where the layer has windows), [heads, patches, head_dim].
     expected = []
     for query, key in seen:

@@ -5,29 +5,19 @@ import torch
 
 import vlmprune
 from support.deeper import deeper
-from support.families import llava_onevision, qwen2_5_vl, qwen2_vl, qwen3_vl
+from support.families import llava_onevision
 from support.families.by_hand import check_pruned, language_model_inputs
 from support.families.qwen_case import VIDEO_TOKEN, token_types
 from support.matrix import REQUIRED
+from support.video_matrix import QWEN_CASES, ROWS
 from vlmprune.errors import LayoutError, UnsupportedMethodError
 from vlmprune.methods import DivPrune, PyramidDrop, registry
 from vlmprune.methods.needs import STILL_IMAGES
 from vlmprune.methods.registry import get_method
 
-QWEN_CASES = (*qwen2_vl.CASES, *qwen2_5_vl.CASES, *qwen3_vl.CASES)
 CASES = (*QWEN_CASES, *llava_onevision.CASES)
 METHODS = ("random", "uniform", "divprune", "textmonkey")
 SERVING = [name for name, cls in registry.METHODS.items() if STILL_IMAGES not in cls.needs]
-ROWS = {
-    "one": [[3, "video", 4]],
-    "several": [[3, "video", 2, "video small", 4], [1, "video large", 5]],
-    "mixed": [
-        [2, "A", 3, "video", 4],
-        [1, "video small", 2, "small", 1, "video large", 2, "large", 2],
-        [6],
-        [2, "B", 2],
-    ],
-}
 over_cases = pytest.mark.parametrize("case", CASES, ids=str)
 over_methods = pytest.mark.parametrize("method", METHODS)
 over_rows = pytest.mark.parametrize("rows", ROWS.values(), ids=ROWS)

@@ -15,7 +15,7 @@ import numpy as np
 from datasets import Dataset, Features, Image, Value
 
 from .questions import TASKS
-from .scenes import encode_jpeg, make_scene, render
+from .scenes import Scene, encode_jpeg, make_scene, render
 from .stream import TEST_SEED
 
 ROWS = 600
@@ -24,8 +24,12 @@ TEST_SHA256 = "19e94db019c7980176c6c34674d14a9eb1fae6d7b6e16eca75bbced4edf0a407"
 """Checksum of the shipped file (the pictures do not depend on the machine, the parquet container may)."""
 
 
-def make_rows(rows: int = ROWS, seed: int = TEST_SEED) -> Dataset:
-    """The first `rows` test scenes for which all five tasks have a question."""
+def make_rows(
+    rows: int = ROWS,
+    seed: int = TEST_SEED,
+    picture: Callable[[Scene], bytes] = lambda scene: encode_jpeg(render(scene)),
+) -> Dataset:
+    """The first `rows` test scenes for which all five tasks have a question, each as the file that `picture` makes of it."""
     columns: dict[str, list[object]] = {"image": []}
     columns |= {f"{task}_{part}": [] for task in TASKS for part in ("question", "answer")}
     index = 0
@@ -37,7 +41,7 @@ def make_rows(rows: int = ROWS, seed: int = TEST_SEED) -> Dataset:
         asked = {task: question for task, question in found.items() if question is not None}
         if len(asked) < len(TASKS):
             continue
-        columns["image"].append({"bytes": encode_jpeg(render(scene)), "path": None})
+        columns["image"].append({"bytes": picture(scene), "path": None})
         for task, question in asked.items():
             columns[f"{task}_question"].append(question.text)
             columns[f"{task}_answer"].append(question.answer)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
+from collections.abc import Callable
+from functools import lru_cache, partial
 
 import torch
 from torch import Tensor
@@ -44,14 +45,26 @@ def answer(
     `visual` is (batch, tokens, width); `ids` and `labels` are (batch, slots, `SLOT`). The early loss is that of
     answering at the end of the question already (`early_labels`).
     """
+    return answer_behind(language, prompts, visual, partial(slot_layout, size=size), ids, labels)
+
+
+def answer_behind(
+    language: Qwen2_5_VLTextModel,
+    prompts: VisionPrompts,
+    visual: Tensor,
+    layout: Callable[..., tuple[Tensor, Tensor]],
+    ids: Tensor,
+    labels: Tensor,
+) -> Answers:
+    """Answer all questions about what is shown; `layout` makes mask and position ids of `prefix`, `suffix` and `slots`."""
     batch, slots, _ = ids.shape
     words = language.embed_tokens
     before, after = (words(torch.tensor(part)).expand(batch, -1, -1) for part in (prompts.prefix, prompts.suffix))
     embeds = torch.cat([before, visual, after, words(ids.flatten(1))], dim=1)
-    mask, position = slot_layout(before.shape[1], size, after.shape[1], slots)
+    mask, position = layout(prefix=before.shape[1], suffix=after.shape[1], slots=slots)
     output = language(
         inputs_embeds=embeds,
-        attention_mask=mask,
+        attention_mask=mask.to(embeds.dtype),
         position_ids=position.expand(-1, batch, -1),
         use_cache=False,
         output_hidden_states=True,

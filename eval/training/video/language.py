@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLTextModel
 
-from ..common.language import SLOT, Answers, grade, slot_mask
+from ..common.language import SLOT, Answers, slot_mask
+from ..qwen.language import answer_behind
 from ..qwen.tokenizer import VisionPrompts
 from .model import TIME_STEP
 
@@ -43,20 +43,5 @@ def answer(
 
     `visual` is (batch, moments * tokens, width); `ids` and `labels` are (batch, slots, `SLOT`).
     """
-    batch, slots, _ = ids.shape
-    words = language.embed_tokens
-    before, after = (words(torch.tensor(part)).expand(batch, -1, -1) for part in (prompts.prefix, prompts.suffix))
-    embeds = torch.cat([before, visual, after, words(ids.flatten(1))], dim=1)
-    mask, position = clip_layout(before.shape[1], moments, side, after.shape[1], slots)
-    output = language(
-        inputs_embeds=embeds,
-        attention_mask=mask.to(embeds.dtype),
-        position_ids=position.expand(-1, batch, -1),
-        use_cache=False,
-        output_hidden_states=True,
-    )
-    start = before.shape[1] + visual.shape[1] + after.shape[1]
-    graded = grade(
-        lambda hidden: F.linear(hidden, words.weight), output.last_hidden_state[:, start:], labels, early=True
-    )
-    return Answers(*graded, output.hidden_states, position, start)
+    layout = partial(clip_layout, moments=moments, side=side)
+    return answer_behind(language, prompts, visual, layout, ids, labels)
