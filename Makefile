@@ -20,7 +20,7 @@ $(STAMP): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	rm -rf vlmprune.egg-info
-	$(BIN)/python -m pip install --quiet --editable '.[eval,dev]'
+	$(BIN)/python -m pip install --quiet --editable '.[eval,serve,dev]'
 	touch $(STAMP)
 
 test: setup  ## Run the whole test suite on the CPU.

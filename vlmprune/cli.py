@@ -24,6 +24,7 @@ INTERRUPTED = 130
 DEFAULT_METHODS = "random,uniform,pool,fastervlm,divprune"
 METHODS_HELP = "Methods by comma, parameters as name:parameter=value; all: every method."
 TEXT_TOWER_HELP = "Folder or hub name of the CLIP model of the vision tower, for methods that score by it."
+ENGINES = ("transformers",)
 KEEP_HELP = "Budgets by comma: shares (0.25) or counts (64)."
 
 app = typer.Typer(
@@ -332,6 +333,38 @@ def selection_cost(
         run_selection_cost(
             model, requests, cells, rounds, out, random_weights, tower_model=tower_model, clock=clock, depth=depth
         )
+
+
+@app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+    options_metavar="[OPTIONS] [the engine's own flags]",
+)
+def serve(
+    context: typer.Context,
+    model: Annotated[str, typer.Argument(help="Shipped model (tiny-llava), local folder or hub name.")],
+    engine: Annotated[str, typer.Option(help="Whose server it is: transformers.")] = "transformers",
+    method: Annotated[
+        str | None, typer.Option(help="Method, parameters as name:parameter=value; none: the model is not pruned.")
+    ] = None,
+    keep: Annotated[
+        str | None, typer.Option(help="Budget: a share (0.25) or a count (64); the method's own if none.")
+    ] = None,
+) -> None:
+    """Serve a pruned model through an OpenAI-compatible server; every other flag is passed to the engine."""
+    with _clear_errors():
+        if engine not in ENGINES:
+            from .errors import unknown
+
+            raise unknown("--engine", engine, ENGINES)
+        if keep is not None and method is None:
+            raise typer.BadParameter("--keep needs --method, which says what is kept.")
+        if method is not None:
+            _check_methods(method)
+        _require_extra("serve", "fastapi", "uvicorn", "openai", "prometheus_client")
+        from vlmprune.eval.run.cells import one_cell
+        from vlmprune.serving.transformers_server import serve_transformers
+
+        serve_transformers(model, one_cell(method, keep), context.args)
 
 
 @app.command()

@@ -248,6 +248,27 @@ def make_cells(
     return list({cell.label: cell for cell in cells}.values())
 
 
+def one_cell(method: str | None, keep: str | None) -> Cell:
+    """The one cell of a method with parameters ("fastervlm:layer=-2") at one budget; no method is the unpruned model.
+
+    Raises:
+        UnknownNameError: a method or parameter does not exist.
+        ParameterError: a value does not fit, or several methods are named.
+        BudgetError: bad `keep`, or several.
+    """
+    if method is None:
+        return Cell()
+    methods, keeps = parse_methods(method), parse_keeps(keep) if keep is not None else [None]
+    if len(methods) > 1:
+        raise ParameterError(f"--method {method!r} names {len(methods)} methods; allowed: one.")
+    if len(keeps) > 1:
+        raise BudgetError(f"--keep {keep!r} names {len(keeps)} budgets; allowed: one.")
+    name, parameters = methods[0]
+    cell = Cell(name, keeps[0], tuple(sorted(parameters.items())), "name")
+    cell.make_method()
+    return cell
+
+
 def names_all(methods: Iterable[tuple[str, dict[str, Any]]]) -> bool:
     """Whether every method there is was asked for, so that one which cannot serve the model is no mistake."""
     return {name for name, _ in methods} >= set(method_names())

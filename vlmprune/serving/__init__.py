@@ -1,0 +1,1 @@
+"""Servers whose model is pruned, one engine a file."""
