@@ -22,7 +22,7 @@ from vlmprune.eval.accuracy.answer_log import AnswerLog
 from vlmprune.eval.accuracy.answer_scores import check_scoring
 from vlmprune.eval.accuracy.live_model import LiveModel
 from vlmprune.eval.accuracy.picture_check import check_tasks
-from vlmprune.eval.accuracy.task_index import data_identity, find_tasks
+from vlmprune.eval.accuracy.task_index import data_identity, documents_of, find_tasks
 from vlmprune.eval.accuracy.task_scores import TaskScore, evaluate_tasks, quiet_lmms_eval
 from vlmprune.eval.accuracy.videos import is_video
 from vlmprune.eval.bench_times import timed_cells, turns_of_tasks
@@ -143,8 +143,7 @@ def shown_modalities(tasks: Mapping[str, Any]) -> list[Modality]:
     """What tasks show, each kind once; of a task its first item that shows something counts."""
     found: dict[Modality, None] = {}
     for task in tasks.values():
-        documents = task.test_docs() if task.has_test_docs() else task.validation_docs()
-        visuals: Sequence[Any] = next(filter(None, map(task.doc_to_visual, documents)), [])
+        visuals: Sequence[Any] = next(filter(None, map(task.doc_to_visual, documents_of(task))), [])
         if visuals:
             found["video" if any(map(is_video, visuals)) else "image"] = None
     return list(found)
@@ -281,5 +280,5 @@ def in_order(cells: Sequence[Cell]) -> list[Cell]:
 
 
 def _items(task: Any, limit: int | None) -> int:
-    documents = len(task.test_docs() if task.has_test_docs() else task.validation_docs())
+    documents = len(documents_of(task))
     return documents if limit is None else min(limit, documents)

@@ -11,6 +11,7 @@ from typing import Any
 from rich.console import Console
 
 from vlmprune.eval.accuracy.live_model import LiveModel
+from vlmprune.eval.accuracy.task_index import documents_of
 from vlmprune.eval.run.cells import Cell
 from vlmprune.eval.run.progress import progress_bar
 from vlmprune.eval.run.result_folder import read_json, write_json
@@ -26,7 +27,7 @@ def turns_of_tasks(tasks: Mapping[str, Any], limit: int | None, count: int) -> l
     """Text and pictures of `count` items, spread evenly over the items of all tasks that a run answers."""
     found: list[Turn] = []
     for place, task in enumerate(tasks.values()):
-        documents = task.test_docs() if task.has_test_docs() else task.validation_docs()
+        documents = documents_of(task)
         items = len(documents) if limit is None else min(limit, len(documents))
         share = count // len(tasks) + (place < count % len(tasks))
         for number in range(min(share, items)):

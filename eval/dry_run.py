@@ -11,7 +11,7 @@ from vlmprune.eval.accuracy.live_model import LiveModel
 from vlmprune.eval.accuracy.picture_check import check_prompts
 from vlmprune.eval.accuracy.prompts import read_prompts
 from vlmprune.eval.accuracy.questions import user_turn
-from vlmprune.eval.accuracy.task_index import find_tasks
+from vlmprune.eval.accuracy.task_index import documents_of, find_tasks
 from vlmprune.eval.accuracy.task_scores import quiet_lmms_eval
 from vlmprune.eval.bench import BenchOptions, cells_for, configuration, open_model, shown_modalities
 from vlmprune.eval.bench_times import Turn, turns_of_tasks
@@ -36,7 +36,7 @@ def print_plan(options: BenchOptions, data: Path | None = None, new_tokens: int 
         cells, left_out = cells_for(options, loaded, *shown_modalities(tasks))
         folder = ResultFolder(options.out, configuration(options, loaded, tasks), write=False)
         stored = sum(folder.has(cell) for cell in cells)
-        sizes = {name: len(_documents(task)) for name, task in tasks.items()}
+        sizes = {name: len(documents_of(task)) for name, task in tasks.items()}
         counts = {name: size if options.limit is None else min(size, options.limit) for name, size in sizes.items()}
         turns = turns_of_tasks(tasks, options.limit, options.batch_size)
     else:
@@ -68,11 +68,6 @@ def _seconds_of_batch(live: LiveModel, turns: list[Turn], new_tokens: int) -> fl
     start = time.perf_counter()
     live.reply(conversations, new_tokens)
     return time.perf_counter() - start
-
-
-def _documents(task: object) -> list[object]:
-    documents: list[object] = task.test_docs() if task.has_test_docs() else task.validation_docs()  # type: ignore[attr-defined]
-    return documents
 
 
 def _duration(seconds: float) -> str:

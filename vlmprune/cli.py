@@ -11,7 +11,7 @@ from functools import partial
 from importlib.util import find_spec
 from math import prod
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -64,6 +64,10 @@ def _check_methods(text: str) -> None:
     from .method_files import check_names
 
     check_names(text, ("all", "lower_resolution"))
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]
 
 
 def _batch_sizes(option: str, text: str) -> list[int]:
@@ -182,7 +186,7 @@ def bench(
                 model=model,
                 methods=wanted,
                 keeps=budgets,
-                tasks=[name.strip() for name in tasks.split(",") if name.strip()],
+                tasks=_names(tasks),
                 out=out,
                 limit=limit,
                 batch_size=batch_size,
@@ -395,7 +399,12 @@ def calibrate(
 @app.command()
 def tune(
     model: Annotated[str, typer.Option(help="Shipped model (tiny-llava), local folder or hub name.")],
-    data: Annotated[Path, typer.Option(help="Your pictures (folder) or prompts (.jsonl), with answers or without.")],
+    data: Annotated[
+        Path | None, typer.Option(help="Your pictures (folder) or prompts (.jsonl), with answers or without.")
+    ] = None,
+    tasks: Annotated[
+        str | None, typer.Option(help="Instead of --data: lmms-eval tasks by comma; all: the embedded ones.")
+    ] = None,
     same_answers: Annotated[
         float | None, typer.Option(help="Share of items with the same answer (default 0.98).")
     ] = None,
@@ -411,7 +420,8 @@ def tune(
     ] = None,
     methods: Annotated[str, typer.Option(help=METHODS_HELP)] = "all",
     keep: Annotated[str, typer.Option(help=KEEP_HELP)] = "0.5,0.35,0.25,0.18,0.12,0.08,0.05",
-    limit: Annotated[int | None, typer.Option(min=1, help="Items; all by default.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Items (of each task); all by default.")] = None,
+    include_path: Annotated[list[str] | None, typer.Option(help="Folder with further lmms-eval task files.")] = None,
     new_tokens: Annotated[int, typer.Option(min=1, help="Tokens generated for each item.")] = 32,
     score: Annotated[str, typer.Option(help="For answers: auto, exact, contains, choice or anls.")] = "auto",
     minutes: Annotated[float | None, typer.Option(min=0, help="Time after which the best so far is taken.")] = None,
@@ -424,6 +434,8 @@ def tune(
 ) -> None:
     """Find the cheapest method and budget that meet a target on your data, and print the line to paste."""
     with _clear_errors():
+        if (data is None) == (tasks is None):
+            raise typer.BadParameter("Name one of --data and --tasks.")
         _check_methods(methods)
         _require_extra("eval", "lmms_eval", "scipy")
         import time
@@ -448,7 +460,15 @@ def tune(
             left = "" if minutes is None else f", {max(minutes - spent, 0):.1f} left at most"
             typer.echo(f"[{spent:.1f} min{left}] {text}", err=True)
 
-        found = tune_loaded(load_model(model, dtype, device), data, options, tell)
+        loaded = load_model(model, dtype, device)
+        items: Any = data
+        if tasks is not None:
+            from vlmprune.eval.accuracy.task_index import find_tasks
+            from vlmprune.eval.accuracy.task_scores import quiet_lmms_eval
+
+            with quiet_lmms_eval():
+                items = find_tasks(_names(tasks), loaded.model.config.model_type, include_path or ())
+        found = tune_loaded(loaded, items, options, tell)
         if found.line:
             typer.echo(found.line)
         typer.echo(found.sentence)

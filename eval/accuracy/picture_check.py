@@ -11,6 +11,7 @@ from PIL import ImageFile
 
 from .prompts import Prompt, PromptDataError
 from .questions import PictureError, to_image
+from .task_index import documents_of
 
 
 def check_prompts(prompts: Iterable[Prompt], on_progress: Callable[[int], Any] = lambda count: None) -> None:
@@ -41,7 +42,7 @@ def check_tasks(
         PromptDataError: one cannot be decoded; names task and item.
     """
     for name, task in tasks.items():
-        documents = task.test_docs() if task.has_test_docs() else task.validation_docs()
+        documents = documents_of(task)
         count = len(documents) if limit is None else min(limit, len(documents))
         for number in range(count):
             try:

@@ -6,9 +6,12 @@ from lmms_eval.models.registry_v2 import ModelManifest
 
 
 def manifest() -> ModelManifest:
-    """The classes by their paths, so that finding the plug-in loads no model code."""
+    """The class by its path, so that finding the plug-in loads no model code.
+
+    It is of lmms-eval's simple protocol, the only one in which multiple choice is possible; tasks with messages of their own
+    are asked for them all the same (see `generation_question`).
+    """
     return ModelManifest(
         model_id="vlmprune",
-        chat_class_path="vlmprune.eval.accuracy.plugin_model.Vlmprune",
-        simple_class_path="vlmprune.eval.accuracy.plugin_model.SimpleVlmprune",
+        simple_class_path="vlmprune.eval.accuracy.plugin_model.Vlmprune",
     )

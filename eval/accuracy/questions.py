@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -42,6 +43,11 @@ class Question:
     settings: dict[str, Any] = field(default_factory=dict)
 
 
+def is_counted(request: Instance) -> bool:
+    """Whether a request is an item, and does not only pad a batch of ranks."""
+    return not request.metadata.get("__padding_only__", False)
+
+
 def generation_question(
     position: int, request: Instance, tasks: Mapping[str, Any], frames: int = MOST_FRAMES
 ) -> Question:
@@ -52,10 +58,27 @@ def generation_question(
         turn = from_lmms_messages(second(doc), frames)
         settings = third
     else:
-        turn = user_turn(first, third(doc), frames)
+        messages = _own_messages(third, doc)
+        turn = user_turn(first, third(doc), frames) if messages is None else from_lmms_messages(messages, frames)
         settings = second
-    counted = not request.metadata.get("__padding_only__", False)
+    counted = is_counted(request)
     return Question(position, task, doc_id, turn, counted, settings=dict(settings))
+
+
+def _own_messages(to_visual: Any, document: Any) -> list[dict[str, Any]] | None:
+    """The messages of a task that makes its own; None where its text and pictures are all.
+
+    lmms-eval's simple protocol does not hand them on, but `to_visual` is a method of the task, which knows them.
+    """
+    task = getattr(to_visual, "__self__", None)
+    make = getattr(getattr(task, "config", None), "doc_to_messages", None)
+    if not callable(make):
+        return None
+    named = getattr(task, "lmms_eval_specific_kwargs", None)
+    wanted = inspect.signature(make).parameters
+    takes = "lmms_eval_specific_kwargs" in wanted or any(each.kind is each.VAR_KEYWORD for each in wanted.values())
+    found: list[dict[str, Any]] = make(document, **({"lmms_eval_specific_kwargs": named} if takes and named else {}))
+    return found
 
 
 def scoring_question(position: int, request: Instance, tasks: Mapping[str, Any], frames: int = MOST_FRAMES) -> Question:
@@ -69,7 +92,7 @@ def scoring_question(position: int, request: Instance, tasks: Mapping[str, Any],
     context, continuation, to_visual, doc_id, task, split = request.args
     doc = tasks[task][split][doc_id]
     turn = user_turn(context, to_visual(doc), frames)
-    counted = not request.metadata.get("__padding_only__", False)
+    counted = is_counted(request)
     text = continuation(doc) if callable(continuation) else continuation
     return Question(position, task, doc_id, turn, counted, continuation=str(text))
 

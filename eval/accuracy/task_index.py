@@ -117,9 +117,14 @@ def _leaves(tasks: dict[Any, Any]) -> dict[str, Any]:
     return leaves
 
 
+def documents_of(task: Any) -> Any:
+    """The records that a task asks about."""
+    return task.test_docs() if task.has_test_docs() else task.validation_docs()
+
+
 def data_identity(task: Any) -> dict[str, Any]:
     """What decides a task's items and scores: version, number of documents, the dataset's own checksum."""
-    documents = task.test_docs() if task.has_test_docs() else task.validation_docs()
+    documents = documents_of(task)
     files = (task.config.dataset_kwargs or {}).get("data_files")
     sizes = {os.path.basename(path): os.path.getsize(path) for path in _paths(files)}
     return {"version": task.VERSION, "documents": len(documents), "files": sizes}

@@ -90,7 +90,7 @@ def _score(name: str, task: Any, results: dict[str, Any]) -> TaskScore:
         higher_is_better=bool(task.higher_is_better().get(metric, True)),
         metrics=metrics,
         samples=[
-            {"doc_id": s["doc_id"], "answer": _answer(s["filtered_resps"]), "score": _number(s.get(metric))}
+            {"doc_id": s["doc_id"], "answer": _answer(s["filtered_resps"]), "score": number_of(s.get(metric))}
             for s in samples
         ],
     )
@@ -103,7 +103,8 @@ def _answer(responses: list[Any]) -> Any:
     return str(responses[0]) if len(responses) == 1 else [str(response) for response in responses]
 
 
-def _number(value: Any) -> float | None:
+def number_of(value: Any) -> float | None:
+    """A score that is a number, or holds one; else None."""
     if isinstance(value, bool | int | float):
         return float(value)
     if isinstance(value, dict) and isinstance(value.get("score"), int | float):

@@ -23,6 +23,7 @@ from vlmprune.eval.speed.cell_times import time_generation
 
 from .search import OutOfTime
 from .targets import Target
+from .task_items import TaskItem
 
 LOST = 1e9
 """The loss of a cell that some picture does not allow."""
@@ -45,7 +46,7 @@ class LiveTrial:
     def __init__(
         self,
         loaded: LoadedModel,
-        prompts: Sequence[Prompt],
+        prompts: Sequence[Prompt | TaskItem],
         target: Target,
         new_tokens: int,
         file: Path | None,
@@ -87,9 +88,7 @@ class LiveTrial:
         for item in missing:
             self._check_time()
             self._unpruned(item)
-        for item in missing:
-            self._check_time()
-            self._measure(cell, item)
+        self._measure(cell, missing)
         return np.array([self._losses[cell.label, item] for item in items])
 
     def _check_time(self) -> None:
@@ -99,39 +98,49 @@ class LiveTrial:
     def _unpruned(self, item: int) -> Reply:
         if item not in self._full:
             self.live.reset(pruned=False)
-            (self._full[item],) = replies(
-                self.live, [(item, [self.prompts[item]])], self.new_tokens, lambda count: None
-            )
+            (self._full[item],) = self._replies(item)
             if self._full_cost is None:
                 self._full_cost = self._summary(Cell())
         return self._full[item]
 
-    def _measure(self, cell: Cell, item: int) -> None:
-        model, prompt = self.loaded.model, self.prompts[item]
+    def _measure(self, cell: Cell, items: Sequence[int]) -> None:
+        """Measure items of a cell, the method put on once."""
+        if not items:
+            return
+        model = self.loaded.model
         with cell.applied_to(model):
-            self.live.reset(cell.is_pruned, cell.resolution(model, self.loaded.processor))
-            try:
-                found = replies(self.live, [(item, [prompt])], self.new_tokens, lambda count: None)
-            except BudgetError:
-                self._keep(cell, {item: LOST}, {})
-                return
-        full = self._unpruned_cached(item)
+            for item in items:
+                self._check_time()
+                self.live.reset(cell.is_pruned, cell.resolution(model, self.loaded.processor))
+                try:
+                    found = self._replies(item)
+                except BudgetError:
+                    self._keep(cell, {item: LOST}, {})
+                else:
+                    self._compare(cell, item, found)
+
+    def _replies(self, item: int) -> list[Reply]:
+        prompt = self.prompts[item]
+        length = min(self.new_tokens, prompt.new_tokens) if isinstance(prompt, TaskItem) else self.new_tokens
+        return replies(self.live, [(item, [prompt])], length, lambda count: None)
+
+    def _score(self, item: int, answer: str) -> float:
+        prompt = self.prompts[item]
+        if isinstance(prompt, TaskItem):
+            return prompt.score(answer)
+        return score_answer(answer, prompt.answers, prompt.choices, self.scoring)
+
+    def _compare(self, cell: Cell, item: int, found: Sequence[Reply]) -> None:
+        full = self._full[item]
         (compared,) = agreement([full], found, self.live.records)
         if self.target.kind == "kl":
             loss = compared.kl
         elif self.target.kind == "accuracy_drop":
-            before, after = (
-                score_answer(text, prompt.answers, prompt.choices, self.scoring)
-                for text in (full.text, compared.answer)
-            )
-            loss = before - after
+            loss = self._score(item, full.text) - self._score(item, compared.answer)
         else:
             loss = float(not compared.same_answer)
         costs = {} if "flops" in self._costs.get(cell.label, {}) else self._shares(cell)
         self._keep(cell, {item: loss}, costs)
-
-    def _unpruned_cached(self, item: int) -> Reply:
-        return self._full[item]
 
     def _summary(self, cell: Cell) -> dict[str, Any]:
         model = self.loaded.model
@@ -168,7 +177,7 @@ class LiveTrial:
             self._check_time()
             self._unpruned(item)
             self._losses.pop((cell.label, item), None)
-            self._measure(cell, item)
+            self._measure(cell, [item])
         return self._costs.get(cell.label, {}).get(name, 1.0)
 
     def meets(self, cell: Cell, target: Target) -> bool:

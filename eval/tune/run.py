@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from vlmprune.budget import Keep
 from vlmprune.errors import ParameterError
-from vlmprune.eval.accuracy.picture_check import check_prompts
+from vlmprune.eval.accuracy.picture_check import check_prompts, check_tasks
 from vlmprune.eval.accuracy.prompts import Prompt, data_checksum, read_prompts
+from vlmprune.eval.accuracy.task_index import data_identity
 from vlmprune.eval.models.loading import LoadedModel
 from vlmprune.eval.run.cells import Cell, make_cells, usable_cells
 from vlmprune.eval.run.result_folder import ResultFolder, write_json
@@ -20,6 +21,7 @@ from vlmprune.methods.registry import method_names
 from .live_trial import LiveTrial
 from .search import Choice, search
 from .targets import Target
+from .task_items import TaskItem, task_items
 
 KEEPS: tuple[Keep, ...] = (0.5, 0.35, 0.25, 0.18, 0.12, 0.08, 0.05)
 LEAST_ITEMS = 10
@@ -57,31 +59,38 @@ class TuneOptions:
 
 def tune_loaded(
     loaded: LoadedModel,
-    data: Path | Sequence[Prompt],
+    data: Path | Sequence[Prompt] | Mapping[str, Any],
     options: TuneOptions,
     tell: Callable[[str], None] = lambda text: None,
 ) -> Tuning:
-    """Search methods and budgets on prompts.
+    """Search methods and budgets on prompts, or on the items of lmms-eval tasks (by name, as `find_tasks` gives them).
 
     Raises:
         ParameterError: too few items, or a target of accuracy without answers.
         PromptDataError: a prompt or picture cannot be used.
         ResultFolderError: `options.out` holds measurements of something else, or another run has it.
     """
-    prompts = read_prompts(data, options.limit) if isinstance(data, Path) else list(data)[: options.limit]
+    prompts: Sequence[Prompt | TaskItem]
+    if isinstance(data, Mapping):
+        prompts = task_items(data, options.limit)
+    else:
+        prompts = read_prompts(data, options.limit) if isinstance(data, Path) else list(data)[: options.limit]
     if len(prompts) < LEAST_ITEMS:
         raise ParameterError(
             f"{len(prompts)} items are too few to search and confirm on; allowed: {LEAST_ITEMS} or more."
         )
-    if options.target.kind == "accuracy_drop" and not prompts[0].answers:
+    own = [prompt for prompt in prompts if isinstance(prompt, Prompt)]
+    if options.target.kind == "accuracy_drop" and own and not own[0].answers:
         raise ParameterError('accuracy_drop needs items with an "answer"; without answers: same_answers or kl.')
-    check_prompts(prompts)
+    if isinstance(data, Mapping):
+        check_tasks(data, options.limit)
+    check_prompts(own)
     if options.out is None:
         return _searched(loaded, prompts, options, None, tell)
     configuration = {
         "kind": "tune",
         "model": loaded.describe(),
-        "data": data_checksum(prompts),
+        "data": {**_tasks_checksum(data, options.limit), **(data_checksum(own) if own else {})},
         "loss": options.target.kind if options.target.is_quality else "same_answers",
         "new_tokens": options.new_tokens,
         "scoring": options.scoring,
@@ -94,8 +103,18 @@ def tune_loaded(
     return found
 
 
+def _tasks_checksum(data: Any, limit: int | None) -> dict[str, Any]:
+    if not isinstance(data, Mapping):
+        return {}
+    return {"tasks": {name: data_identity(task) for name, task in data.items()}, "limit": limit}
+
+
 def _searched(
-    loaded: LoadedModel, prompts: Sequence[Prompt], options: TuneOptions, file: Path | None, tell: Callable[[str], None]
+    loaded: LoadedModel,
+    prompts: Sequence[Prompt | TaskItem],
+    options: TuneOptions,
+    file: Path | None,
+    tell: Callable[[str], None],
 ) -> Tuning:
     seconds = None if options.minutes is None else 60 * options.minutes
     trial = LiveTrial(loaded, prompts, options.target, options.new_tokens, file, seconds, options.scoring)

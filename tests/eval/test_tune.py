@@ -13,9 +13,12 @@ from typer.testing import CliRunner
 import vlmprune
 from vlmprune.cli import app
 from vlmprune.errors import ParameterError
+from vlmprune.eval.accuracy.task_index import find_tasks
+from vlmprune.eval.accuracy.task_scores import quiet_lmms_eval
 from vlmprune.eval.run.cells import Cell
 from vlmprune.eval.tune import live_trial
 from vlmprune.eval.tune.run import paste_line
+from vlmprune.eval.tune.task_items import task_items
 
 
 @pytest.fixture
@@ -56,6 +59,31 @@ def test_a_share_of_the_cache_is_kept_to(toy, data):
     )
     assert found.choice.cell.keep == 0.25
     assert found.choice.cost < 1
+
+
+def test_items_of_tasks_are_searched_by_the_score_of_the_task(model_folder, task_folder, tmp_path):
+    arguments = ["tune", "--model", str(model_folder), "--tasks", "toy,toy_pair", "--include-path", str(task_folder)]
+    small = ["--methods", "uniform", "--keep", "1.0,2", "--accuracy-drop", "0.9", "--out", str(tmp_path / "out")]
+    result = CliRunner().invoke(app, [*arguments, *small])
+    assert result.exit_code == 0, result.output
+    assert 'vlmprune.apply(model, "uniform", keep=' in result.output
+    assert "On 4 items held out" in result.output
+    assert set(json.loads((tmp_path / "out" / "configuration.json").read_text())["data"]["tasks"]) == {
+        "toy",
+        "toy_pair",
+    }
+    choices = CliRunner().invoke(app, [*arguments[:4], "toy_choice", *arguments[5:], "--accuracy-drop", "0.1"])
+    assert choices.exit_code == 2
+    assert "allowed here: generate_until" in choices.output
+    assert CliRunner().invoke(app, arguments[:3]).exit_code == 2
+
+
+def test_a_task_scores_its_answers(task_folder):
+    with quiet_lmms_eval():
+        items = task_items(find_tasks(["toy"], "llava", [str(task_folder)]), 2)
+    assert [item.score("red") for item in items] == [1.0, 0.0]
+    assert items[1].new_tokens == 4
+    assert items[1].text == "is there a red ring ?"
 
 
 def test_the_command_prints_the_line(model_folder, data, tmp_path):
