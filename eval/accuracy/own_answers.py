@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -12,9 +12,20 @@ import vlmprune
 from vlmprune.eval.flops import equivalent_tokens
 
 from .live_model import LiveModel
-from .prompts import Prompt
 from .questions import user_turn
 from .request_records import RequestRecord
+
+
+class Asked(Protocol):
+    """A question with its pictures."""
+
+    @property
+    def text(self) -> str:
+        """The question."""
+
+    @property
+    def images(self) -> Sequence[Any]:
+        """Pictures, or their paths."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,7 +56,7 @@ class Agreement:
 
 
 def replies(
-    live: LiveModel, batches: Sequence[tuple[int, Sequence[Prompt]]], new_tokens: int, on_progress: Callable[[int], Any]
+    live: LiveModel, batches: Sequence[tuple[int, Sequence[Asked]]], new_tokens: int, on_progress: Callable[[int], Any]
 ) -> list[Reply]:
     """Greedy token ids and first-token log-probabilities (on the CPU) of every prompt, as the model stands.
 

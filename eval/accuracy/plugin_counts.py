@@ -33,7 +33,7 @@ class RequestCounts(TokenCounts):
         """All that is known, by name."""
         after = round(self.visual_tokens_after, 1)
         own = {"visual_tokens_before": self.visual_tokens_before, "visual_tokens_after": after, "flops": self.flops}
-        return {**super().to_dict(), **own, "flops_selection": self.flops_selection}  # type: ignore[dict-item]
+        return {**super().to_dict(), **own, "flops_selection": self.flops_selection}
 
 
 def counts_of(model: PreTrainedModel, records: Sequence[RequestRecord], method: Method | None) -> list[RequestCounts]:

@@ -82,7 +82,7 @@ class Vlmprune(LiveModel):
         if cell.method == LOWER_RESOLUTION:
             self._contexts.enter_context(cell.applied_to(loaded.model))
 
-    def generate_until(self, requests: list[Instance]) -> list[GenerationResult]:  # type: ignore[override]
+    def generate_until(self, requests: list[Instance]) -> list[GenerationResult]:
         """Answer every request, with what it cost (see `RequestCounts`); the means go to lmms-eval's throughput."""
         return self._counted(requests, super().generate_until)
 

@@ -14,7 +14,7 @@ import numpy as np
 from vlmprune.errors import BudgetError
 from vlmprune.eval.accuracy.answer_scores import score_answer
 from vlmprune.eval.accuracy.live_model import LiveModel
-from vlmprune.eval.accuracy.own_answers import Reply, agreement, replies
+from vlmprune.eval.accuracy.own_answers import Asked, Reply, agreement, replies
 from vlmprune.eval.accuracy.prompts import Prompt
 from vlmprune.eval.models.loading import LoadedModel
 from vlmprune.eval.reports.summary import summarise_requests
@@ -202,7 +202,7 @@ class LiveTrial:
         self._keep(cell, {}, {"speed_up": float(np.median(ratios))})
         return self._costs[cell.label]["speed_up"]
 
-    def _prefill(self, cell: Cell, prompt: Prompt) -> float:
+    def _prefill(self, cell: Cell, prompt: Asked) -> float:
         model = self.loaded.model
         with cell.applied_to(model):
             self.live.resolution = cell.resolution(model, self.loaded.processor)
