@@ -13,5 +13,5 @@ def manifest() -> ModelManifest:
     """
     return ModelManifest(
         model_id="vlmprune",
-        simple_class_path="vlmprune.eval.accuracy.plugin_model.Vlmprune",
+        simple_class_path="vlmprune.eval.plugin.model.Vlmprune",
     )

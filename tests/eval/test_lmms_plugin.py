@@ -14,9 +14,9 @@ import vlmprune
 from vlmprune.errors import BudgetError, NotAppliedError, ParameterError, UnknownNameError
 from vlmprune.eval.accuracy.live_model import LiveModel
 from vlmprune.eval.accuracy.plugin_entry import manifest
-from vlmprune.eval.accuracy.plugin_model import Vlmprune
 from vlmprune.eval.accuracy.task_index import find_tasks
 from vlmprune.eval.accuracy.task_scores import evaluate_tasks, quiet_lmms_eval
+from vlmprune.eval.plugin.model import Vlmprune
 
 
 @pytest.fixture(scope="module", autouse=True)

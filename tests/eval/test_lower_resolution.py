@@ -16,11 +16,11 @@ import vlmprune
 from support.families import llava_next
 from vlmprune.errors import ParameterError, UnsupportedMethodError
 from vlmprune.eval.accuracy.live_model import LiveModel
-from vlmprune.eval.accuracy.plugin_model import Vlmprune
 from vlmprune.eval.bench import BenchOptions, run_bench
 from vlmprune.eval.flops import vision_cost
 from vlmprune.eval.models.loading import load_model
 from vlmprune.eval.models.lower_resolution import LowerResolution, taking_smaller_pictures
+from vlmprune.eval.plugin.model import Vlmprune
 from vlmprune.eval.run.cells import Cell, make_cells, parse_methods
 
 

@@ -16,6 +16,9 @@ from lmms_eval.api.instance import GenerationResult, Instance
 import vlmprune
 from vlmprune.budget import check_keep
 from vlmprune.errors import ParameterError
+from vlmprune.eval.accuracy.live_model import LiveModel
+from vlmprune.eval.accuracy.questions import is_counted
+from vlmprune.eval.accuracy.videos import MOST_FRAMES
 from vlmprune.eval.models.loading import load_model
 from vlmprune.eval.models.lower_resolution import LOWER_RESOLUTION
 from vlmprune.eval.run.cells import FULL, Cell
@@ -23,10 +26,7 @@ from vlmprune.eval.run.text_towers import equipped, text_tower_of
 from vlmprune.eval.speed.hook_clock import HookClock
 from vlmprune.methods.base import Method
 
-from .live_model import LiveModel
-from .plugin_counts import counts_of, log_means
-from .questions import is_counted
-from .videos import MOST_FRAMES
+from .counts import counts_of, log_means
 
 
 class Vlmprune(LiveModel):

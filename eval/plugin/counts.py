@@ -9,11 +9,10 @@ from lmms_eval.api.instance import TokenCounts
 from lmms_eval.models.model_utils.gen_metrics import log_metrics
 from transformers import PreTrainedModel
 
+from vlmprune.eval.accuracy.request_records import RequestRecord
 from vlmprune.eval.flops import equivalent_tokens, request_cost
 from vlmprune.eval.reports.summary import summarise_requests
 from vlmprune.methods.base import Method
-
-from .request_records import RequestRecord
 
 
 @dataclass
