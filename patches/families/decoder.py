@@ -39,6 +39,7 @@ _LAYER_ARGUMENTS = frozenset(
     }
 )
 _TOLERANCE = 0.03
+_STATES = ("linear_attention", "conv")
 
 
 def check_decoder(language_model: nn.Module, layers: Iterable[int], method: str) -> None:
@@ -114,14 +115,16 @@ def decoder_gap(language_model: nn.Module, layers: Iterable[int]) -> str | None:
     config: Any = language_model.config
     for layer in layers:
         module: Any = without_wrappers(language_model.layers[layer])  # type: ignore[index, arg-type]
+        kinds = getattr(config, "layer_types", None)
+        kind = kinds[layer] if kinds else "full_attention"
+        if kind in _STATES:
+            return f"layer {layer} of {name} is {kind!r}: it has one state of all tokens before, and no keys of each"
         attention = getattr(module, "self_attn", None)
         missing = missing_parts(module, LAYER_PARTS)
         if not missing and rotary_function(module.self_attn) is None:
             missing = [f"the module of {type(module.self_attn).__name__} has no `apply_rotary_pos_emb`"]
         if missing:
             return f"layer {layer} of {name}: {'; '.join(missing)}"
-        kinds = getattr(config, "layer_types", None)
-        kind = kinds[layer] if kinds else "full_attention"
         if kind != "full_attention" or (not kinds and getattr(config, "sliding_window", None)):
             return f"the attention of layer {layer} of {name} is {kind!r} with a window; allowed: full attention"
         if getattr(attention, "attn_logit_softcapping", None):

@@ -18,6 +18,7 @@ from .llava_next_video import LlavaNextVideo
 from .llava_onevision import LlavaOnevision
 from .qwen2_5_vl import Qwen25VL
 from .qwen2_vl import Qwen2VL
+from .qwen3_5 import Qwen35
 from .qwen3_vl import Qwen3VL
 from .shape import ModelShape
 from .vip_llava import VipLlava
@@ -32,6 +33,7 @@ FAMILIES: tuple[type[Family], ...] = (
     Qwen2VL,
     Qwen25VL,
     Qwen3VL,
+    Qwen35,
 )
 
 

@@ -9,6 +9,7 @@ from accelerate import cpu_offload, disk_offload, dispatch_model
 import vlmprune
 from support.deeper import deeper
 from support.family_cases import FAMILY_CASES
+from support.matrix import serves
 from support.tiny_models import LLAVA_CLIP_GQA
 
 ROWS = [[3, "A", 4], [2, "B", 1, "C", 6], [9]]
@@ -54,8 +55,9 @@ def check(case, method, dispatched):
 
 
 @pytest.mark.filterwarnings("ignore:The following device_map keys")
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("family", FAMILY_CASES, ids=repr)
+@pytest.mark.parametrize(
+    ("family", "method"), [(family, method) for family in FAMILY_CASES for method in METHODS if serves(method, family)]
+)
 def test_generate_on_a_split_model(family, method, tmp_path):
     case = case_of(family, method)
     check(case, method, split(copy.deepcopy(case.build(torch.float32)), tmp_path))

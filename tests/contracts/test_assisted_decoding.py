@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import vlmprune
-from support.matrix import METHOD_PARAMETERS, over_matrix, over_sites
+from support.matrix import METHOD_PARAMETERS, over_matrix, over_sites, stateful
 
 STEPS = 9
 GREEDY = {"max_new_tokens": STEPS, "do_sample": False}
@@ -59,6 +59,10 @@ def check_lossless(method, family, drafts):
     if drafts in ("pruned assistant", "same assistant"):
         vlmprune.apply(assistant, **pruning)
     how = {"prompt_lookup_num_tokens": 4} if drafts == "lookup" else {"assistant_model": assistant}
+    if stateful(family):
+        with torch.no_grad(), vlmprune.pruned(model, **pruning), pytest.raises(ValueError, match="stateful models"):
+            model.generate(**inputs, **GREEDY, **how)
+        return
     with torch.no_grad(), vlmprune.pruned(model, **pruning):
         wanted = model.generate(**inputs, **GREEDY)
         kept = [image.kept.tolist() for image in vlmprune.last_run(model).images]
@@ -76,7 +80,7 @@ def check_lossless(method, family, drafts):
     assert run.visual_tokens_per_layer[0][-1] < family.tokens("A")
 
 
-@over_sites
+@pytest.mark.parametrize(("method", "family"), [case for case in over_sites.args[1] if not stateful(case.values[1])])
 def test_turns_go_on_from_an_assisted_one(method, family):
     """Image and question, answered with drafts; then a question and an image with one, on the same cache."""
     model = family.build(torch.float32)

@@ -10,6 +10,7 @@ import vlmprune
 from support.deeper import deeper
 from support.family_cases import FAMILY_CASES
 from support.layerwise import placeholders
+from support.matrix import serves
 from support.plain_methods.var import plain_var
 from support.tiny_models import LLAVA_CLIP_GQA
 from vlmprune.errors import ParameterError, UnsupportedCallError, UnsupportedMethodError
@@ -46,7 +47,7 @@ def by_maps(model, case, row, new):
         return model(**longer, use_cache=False).logits[0, prompt - 1 :], counts
 
 
-@pytest.mark.parametrize("family", FAMILY_CASES, ids=str)
+@pytest.mark.parametrize("family", [case for case in FAMILY_CASES if serves("var", case)], ids=str)
 def test_prefill_and_steps_are_those_of_eager_maps(family):
     case = deeper(family, 4)
     model, inputs = case.build(torch.float32), case.inputs(ROWS)

@@ -6,14 +6,11 @@ import pytest
 import torch
 
 import vlmprune
+from support.caches import cache_lengths, wanted_lengths
 from support.layerwise import check_greedy, default_positions, language_model_inputs
 from support.matrix import BY_ALL_TOKENS_OF_A_CALL, FOLLOW_THE_QUESTION, MERGE_BEFORE, METHOD_PARAMETERS, over_matrix
 from support.merging import COMBINED, entering, given_as_entered, given_merged
 from support.oracle import suppressed
-
-
-def lengths(cache):
-    return [layer.keys.shape[-2] for layer in cache.layers]
 
 
 @over_matrix
@@ -30,7 +27,7 @@ def test_cache_holds_only_what_was_kept(method, family):
     trimmed = default_positions(model, method).trimmed
     if trimmed is not None:
         longest[trimmed:] = longest[-1:] * (len(longest) - trimmed)
-    assert lengths(cache) == longest
+    assert cache_lengths(cache) == wanted_lengths(cache, longest)
     assert longest[-1] < inputs["input_ids"].shape[1]
 
 

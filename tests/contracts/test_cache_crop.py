@@ -5,9 +5,10 @@ import torch
 from transformers import DynamicCache
 
 import vlmprune
-from support.caches import rounded_cache
+from support.caches import cache_lengths, layer_keys, rounded_cache
+from support.family_cases import FAMILY_CASES
 from support.layerwise import default_positions, language_model_inputs, placeholders, row_by_layers
-from support.matrix import FOLLOW_THE_QUESTION, MERGE_BEFORE, METHOD_PARAMETERS, over_matrix, over_sites
+from support.matrix import FOLLOW_THE_QUESTION, MERGE_BEFORE, METHOD_PARAMETERS, over_matrix, over_sites, stateful
 from support.tiny_models import LLAVA_CLIP_GQA
 from vlmprune.errors import UnsupportedCallError
 from vlmprune.methods.registry import get_method
@@ -16,13 +17,9 @@ ROWS = [[3, "A", 6], [2, "B", 7]]
 QUESTION = torch.tensor([[21, 22, 23, 24, 25]])
 
 
-def lengths(cache):
-    return [layer.keys.shape[-2] for layer in cache.layers]
-
-
 def ask(model, given, cache, length, mask=None):
     """Logits of the question after `length` tokens of the prompt, at the positions that follow the highest of each row."""
-    rows = cache.layers[0].keys.shape[0]
+    rows = layer_keys(cache)[0].shape[0]
     ids = given["position_ids"]
     if ids is None:
         ids = torch.arange(length)[None, None].expand(1, rows, -1)
@@ -64,10 +61,25 @@ def by_hand(model, method, inputs, given, record, length):
     return row_by_layers(model, shorter, record, 0, positions, QUESTION[0], given).logits[-QUESTION.shape[1] :]
 
 
+# States of linear attention give no tokens back: hosts refuse to crop them, and so do pruned caches.
+CROPPABLE = [case for case in over_sites.args[1] if not stateful(case.values[1])]
+over_croppable = pytest.mark.parametrize(("method", "family"), CROPPABLE)
+
 # A merged token stands for several, so by hand it cannot be cut in two.
 SELECTING = [
-    case for case in over_matrix.args[1] if not get_method(case.values[0]).merges and case.values[0] not in MERGE_BEFORE
+    case
+    for case in over_matrix.args[1]
+    if not get_method(case.values[0]).merges and case.values[0] not in MERGE_BEFORE and not stateful(case.values[1])
 ]
+
+
+@pytest.mark.parametrize("family", [case for case in FAMILY_CASES if stateful(case)], ids=repr)
+def test_states_are_not_cropped(family):
+    model = family.build(torch.float32)
+    with torch.no_grad(), vlmprune.pruned(model, "uniform", keep=0.3):
+        cache = model(**family.inputs([ROWS[0]]), use_cache=True).past_key_values
+        with pytest.raises(UnsupportedCallError, match="LinearAttentionLayer"):
+            cache.crop(-2)
 
 
 @pytest.mark.parametrize(("method", "family"), SELECTING)
@@ -82,16 +94,16 @@ def test_cropped_cache_equals_the_layers_by_hand(method, family, left):
         record = vlmprune.last_run(model)
     given = language_model_inputs(model, inputs)
     with torch.no_grad(), vlmprune.pruned(model, method, keep=0.3, **METHOD_PARAMETERS[method]):
-        before = lengths(cache)
+        before = cache_lengths(cache)
         cache.crop(length - total)
         assert cache.get_seq_length() == length
-        assert all(now < then for now, then in zip(lengths(cache), before, strict=True))
+        assert all(now < then for now, then in zip(cache_lengths(cache), before, strict=True))
         logits = ask(model, given, cache, length)
     wanted = by_hand(model, method, inputs, given, record, length)
     torch.testing.assert_close(logits[0], wanted, atol=5e-5, rtol=1e-4)
 
 
-@over_sites
+@over_croppable
 def test_rows_are_cropped_each_for_itself(method, family):
     model = family.build(torch.float32)
     inputs = family.inputs(ROWS)
@@ -116,7 +128,7 @@ def language_row(given, row, gone):
     return {"position_ids": None if ids is None else ids[..., row if ids.shape[-2] > 1 else 0, gone:].unsqueeze(-2)}
 
 
-@over_sites
+@over_croppable
 def test_last_question_is_edited(method, family):
     """Every crop length from the last answer token to nothing, then another question by `generate`."""
     model = family.build(torch.float32)
@@ -142,7 +154,7 @@ def test_last_question_is_edited(method, family):
             assert torch.equal(continued, whole)
 
 
-@over_sites
+@over_croppable
 def test_cropped_to_nothing_is_an_ordinary_cache(method, family):
     model = family.build(torch.float32)
     inputs, text = family.inputs([ROWS[0]]), family.inputs([[6]])
@@ -229,7 +241,7 @@ def test_rows_of_which_only_padding_is_left_are_repeated_too():
             cache.batch_select_indices(torch.tensor([0]))
             cache.crop(padding - cache.get_seq_length())
             assert cache.get_seq_length() == padding
-            assert lengths(cache) == [0] * len(cache.layers)
+            assert cache_lengths(cache) == [0] * len(cache.layers)
             cache.batch_repeat_interleave(2)
             question = {"input_ids": QUESTION.expand(2, -1), "attention_mask": mask, "position_ids": positions}
             logits = model(**question, past_key_values=cache).logits

@@ -5,6 +5,7 @@ import torch
 from transformers import CompileConfig, StaticCache
 
 import vlmprune
+from support.caches import cache_lengths, layer_keys
 from support.matrix import METHOD_PARAMETERS, over_matrix, over_sites
 
 ROWS = {"single": [[3, "A", 4]], "padded": [[3, "A", 4], [2, "B", 1, "C", 6], [9]]}
@@ -15,7 +16,7 @@ over_rows = pytest.mark.parametrize("rows", ROWS.values(), ids=ROWS)
 
 def filled(cache):
     """The places of each layer that hold something."""
-    return [int((layer.keys != 0).any(-1).any(1).any(0).sum()) for layer in cache.layers]
+    return [int((keys != 0).any(-1).any(1).any(0).sum()) for keys in layer_keys(cache)]
 
 
 @over_sites
@@ -28,7 +29,7 @@ def test_static_equals_dynamic(method, family, rows):
         static = model.generate(**inputs, **GREEDY, return_dict_in_generate=True, cache_implementation="static")
     assert torch.equal(static.sequences, wanted.sequences)
     assert isinstance(static.past_key_values, StaticCache)
-    assert filled(static.past_key_values) == [layer.keys.shape[-2] for layer in wanted.past_key_values.layers]
+    assert filled(static.past_key_values) == cache_lengths(wanted.past_key_values)
 
 
 @over_sites

@@ -1,11 +1,11 @@
-"""Qwen3-VL behind its own processor, with photographs of different sizes and text-only neighbours."""
+"""Qwen3-VL and Qwen3.5 behind their processor, with photographs of different sizes and text-only neighbours."""
 
 import pytest
 import torch
 
 import vlmprune
+from support.families import qwen3_5, qwen3_vl
 from support.families.by_hand import check_pruned, language_model_inputs
-from support.families.qwen3_vl import CASES
 from support.families.real_processors import QWEN_PATCH, photograph, qwen_processor, with_patches
 
 PICTURE = "<|vision_start|><|image_pad|><|vision_end|>"
@@ -18,7 +18,7 @@ TEXTS = [
 GRIDS = {"coffee": (4, 6), "astronaut": (5, 5), "chelsea": (4, 6)}
 
 
-@pytest.fixture(params=CASES, ids=str)
+@pytest.fixture(params=(*qwen3_vl.CASES, *qwen3_5.CASES), ids=str)
 def model(request):
     return with_patches(request.param, QWEN_PATCH["Qwen3VLProcessor"])
 
@@ -45,7 +45,7 @@ def test_pruned_call_equals_the_unpatched_language_model_by_hand(model, inputs, 
 def test_keep_everything_is_bit_identical(model, inputs):
     with torch.no_grad():
         logits, tokens = model(**inputs).logits, model.generate(**inputs, max_new_tokens=4, do_sample=False)
-        for method in ("divprune", "pool", "fastervlm", "pyramiddrop"):
+        for method in {"divprune", "pool", "fastervlm", "pyramiddrop"}.intersection(vlmprune.list_methods(model)):
             with vlmprune.pruned(model, method, keep=1.0):
                 assert torch.equal(model(**inputs).logits, logits)
                 assert torch.equal(model.generate(**inputs, max_new_tokens=4, do_sample=False), tokens)

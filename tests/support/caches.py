@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
@@ -24,6 +25,20 @@ def rounded_cache(model: Any, residual: int = 4) -> Cache:
     return Cache(layers=[RoundedLayer(residual_length=residual) for _ in range(layers)])
 
 
+def layer_keys(cache: Any) -> list[Tensor]:
+    """Return the keys of the layers that have some: not of linear attention, nor of layers that share those of others."""
+    return [layer.keys for layer in cache.layers if isinstance(getattr(layer, "keys", None), Tensor)]
+
+
 def cache_lengths(cache: Any) -> list[int]:
-    """Return the entries of every layer's cache."""
-    return [layer.keys.shape[-2] for layer in cache.layers]
+    """Return the entries of every layer that holds keys."""
+    return [keys.shape[-2] for keys in layer_keys(cache)]
+
+
+def wanted_lengths(cache: Any, tokens: Sequence[int]) -> list[int]:
+    """Return what `cache_lengths` must be where the sequence has so many tokens in each layer; windows hold the last ones."""
+    return [
+        min(count, layer.sliding_window - 1) if layer.is_sliding else count
+        for layer, count in zip(cache.layers, tokens, strict=False)
+        if isinstance(getattr(layer, "keys", None), Tensor)
+    ]

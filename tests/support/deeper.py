@@ -26,7 +26,7 @@ def deeper(case: FamilyCase, layers: int = LAYERS) -> FamilyCase:
         text.num_hidden_layers = layers
         kinds = getattr(text, "layer_types", None)
         if kinds:
-            text.layer_types = [kinds[0]] * layers
+            text.layer_types = [kinds[layer % len(kinds)] for layer in range(layers)]
         model = spread_weights(type(shallow)(config))
         model.load_state_dict(shallow.state_dict(), strict=False)
         model = model.to(dtype).eval()

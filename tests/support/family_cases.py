@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
-from support.families import llava_next, llava_next_video, llava_onevision, qwen2_5_vl, qwen2_vl, qwen3_vl, vip_llava
+from support.families import (
+    llava_next,
+    llava_next_video,
+    llava_onevision,
+    qwen2_5_vl,
+    qwen2_vl,
+    qwen3_5,
+    qwen3_vl,
+    vip_llava,
+)
 from support.tiny_models import LLAVA_CLIP_GQA, LLAVA_SIGLIP_TIED, FamilyCase
 
 FAMILY_CASES: tuple[FamilyCase, ...] = (
@@ -15,4 +24,5 @@ FAMILY_CASES: tuple[FamilyCase, ...] = (
     *qwen2_vl.CASES,
     *qwen2_5_vl.CASES,
     *qwen3_vl.CASES,
+    *qwen3_5.CASES,
 )

@@ -205,7 +205,8 @@ def row_by_layers(
         last = columns if positions.layers else entry
         ids_here = close_gaps(ids[:, placed], ids[:, first], ids[:, last])
         rotary_ids = ids_here[:, None] if len(ids) == 3 else ids_here
-        mask = create_causal_mask(language_model.config, hidden[None], None, None)
+        linear = hasattr(module, "linear_attn")
+        mask = None if linear else create_causal_mask(language_model.config, hidden[None], None, None)
         if positions.trimmed is not None and layer >= positions.trimmed and len(later):
             left = torch.cat([alive_columns(model, inputs, record, row, len(language_model.layers) - 1), after])
             seen = torch.isin(columns, left) | (columns < total)[:, None]

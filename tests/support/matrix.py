@@ -7,7 +7,7 @@ import torch
 
 from support.deeper import deeper
 from support.deeper_tower import deeper_tower, one_tile
-from support.families import llava_next, qwen3_vl
+from support.families import llava_next, qwen3_5, qwen3_vl
 from support.family_cases import FAMILY_CASES
 from support.tiny_models import LLAVA_CLIP_GQA, FamilyCase
 from vlmprune.methods.needs import FIRST_LAYER, GRID, INSTRUCTION, PIXELS, VIDEOS, LayerNeed
@@ -91,6 +91,9 @@ def few_tokens(method: str, family: FamilyCase) -> int:
 # Every family meets these, which differ in what they read and where they drop or merge; the other methods meet one family of
 # each kind. The rest of the product has the marker `whole`, which `make test-whole` runs too.
 ON_EVERY_FAMILY = frozenset({"uniform", "pool", "fastervlm", "visionzip", "todre", "fastv", "pyramiddrop"})
+# Families that differ from one before them in their decoder's layers meet these.
+ON_FEWER = frozenset({"fastervlm"})
+LIKE_ANOTHER = qwen3_5.CASES[1:]
 ONE_OF_EACH_KIND = (LLAVA_CLIP_GQA, llava_next.CASES[0], qwen3_vl.CASES[0])
 
 
@@ -108,6 +111,19 @@ def fitting(method: str, family: FamilyCase) -> FamilyCase:
     return deeper(family) if method in LAYER_METHODS else family
 
 
+def stateful(family: FamilyCase) -> bool:
+    """Whether the host keeps states that cannot be rolled back, and refuses what would do it."""
+    return bool(family.build(torch.float32)._is_stateful)
+
+
+def serves(name: str, family: FamilyCase) -> bool:
+    """Whether the model of a family has all that a method needs."""
+    facts = find_family(family.build(torch.float32))
+    cls = known_methods()[name]
+    parts = _PARTS.get(name) or make_method(name).parts()
+    return all(need.met_by(facts) for part in (cls, *parts) for need in part.needs)
+
+
 def _cases() -> list[object]:
     cases = []
     for family in FAMILY_CASES:
@@ -119,9 +135,10 @@ def _cases() -> list[object]:
             # There the grid is that of frames.
             if not facts.has_grid and any(GRID in part.needs for part in _PARTS[name]):
                 continue
-            if all(need.met_by(facts) for part in _PARTS[name] for need in part.needs):
+            if serves(name, family):
                 case = fitting(name, family)
-                marks = () if name in ON_EVERY_FAMILY or family in ONE_OF_EACH_KIND else (pytest.mark.whole,)
+                everywhere = ON_FEWER if family in LIKE_ANOTHER else ON_EVERY_FAMILY
+                marks = () if name in everywhere or family in ONE_OF_EACH_KIND else (pytest.mark.whole,)
                 cases.append(pytest.param(name, case, id=f"{name}-{family}", marks=marks))
     return cases
 

@@ -7,15 +7,15 @@ from collections.abc import Sequence
 import pytest
 import torch
 
-from support.families import llava_next_video, llava_onevision, qwen2_5_vl, qwen2_vl, qwen3_vl
+from support.families import llava_next_video, llava_onevision, qwen2_5_vl, qwen2_vl, qwen3_5, qwen3_vl
 from support.families.qwen_case import QwenCase
-from support.matrix import ENCODER_METHODS, METHOD_PARAMETERS, fitting
+from support.matrix import ENCODER_METHODS, LIKE_ANOTHER, METHOD_PARAMETERS, ON_FEWER, fitting
 from support.tiny_models import FamilyCase, Row
 from vlmprune.methods.needs import GRID, STILL_IMAGES
 from vlmprune.methods.registry import METHODS, make_method
 from vlmprune.patches.families.registry import find_family
 
-QWEN_CASES = (*qwen2_vl.CASES, *qwen2_5_vl.CASES, *qwen3_vl.CASES)
+QWEN_CASES = (*qwen2_vl.CASES, *qwen2_5_vl.CASES, *qwen3_vl.CASES, *qwen3_5.CASES)
 VIDEO_CASES: tuple[FamilyCase, ...] = (*QWEN_CASES, *llava_onevision.CASES, *llava_next_video.CASES)
 
 ROWS: dict[str, list[Row]] = {
@@ -61,7 +61,8 @@ def _cases() -> list[object]:
         for name in METHOD_PARAMETERS:
             parts = make_method(name, **METHOD_PARAMETERS[name]).parts()
             if serves_videos(name) and all(need.met_by(facts) for part in parts for need in part.needs):
-                marks = () if name in ON_EVERY_FAMILY or family in ONE_OF_EACH_KIND else (pytest.mark.whole,)
+                everywhere = ON_FEWER if family in LIKE_ANOTHER else ON_EVERY_FAMILY
+                marks = () if name in everywhere or family in ONE_OF_EACH_KIND else (pytest.mark.whole,)
                 cases.append(pytest.param(name, fitting(name, family), id=f"{name}-{family}", marks=marks))
     return cases
 
