@@ -30,7 +30,7 @@ _TEXT = {
     # With these a norm of nearly nothing does not blow up what a row in a batch is rounded otherwise than alone.
     "rms_norm_eps": 0.3,
     "linear_conv_kernel_dim": 4,
-    "linear_key_head_dim": 16,
+    "linear_key_head_dim": 32,
     "linear_value_head_dim": 16,
     "linear_num_key_heads": 2,
     "linear_num_value_heads": 4,
