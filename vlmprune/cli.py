@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import errno
+import shlex
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
@@ -369,6 +370,86 @@ def serve(
         from vlmprune.serving.transformers_server import serve_transformers
 
         serve_transformers(model, one_cell(method, keep), context.args)
+
+
+@app.command()
+def throughput(
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="Shipped model, local folder or hub name; with --url what requests call it, if /v1/models says not."
+        ),
+    ] = None,
+    random_weights: Annotated[
+        str | None, typer.Option(help="Instead of --model: a true architecture with random weights (llava-160m, ...).")
+    ] = None,
+    url: Annotated[
+        list[str] | None,
+        typer.Option(help="Instead of starting servers: name=http://host:port of one that runs; several are compared."),
+    ] = None,
+    engine: Annotated[str, typer.Option(help=f"Whose servers are started: {' or '.join(ENGINES)}.")] = ENGINES[0],
+    methods: Annotated[str, typer.Option(help=f"{METHODS_HELP} The unpruned model is always measured.")] = "divprune",
+    keep: Annotated[str, typer.Option(help=KEEP_HELP)] = "0.25",
+    concurrency: Annotated[str, typer.Option(help="Numbers of clients at once, by comma.")] = "1,2,4,8",
+    requests: Annotated[int, typer.Option(min=1, help="Requests that each client sends, one after the other.")] = 4,
+    image_size: Annotated[
+        str, typer.Option(help="Sizes of the made-up pictures by comma, in turn: 336 or 640x480.")
+    ] = "336",
+    images: Annotated[int, typer.Option(min=0, help="Pictures a request.")] = 1,
+    prompt: Annotated[str, typer.Option(help="What is asked about the pictures.")] = "Describe this image.",
+    new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of every answer.")] = 32,
+    server_flags: Annotated[
+        str, typer.Option(help="The engine's own flags for every server, as on a command line.")
+    ] = "",
+    extra_body: Annotated[str, typer.Option(help="JSON object: more fields for every request.")] = "{}",
+    together: Annotated[
+        bool, typer.Option("--together", help="Start all servers at once and give each load to all in turn.")
+    ] = False,
+    warm_up: Annotated[int, typer.Option(min=0, help="Requests to every server before those that count.")] = 2,
+    wait: Annotated[float, typer.Option(min=0, help="Seconds until a server must be ready.")] = 600.0,
+    timeout: Annotated[float, typer.Option(min=0, help="Seconds until a request is given up.")] = 600.0,
+    out: Annotated[Path | None, typer.Option(help="Folder for throughput.json, .csv and .md.")] = None,
+) -> None:
+    """Load OpenAI-compatible servers with ever more clients: requests per second, TTFT, time between tokens."""
+    with _clear_errors():
+        _check_methods(methods)
+        levels = _batch_sizes("--concurrency", concurrency)
+        _require_extra("serve", "openai", "PIL")
+        from vlmprune.eval.models.synthetic_request import parse_sizes
+        from vlmprune.eval.throughput.command import ThroughputOptions, run_throughput
+        from vlmprune.eval.throughput.prompts import Prompts, fixed_length, parse_extra
+        from vlmprune.eval.throughput.settings import Server, open_servers, running_servers
+
+        extra, sizes = parse_extra(extra_body), parse_sizes(image_size)
+        opened: AbstractContextManager[list[Server]]
+        if url:
+            if random_weights is not None:
+                raise typer.BadParameter("--random-weights is for servers that are started here, not for --url.")
+            name, opened = model or "running servers", nullcontext(running_servers(url, model))
+        else:
+            if (model is None) == (random_weights is None):
+                raise typer.BadParameter("Name one of --model, --random-weights and --url.")
+            if engine not in ENGINES:
+                from .errors import unknown
+
+                raise unknown("--engine", engine, ENGINES)
+            from vlmprune.eval.run.cells import make_cells, parse_keeps, parse_methods
+
+            cells = make_cells(parse_methods(methods), parse_keeps(keep), 0)
+            name = str(model or random_weights)
+            opened = open_servers(model, random_weights, cells, engine, shlex.split(server_flags), wait)
+            extra = {**fixed_length(engine, new_tokens), **extra}
+        options = ThroughputOptions(
+            Prompts(prompt, sizes, images, new_tokens, extra),
+            levels,
+            requests,
+            warm_up,
+            timeout,
+            together or bool(url),
+            out,
+        )
+        with opened as servers:
+            run_throughput(servers, name, options)
 
 
 @app.command()

@@ -80,7 +80,7 @@ def synthetic_request(
             f"text_tokens={text_tokens}; allowed for {config.model_type!r}: {text_tokens - words + 1} or more."
         )
     tokenizer = stand_in_tokenizer(config)
-    processor = _make_processor(image_processor or default_image_processor(config), tokenizer, config)
+    processor = make_processor(image_processor or default_image_processor(config), tokenizer, config)
     generator = np.random.default_rng(seed)
     width, height = image_size
     shape = (batch_size, video_frames or 1, height, width, 3)
@@ -157,8 +157,11 @@ def default_video_processor(config: PreTrainedConfig) -> Any:
     )
 
 
-def stand_in_tokenizer(config: PreTrainedConfig) -> PreTrainedTokenizerFast:
-    """A tokenizer of one word that knows the model's markers by their true ids."""
+def stand_in_tokenizer(config: PreTrainedConfig, every_id: bool = False) -> PreTrainedTokenizerFast:
+    """A tokenizer of one word that knows the model's markers by their true ids.
+
+    With `every_id` all other ids are words too, so that whatever the model says has a text.
+    """
     known = {
         marker: (getattr(config, attribute), name)
         for marker, (attribute, name) in family_of_config(config).preparation.markers.items()
@@ -167,7 +170,9 @@ def stand_in_tokenizer(config: PreTrainedConfig) -> PreTrainedTokenizerFast:
     markers = {marker: number for marker, (number, _) in known.items()}
     taken = set(markers.values())
     word = next(token for token in range(len(taken) + 1) if token not in taken)
-    core = Tokenizer(models.WordLevel({WORD: word, **markers}, unk_token=WORD))
+    others = set(range(config.get_text_config().vocab_size)) - taken - {word} if every_id else ()
+    vocabulary = {WORD: word, **markers, **{f"{WORD}{token}": token for token in others}}
+    core = Tokenizer(models.WordLevel(vocabulary, unk_token=WORD))
     core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     named = {name: marker for marker, (_, name) in known.items()}
     return PreTrainedTokenizerFast(
@@ -185,7 +190,8 @@ def special_ids(config: PreTrainedConfig) -> set[int]:
     return found
 
 
-def _make_processor(image_processor: Any, tokenizer: Any, config: PreTrainedConfig) -> Any:
+def make_processor(image_processor: Any, tokenizer: Any, config: PreTrainedConfig) -> Any:
+    """The model type's processor of these two, with the sizes of `config`."""
     preparation, vision = family_of_config(config).preparation, config.vision_config
     made = getattr(transformers, preparation.processor)
     settings: dict[str, Any] = {"image_processor": image_processor, "tokenizer": tokenizer}

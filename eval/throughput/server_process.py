@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
@@ -111,6 +112,21 @@ def started(
 def _cell_flags(cell: Cell) -> list[str]:
     keep = [] if cell.keep is None else ["--keep", str(cell.keep)]
     return [] if cell.is_full else ["--method", cell.title, *keep]
+
+
+def served_model(address: str) -> str:
+    """The name of the model that a server serves, the first if there are several.
+
+    Raises:
+        ServerError: it does not say.
+    """
+    text = get_text(f"{address}/v1/models")
+    try:
+        return str(json.loads(text or "")["data"][0]["id"])
+    except (ValueError, LookupError, TypeError):
+        raise ServerError(
+            f"{address}/v1/models names no model (is a server there?); if there is one, say with --model what requests call it."
+        ) from None
 
 
 def free_port() -> int:

@@ -25,7 +25,13 @@ PUBLISHED = {
     "qwen3-vl-8b": 8.77e9,
 }
 """Parameters as the model hub counts them; tied weights once."""
-OURS = {"llava-1b": 1.41e9, "llava-next-1b": 1.41e9, "llava-onevision-1b": 1.69e9, "qwen2.5-vl-1b": 1.95e9}
+OURS = {
+    "llava-160m": 0.157e9,
+    "llava-1b": 1.41e9,
+    "llava-next-1b": 1.41e9,
+    "llava-onevision-1b": 1.69e9,
+    "qwen2.5-vl-1b": 1.95e9,
+}
 """Nobody trained these: a language model of 1 B parameters in its layers behind the family's true tower."""
 
 TOKENS = {

@@ -32,7 +32,7 @@ CELL = Cell("divprune", KEEP)
 @pytest.fixture(scope="module")
 def server():
     flags = ("--device", "cpu", "--dtype", "float32")
-    with started(CELL, MODEL, "transformers", flags, wait_seconds=120) as running:
+    with started(CELL, MODEL, "transformers", flags, wait_seconds=400) as running:
         yield running
 
 
@@ -86,7 +86,7 @@ def alone():
 def ask(server, numbers: tuple[int, ...], stream: bool) -> str:
     import openai
 
-    client = openai.OpenAI(base_url=f"{server.address}/v1", api_key="none", max_retries=0, timeout=60)
+    client = openai.OpenAI(base_url=f"{server.address}/v1", api_key="none", max_retries=0, timeout=300)
     given = {"max_tokens": NEW_TOKENS, "temperature": 0, "stream": stream}
     answer = client.chat.completions.create(model=resolve_model(MODEL), messages=messages(*numbers, url=True), **given)
     if not stream:
@@ -107,7 +107,7 @@ def test_requests_at_once_are_answered_as_the_pruned_model_answers_them_alone(se
 
 
 def test_a_model_that_is_loaded_again_is_pruned_again(server, alone):
-    urllib.request.urlopen(urllib.request.Request(f"{server.address}/reset", method="POST"), timeout=60).close()
+    urllib.request.urlopen(urllib.request.Request(f"{server.address}/reset", method="POST"), timeout=300).close()
     earlier = read_counts(server.address)
     with ThreadPoolExecutor(2) as clients:
         answers = list(clients.map(lambda number: ask(server, REQUESTS[number], False), (0, 1)))
