@@ -39,7 +39,7 @@ class Family:
     Attributes:
         name: the name that messages use.
         model_classes: names of the transformers classes of the family.
-        model_types: `model_type` of their configurations.
+        model_types: `model_type` of the configurations whose work is counted without a model; empty where it is not.
         preparation: how prompts with pictures are prepared.
         tower_kind: how the vision tower encodes.
         picture_kind: what the vision tower is given of a picture.
@@ -50,6 +50,7 @@ class Family:
         has_equal_tiles: whether an image is encoded as one or several tiles of one size.
         multimodal_path: from the model to the module that merges image features into the text embeddings; "" is the model itself.
         language_path: from that module to the decoder that it calls.
+        vision_projections: children of the attention of a dense tower's layer that give queries and keys.
         is_general: whether the facts were found by looking at the model, and no family of its own knows them.
     """
 
@@ -66,6 +67,7 @@ class Family:
     has_equal_tiles: ClassVar[bool] = False
     multimodal_path: ClassVar[str] = "model"
     language_path: ClassVar[str] = "language_model"
+    vision_projections: ClassVar[tuple[str, str]] = ("q_proj", "k_proj")
     is_general: ClassVar[bool] = False
 
     parts: ClassVar[tuple[Part, ...]] = (
@@ -151,8 +153,12 @@ class Family:
         """Return which argument of `get_{modality}_features`, by name, takes other layers than configured, or None."""
         return None
 
+    def feature_items(self, modality: str, features: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Return the features of each image or video, given what `get_{modality}_features` returns as `pooler_output`."""
+        return features
+
     def token_counts(self, modality: str, features: Sequence[Tensor]) -> tuple[int, ...]:
-        """Return the visual tokens of each image or video, given its features as `get_{modality}_features` returns them."""
+        """Return the visual tokens of each image or video, given the features of each."""
         return tuple(math.prod(feature.shape[:-1]) for feature in features)
 
     @property

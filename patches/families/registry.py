@@ -12,6 +12,9 @@ from vlmprune.errors import ParameterError, UnsupportedFamilyError, nearest, unk
 
 from .family import Family
 from .general import general_family, made_family
+from .glm4v import Glm4v
+from .idefics3 import Idefics3
+from .internvl import InternVL
 from .llava import Llava
 from .llava_next import LlavaNext
 from .llava_next_video import LlavaNextVideo
@@ -34,6 +37,9 @@ FAMILIES: tuple[type[Family], ...] = (
     Qwen25VL,
     Qwen3VL,
     Qwen35,
+    InternVL,
+    Idefics3,
+    Glm4v,
 )
 
 

@@ -93,7 +93,7 @@ def read_visuals(
     encoded: list[ShownVisuals] = []
     spans = []
     for modality, output in call.encoded.items():
-        features = output.pooler_output
+        features = family.feature_items(modality, output.pooler_output)
         # An item of no tokens stands for a row of text, where features come by row.
         origins = [
             origin for origin in _origins(modality, output, features, signals, live) if origin[0].counts[origin[1]]

@@ -40,11 +40,11 @@ class DenseTowerReader(TowerReader):
         keys = queries | {signal.layer for signal in signals if signal.kind == "keys"}
         for layer in sorted(keys):
             attention = family.vision_attention(layer)
-            for kind in ("q_proj", "k_proj"):
+            for kind, child in zip(("q_proj", "k_proj"), family.vision_projections, strict=True):
                 if kind == "k_proj" or layer in queries:
                     whole = kind == "k_proj" or layer in whole_queries
                     hook = partial(self._keep_projection, kind, layer, whole)
-                    hooks.after(f"vision layer {layer} {kind}", hooks.child(attention, kind), hook)
+                    hooks.after(f"vision layer {layer} {child}", hooks.child(attention, child), hook)
         outputs = {signal.layer for signal in signals if signal.kind == "states"}
         if any(signal.kind == "cls_features" for signal in signals):
             self.state_layers = family.state_layers

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 import threading
 import weakref
 from collections.abc import Callable, Mapping, Sequence
@@ -96,8 +95,9 @@ def find_encoded(
 ) -> list[tuple[EncodedVisuals, int]] | None:
     """Return for every image the encoding it comes from and its number there, or None if features come from none.
 
-    Features are recognised as the very tensors that were encoded, or where they were moved, cast, stacked or joined since,
-    by their values; so signals are never used for other features than their own. Comparing values waits for the device.
+    Features are recognised as the very tensors that were encoded or parts of them, or where they were moved, cast, stacked or
+    joined since, by their values; so signals are never used for other features than their own. Comparing values waits for
+    the device.
 
     Args:
         features: `[tokens, dim]` per image or video, or of several as one item, which a prefill in chunks gives.
@@ -108,7 +108,7 @@ def find_encoded(
             return [(visuals, image) for image in range(len(visuals.counts))]
     encoded = [(visuals, list(visuals.features)) for visuals in candidates if len(visuals.features)]
     origins = [
-        _origin(feature, place, encoded, operator.is_) or _origin(feature, place, encoded, _same_values)
+        _origin(feature, place, encoded, _same_memory) or _origin(feature, place, encoded, _same_values)
         for place, feature in enumerate(features)
     ]
     found = [origin for origin in origins if origin is not None]
@@ -153,6 +153,20 @@ def _origin(
             if same(feature, originals[image]):
                 return visuals, image
     return None
+
+
+def _same_memory(feature: Tensor, original: Tensor) -> bool:
+    """Whether one is the other, or they are the same part of one tensor."""
+    if feature is original:
+        return True
+    return (
+        feature.shape == original.shape
+        and feature.stride() == original.stride()
+        and feature.dtype == original.dtype
+        and feature.device == original.device
+        and feature.device.type != "meta"
+        and feature.data_ptr() == original.data_ptr() != 0
+    )
 
 
 def _same_values(feature: Tensor, original: Tensor) -> bool:

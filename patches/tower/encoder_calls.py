@@ -73,6 +73,7 @@ class EncoderCall:
             )
         if features is None:
             return output
+        items = self.family.feature_items(self.modality, features)
         inner = encoded_visuals(output)
         tower = None if call.reduction is None else call.reduction.tower_tokens()
         if inner is not None:
@@ -80,11 +81,11 @@ class EncoderCall:
         visuals = EncodedVisuals(
             modality=self.modality,
             inputs={name: value for name, value in inputs.items() if name not in PIXELS.values()},
-            counts=self.family.token_counts(self.modality, features),
+            counts=self.family.token_counts(self.modality, items),
             vision=inner.vision
             if inner
             else {signal: self.family.tower_reader.read(signal, call) for signal in self.signals},
-            features=features if isinstance(features, Tensor) else tuple(features),
+            features=items if isinstance(items, Tensor) else tuple(items),
             tower=tower,
         )
         set_encoded_visuals(output, visuals)

@@ -122,6 +122,18 @@ class PackedTowerReader(TowerReader):
             call.captured["qkv", layer] = output if call.reduction is None else call.reduction.read_projection()
 
 
+class ConvolvedTowerReader(PackedTowerReader):
+    """The same for a tower in which a convolution merges the patches of a visual token (GLM-4V)."""
+
+    def read(self, signal: VisionSignal, call: TowerCall) -> Tensor:
+        """Return `[visual tokens, channels]`; as "features" what the convolution gets, patch by patch."""
+        if signal.kind != "features":
+            return super().read(signal, call)
+        # [visual tokens, dim, rows, columns].
+        patches = call.captured["projector input", 0].detach().float()
+        return patches.flatten(2).transpose(1, 2).flatten(1)
+
+
 class WindowedTowerReader(PackedTowerReader):
     """The same for a tower that sorts its patches by window (Qwen2.5-VL).
 

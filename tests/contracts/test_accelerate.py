@@ -22,7 +22,8 @@ def split(model, folder):
     """Dispatch with the language model on disk; everything else stays where it is."""
     places = {f"model.{name}": "cpu" for name, _ in model.model.named_children()}
     places |= {f"model.{name}": "cpu" for name, _ in model.model.named_parameters(recurse=False)}
-    places |= {"model.language_model": "disk", "lm_head": "cpu"}
+    decoders = [path for path in places if path in ("model.language_model", "model.text_model")]
+    places |= {**dict.fromkeys(decoders, "disk"), "lm_head": "cpu"}
     skipped = sorted(model._skip_keys_device_placement)
     return dispatch_model(model, places, main_device="cpu", offload_dir=folder, skip_keys=skipped, force_hooks=True)
 

@@ -9,6 +9,7 @@ from support.backends import BACKENDS
 from support.deeper import deeper
 from support.family_cases import FAMILY_CASES
 from support.flash_on_cpu import attend, flash_on_cpu
+from support.host_parts import decoder
 from support.layerwise import Positions, check_greedy, default_positions, row_by_layers
 from support.matrix import LAYER_METHODS, METHOD_PARAMETERS, serves
 from support.tiny_models import LLAVA_CLIP_GQA
@@ -60,7 +61,7 @@ def test_every_backend_gives_what_the_layers_by_hand_give(backend, family, metho
         closing = Positions(positions == "compact", positions == "compact")
     for row in range(len(logits)):
         by_hand = row_by_layers(model, inputs, run, row, closing)
-        torch.testing.assert_close(logits[row, by_hand.columns], by_hand.logits, atol=5e-5, rtol=1e-4)
+        torch.testing.assert_close(logits[row, by_hand.columns], by_hand.logits, atol=2e-4, rtol=1e-3)
         check_greedy(model, inputs, run, row, closing, tokens[row])
 
 
@@ -94,7 +95,7 @@ def test_the_stand_in_equals_sdpa_and_refuses_what_flash_attention_cannot_do():
         torch.testing.assert_close(model(**inputs).logits[valid], expected[valid], atol=1e-4, rtol=1e-4)
         with pytest.raises(TypeError, match="no mask but a 2-D one"):
             model(**{**inputs, "attention_mask": torch.zeros(3, 1, 86, 86)[..., :1, :]})
-        module = model.model.language_model.layers[0].self_attn
+        module = decoder(model).layers[0].self_attn
         query, key = torch.randn(1, 4, 5, 8), torch.randn(1, 2, 5, 8)
         given = {"module": module, "query": query, "key": key, "value": key, "attention_mask": None}
         with pytest.raises(ValueError, match="have gaps"):

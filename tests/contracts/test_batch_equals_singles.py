@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import vlmprune
+from support.host_parts import decoder
 from support.matrix import METHOD_PARAMETERS, over_matrix
 
 ROWS = [[3, "A", 4], [2, "B", 1, "small", 6], [9], ["large", 2]]
@@ -40,8 +41,12 @@ def test_generation_in_a_batch_equals_generation_alone(method, family):
 def test_interior_rows_without_padding_use_no_mask(method, family):
     model = family.build(torch.float32)
     masks = []
-    handle = model.model.language_model.layers[0].register_forward_pre_hook(
-        lambda module, args, kwargs: masks.append(kwargs["attention_mask"]), with_kwargs=True
+    handle = (
+        decoder(model)
+        .layers[0]
+        .register_forward_pre_hook(
+            lambda module, args, kwargs: masks.append(kwargs["attention_mask"]), with_kwargs=True
+        )
     )
     try:
         with torch.no_grad(), vlmprune.pruned(model, method, keep=0.3, **METHOD_PARAMETERS[method]):

@@ -7,6 +7,7 @@ from transformers import DynamicCache
 import vlmprune
 from support.caches import cache_lengths, layer_keys, rounded_cache
 from support.family_cases import FAMILY_CASES
+from support.host_parts import decoder
 from support.layerwise import default_positions, language_model_inputs, placeholders, row_by_layers
 from support.matrix import FOLLOW_THE_QUESTION, MERGE_BEFORE, METHOD_PARAMETERS, over_matrix, over_sites, stateful
 from support.tiny_models import LLAVA_CLIP_GQA
@@ -189,7 +190,7 @@ def test_image_after_a_crop_into_the_image():
         [torch.arange(3), 3 + first[first < 12], prompt + kept, torch.arange(prompt + 36, prompt + 36 + 4)]
     )
     with torch.no_grad():
-        wanted = model.lm_head(model.model.language_model(inputs_embeds=embeddings[:, columns]).last_hidden_state)
+        wanted = model.lm_head(decoder(model)(inputs_embeds=embeddings[:, columns]).last_hidden_state)
     torch.testing.assert_close(logits, wanted[:, -1], atol=5e-5, rtol=1e-4)
 
 

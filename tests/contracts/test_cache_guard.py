@@ -11,6 +11,7 @@ from transformers import DynamicCache
 import vlmprune
 from support.caches import rounded_cache
 from support.deeper import deeper
+from support.host_parts import decoder
 from support.matrix import METHOD_PARAMETERS, over_matrix, over_sites, stateful
 from support.tiny_models import LLAVA_CLIP_GQA
 from vlmprune.errors import UnsupportedCallError
@@ -69,7 +70,7 @@ def test_unpruned_model_refuses_a_pruned_cache(method, family):
         with pytest.raises(UnsupportedCallError, match=r"was pruned by '\w+'"):
             model.generate(input_ids=ids, past_key_values=cache, **GREEDY)
         with pytest.raises(UnsupportedCallError, match=r"was pruned by '\w+'"):
-            model.model.language_model(input_ids=NEXT[:1], past_key_values=cache)
+            decoder(model)(input_ids=NEXT[:1], past_key_values=cache)
         # Nothing was half done: under its method the cache goes on as if nobody had tried.
         with vlmprune.pruned(model, method, keep=0.3, **METHOD_PARAMETERS[method]):
             assert torch.equal(model(input_ids=NEXT[:1], past_key_values=cache).logits, wanted)
@@ -107,10 +108,10 @@ def test_language_model_alone_continues_a_pruned_cache(model):
     cache = prefilled(model)
     with torch.no_grad(), vlmprune.pruned(model, "divprune", keep=0.3):
         wanted = model(input_ids=NEXT[:1], past_key_values=copy.deepcopy(cache)).logits
-        output = model.model.language_model(input_ids=NEXT[:1], past_key_values=cache)
+        output = decoder(model)(input_ids=NEXT[:1], past_key_values=cache)
         assert torch.equal(model.lm_head(output.last_hidden_state), wanted)
     with torch.no_grad(), pytest.raises(UnsupportedCallError, match="'divprune'"):
-        model.model.language_model(input_ids=NEXT[:1], past_key_values=cache)
+        decoder(model)(input_ids=NEXT[:1], past_key_values=cache)
 
 
 def test_another_model_refuses_a_pruned_cache(model):
@@ -160,7 +161,7 @@ def test_an_exception_inside_a_forward_leaves_the_cache_guarded(model):
     def explode(*_):
         raise RuntimeError("inside the norm")
 
-    handle = model.model.language_model.norm.register_forward_pre_hook(explode)
+    handle = decoder(model).norm.register_forward_pre_hook(explode)
     with torch.no_grad(), vlmprune.pruned(model, "divprune", keep=0.3), pytest.raises(RuntimeError, match="norm"):
         model(input_ids=NEXT[:1], past_key_values=cache)
     handle.remove()

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import vlmprune
+from support.host_parts import decoder
 from support.matrix import METHOD_PARAMETERS, over_matrix
 
 
@@ -42,7 +43,7 @@ def test_remove_is_exact(method, family):
 def test_exception_inside_leaves_the_model_usable(method, family):
     model = family.build(torch.float32)
     inputs = family.inputs([[3, "A", 4]])
-    last_layer = model.model.language_model.layers[-1]
+    last_layer = decoder(model).layers[-1]
 
     def explode(module, args):
         raise RuntimeError("out of memory")
@@ -110,7 +111,7 @@ def test_replaced_forward_of_accelerate_survives(method, family):
 
     model = family.build(torch.float32)
     inputs = family.inputs([[3, "A", 4]])
-    language_model = model.model.language_model
+    language_model = decoder(model)
     with torch.no_grad():
         with vlmprune.pruned(model, method, keep=0.3, **METHOD_PARAMETERS[method]):
             expected = model(**inputs).logits

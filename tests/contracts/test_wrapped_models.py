@@ -19,6 +19,7 @@ import vlmprune
 from support.deeper import deeper
 from support.families.qwen2_vl import QWEN2_VL
 from support.families.real_processors import llava_processor, photograph
+from support.host_parts import decoder
 from support.tiny_models import CLIP, LLAMA_GQA, LLAVA_CLIP_GQA, llava_case
 from vlmprune.errors import AlreadyAppliedError, NotAppliedError, UnsupportedCallError, UnsupportedFamilyError
 
@@ -55,7 +56,7 @@ def fsdp(*layers):
 
 def fsdp2(model):
     mesh = distributed.init_device_mesh("cpu", (1,))
-    for layer in model.model.language_model.layers:
+    for layer in decoder(model).layers:
         fully_shard(layer, mesh=mesh)
     return fully_shard(model, mesh=mesh)
 

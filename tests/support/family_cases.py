@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from support.families import (
+    glm4v,
+    idefics3,
+    internvl,
     llava_next,
     llava_next_video,
     llava_onevision,
@@ -25,4 +28,7 @@ FAMILY_CASES: tuple[FamilyCase, ...] = (
     *qwen2_5_vl.CASES,
     *qwen3_vl.CASES,
     *qwen3_5.CASES,
+    *internvl.CASES,
+    *idefics3.CASES,
+    *glm4v.CASES,
 )

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers.masking_utils import create_causal_mask
 
+from support.host_parts import decoder
 from support.oracle import suppressed
 from vlmprune.methods.base import Method
 from vlmprune.methods.registry import get_method
@@ -47,7 +48,7 @@ def default_positions(model: Any, method: str | Method) -> Positions:
 def language_model_inputs(model: Any, inputs: dict[str, Tensor]) -> dict[str, Any]:
     """Return what an unpatched model hands to its language model."""
     caught: list[dict[str, Any]] = []
-    handle = model.model.language_model.register_forward_pre_hook(
+    handle = decoder(model).register_forward_pre_hook(
         lambda module, args, kwargs: caught.append(kwargs), with_kwargs=True
     )
     try:
@@ -165,7 +166,7 @@ def row_by_layers(
         later: ids of tokens that follow the prompt, seen by all layers.
         given: `language_model_inputs(model, inputs)`, if at hand.
     """
-    language_model = model.model.language_model
+    language_model = decoder(model)
     given = language_model_inputs(model, inputs) if given is None else given
     later = torch.zeros(0, dtype=torch.int64) if later is None else later
     total = inputs["input_ids"].shape[1]

@@ -7,7 +7,7 @@ import torch
 
 from support.deeper import deeper
 from support.deeper_tower import deeper_tower, one_tile
-from support.families import llava_next, qwen3_5, qwen3_vl
+from support.families import glm4v, idefics3, internvl, llava_next, qwen3_5, qwen3_vl
 from support.family_cases import FAMILY_CASES
 from support.tiny_models import LLAVA_CLIP_GQA, FamilyCase
 from vlmprune.methods.needs import FIRST_LAYER, GRID, INSTRUCTION, PIXELS, VIDEOS, LayerNeed
@@ -91,9 +91,9 @@ def few_tokens(method: str, family: FamilyCase) -> int:
 # Every family meets these, which differ in what they read and where they drop or merge; the other methods meet one family of
 # each kind. The rest of the product has the marker `whole`, which `make test-whole` runs too.
 ON_EVERY_FAMILY = frozenset({"uniform", "pool", "fastervlm", "visionzip", "todre", "fastv", "pyramiddrop"})
-# Families that differ from one before them in their decoder's layers meet these.
+# Families that differ from one before them in their tower or their decoder's layers meet these.
 ON_FEWER = frozenset({"fastervlm"})
-LIKE_ANOTHER = qwen3_5.CASES[1:]
+LIKE_ANOTHER = (*qwen3_5.CASES[1:], *internvl.CASES, *idefics3.CASES, *glm4v.CASES)
 ONE_OF_EACH_KIND = (LLAVA_CLIP_GQA, llava_next.CASES[0], qwen3_vl.CASES[0])
 
 

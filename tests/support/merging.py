@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from support.host_parts import decoder
 from support.layerwise import alive_columns, placeholders
 
 
@@ -69,7 +70,7 @@ def target_plus_mean(values: Tensor, image: Any, number: int) -> Tensor:
 def entering(model: Any) -> Iterator[list[dict[str, Any]]]:
     """Note what enters the language model behind the hooks of an applied method."""
     seen: list[dict[str, Any]] = []
-    handle = model.model.language_model.register_forward_pre_hook(
+    handle = decoder(model).register_forward_pre_hook(
         lambda module, args, kwargs: seen.append(kwargs), with_kwargs=True
     )
     try:

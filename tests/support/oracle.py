@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from support.host_parts import decoder
 from support.tiny_models import IMAGE_TOKEN
 
 
@@ -14,7 +15,7 @@ from support.tiny_models import IMAGE_TOKEN
 def merged_embeddings(model: Any, inputs: dict[str, Tensor]) -> Tensor:
     """Return the language model's input embeddings of an unpatched model, `[batch, tokens, dim]`."""
     caught: list[Tensor] = []
-    language_model = model.model.language_model
+    language_model = decoder(model)
     handle = language_model.register_forward_pre_hook(
         lambda module, args, kwargs: caught.append(kwargs["inputs_embeds"]), with_kwargs=True
     )
@@ -41,7 +42,7 @@ def kept_columns(inputs: dict[str, Tensor], record: Any, row: int) -> Tensor:
 def row_logits(model: Any, embeddings: Tensor) -> Tensor:
     """Return the logits of one compacted row `[tokens, dim]` from the unpatched language model, `[tokens, vocabulary]`."""
     positions = torch.arange(len(embeddings))[None]
-    output = model.model.language_model(inputs_embeds=embeddings[None], position_ids=positions, use_cache=False)
+    output = decoder(model)(inputs_embeds=embeddings[None], position_ids=positions, use_cache=False)
     return model.lm_head(output.last_hidden_state)[0]
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
+from support.host_parts import decoder
 from support.oracle import merged_embeddings
 from support.tiny_models import IMAGE_TOKEN
 
@@ -63,7 +64,7 @@ class PlainRow:
 
 def probe(model: Any, layer: int, row: PlainRow) -> tuple[Tensor, Tensor]:
     """Return causal attention `[heads, tokens, tokens]` and rotated keys `[tokens, kv_heads, head_dim]` of a layer."""
-    language_model = model.model.language_model
+    language_model = decoder(model)
     module = language_model.layers[layer]
     normed = module.input_layernorm(row.hidden)[None]
     attention = module.self_attn
@@ -98,7 +99,7 @@ def run_row(
         images=[part.tolist() for part in visual],
         numbers=[list(range(total)) for total in totals],
     )
-    language_model = model.model.language_model
+    language_model = decoder(model)
     for layer, module in enumerate(language_model.layers):
         cut(model, layer, row)
         row.attention, row.keys = probe(model, layer, row)

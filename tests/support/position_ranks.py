@@ -7,10 +7,12 @@ from typing import Any
 
 from torch import Tensor
 
+from support.host_parts import decoder
+
 
 def ranked(model: Any, positions: Tensor, columns: Tensor) -> list[int]:
     """Return the better of a token's two places, by mean cosine and by mean sine."""
-    frequencies = model.model.language_model.rotary_emb.inv_freq.tolist()
+    frequencies = decoder(model).rotary_emb.inv_freq.tolist()
     axes = (
         positions[-3:, columns].T.tolist()
         if positions.ndim == 2

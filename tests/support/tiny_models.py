@@ -6,7 +6,7 @@ import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -35,7 +35,10 @@ class FamilyCase:
         build: makes the model of a dtype; cached, so tests must undo what they apply.
         image: makes the processor's tensors of a named image, batch dimension first.
         tokens: placeholders of a named image.
+        images_or_videos: whether a call has no images where it has videos.
     """
+
+    images_or_videos: ClassVar[bool] = False
 
     name: str
     build: Callable[[torch.dtype], Any]

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import pytest
 import torch
 
-from support.families import llava_next_video, llava_onevision, qwen2_5_vl, qwen2_vl, qwen3_5, qwen3_vl
+from support.families import glm4v, llava_next_video, llava_onevision, qwen2_5_vl, qwen2_vl, qwen3_5, qwen3_vl
 from support.families.qwen_case import QwenCase
 from support.matrix import ENCODER_METHODS, LIKE_ANOTHER, METHOD_PARAMETERS, ON_FEWER, fitting
 from support.tiny_models import FamilyCase, Row
@@ -16,7 +16,7 @@ from vlmprune.methods.registry import METHODS, make_method
 from vlmprune.patches.families.registry import find_family
 
 QWEN_CASES = (*qwen2_vl.CASES, *qwen2_5_vl.CASES, *qwen3_vl.CASES, *qwen3_5.CASES)
-VIDEO_CASES: tuple[FamilyCase, ...] = (*QWEN_CASES, *llava_onevision.CASES, *llava_next_video.CASES)
+VIDEO_CASES: tuple[FamilyCase, ...] = (*QWEN_CASES, *llava_onevision.CASES, *llava_next_video.CASES, *glm4v.CASES)
 
 ROWS: dict[str, list[Row]] = {
     "one": [[3, "video", 4]],
@@ -35,7 +35,10 @@ ONE_OF_EACH_KIND = (qwen3_vl.CASES[0], llava_onevision.CASES[0])
 
 
 def as_served(method: str, case: FamilyCase, rows: Sequence[Row]) -> list[Row]:
-    """Return the rows with videos of one length where the host stacks them, and without images where their kind is not served."""
+    """Return the rows with videos of one length where the host stacks them, and without images where
+    their kind, or images beside videos, are not served."""
+    if case.images_or_videos:
+        return [[item for item in row if not isinstance(item, str) or "video" in item] for row in rows]
     if isinstance(case, QwenCase):
         return list(rows)
     needs = {need for part in make_method(method, **METHOD_PARAMETERS[method]).parts() for need in part.needs}

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from support.host_parts import decoder
 from support.layerwise import close_gaps, language_model_inputs
 from support.oracle import suppressed
 
@@ -59,7 +60,7 @@ def row_by_hand(
     """
     later = torch.zeros(0, dtype=torch.int64) if later is None else later
     changed = changed or {}
-    language_model, count = model.model.language_model, len(later)
+    language_model, count = decoder(model), len(later)
     visual, columns = placeholders(model, inputs["input_ids"]), kept_by_row(model, inputs, record, row)
     valid = inputs["attention_mask"][row].bool()
 

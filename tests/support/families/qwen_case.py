@@ -96,17 +96,21 @@ class QwenCase(FamilyCase):
                 inputs[key] = joined.to(dtype) if joined.is_floating_point() else joined
             if kind and tensors and self.seconds_per_grid is not None:
                 inputs["second_per_grid_ts"] = torch.full((len(tensors),), self.seconds_per_grid)
-        inputs["mm_token_type_ids"] = token_types(inputs["input_ids"])
+        inputs["mm_token_type_ids"] = self.types(inputs["input_ids"])
         return inputs
 
     def longer(self, model: Any, turns: Sequence[dict[str, Tensor]], ids: Tensor, mask: Tensor) -> dict[str, Tensor]:
         """Return `generate` inputs for `ids` and `mask`, with positions where the grids of earlier turns are needed for them."""
         inputs = super().longer(model, turns, ids, mask)
-        inputs["mm_token_type_ids"] = token_types(ids)
+        inputs["mm_token_type_ids"] = self.types(ids)
         if len(turns) > 1:
             grids = [grid for row in range(len(ids)) for turn in turns for grid in _image_grids(turn)[row]]
             inputs["position_ids"] = self.positions(model, {**inputs, "image_grid_thw": torch.stack(grids)})
         return inputs
+
+    def types(self, ids: Tensor) -> Tensor:
+        """Return `mm_token_type_ids` of a prompt."""
+        return token_types(ids)
 
     def positions(self, model: Any, inputs: dict[str, Tensor]) -> Tensor:
         """Return position ids `[3, batch, tokens]` of a prompt from the host's own function."""

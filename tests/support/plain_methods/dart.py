@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from support.host_parts import decoder
 from support.plain_language import PlainRow
 
 
@@ -17,7 +18,7 @@ def dart(layer: int, count: int, pivots: int = 4) -> Callable[[Any, int, PlainRo
         if at != layer:
             return
         assert row.keys is not None
-        norms, states = row.keys.abs().sum((1, 2)).tolist(), model.model.language_model.norm(row.hidden)
+        norms, states = row.keys.abs().sum((1, 2)).tolist(), decoder(model).norm(row.hidden)
         new = []
         for image, tokens in enumerate(row.images):
             kept = sorted(tokens, key=lambda token: -norms[token])[: min(pivots, count)]

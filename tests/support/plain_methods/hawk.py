@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from support.host_parts import decoder
+
 
 def hawk(model: Any, visual: Tensor, question: Tensor, keep: int, weights: list[float] | None = None) -> list[int]:
     """Return the kept tokens of one image.
@@ -19,7 +21,7 @@ def hawk(model: Any, visual: Tensor, question: Tensor, keep: int, weights: list[
         keep: how many stay.
         weights: one a head; None for equal ones.
     """
-    layer = model.model.language_model.layers[0]
+    layer = decoder(model).layers[0]
     attention, width = layer.self_attn, layer.self_attn.head_dim
 
     def heads(projection: Any, norm: str, rows: Tensor) -> Tensor:

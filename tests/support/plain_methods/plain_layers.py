@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from support.host_parts import decoder
 from support.oracle import merged_embeddings
 from support.tiny_models import IMAGE_TOKEN, FamilyCase
 
@@ -79,7 +80,7 @@ class PlainRow:
 
     def projected(self, layer: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return what a layer's attention gets, its rotated queries and keys, and its values, `[heads, tokens, head_dim]`."""
-        module = self.model.model.language_model.layers[layer]
+        module = decoder(self.model).layers[layer]
         attention = module.self_attn
         normed = module.input_layernorm(self.hidden)
         query, key, value = (
@@ -87,7 +88,7 @@ class PlainRow:
             for kind in "qkv"
         )
         positions = torch.arange(len(self.columns)) if self.compact else self.positions[self.columns]
-        cos, sin = (table[0] for table in self.model.model.language_model.rotary_emb(normed[None], positions[None]))
+        cos, sin = (table[0] for table in decoder(self.model).rotary_emb(normed[None], positions[None]))
 
         def rotated(states: Tensor) -> Tensor:
             first, second = states.chunk(2, dim=-1)
@@ -104,7 +105,7 @@ class PlainRow:
 
     def run(self, layer: int) -> None:
         """Run one layer."""
-        module = self.model.model.language_model.layers[layer]
+        module = decoder(self.model).layers[layer]
         normed, _, _, value = self.projected(layer)
         logits, attention = self.attention(layer)
         mixed = module.self_attn.o_proj((attention @ value).transpose(0, 1).flatten(1))

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from support.host_parts import decoder
 from support.plain_language import PlainRow
 
 
@@ -62,7 +63,7 @@ def raters(row: PlainRow, image: int) -> list[int]:
 
 def corrected(model: Any, row: PlainRow, attention: Tensor, text: list[int], own: list[int]) -> Tensor:
     """Attention divided by the product of rotated ones over the root of the width."""
-    frequencies = model.model.language_model.rotary_emb.inv_freq
+    frequencies = decoder(model).rotary_emb.inv_freq
     width = 2 * len(frequencies)
     apart = row.positions[text][:, None] - row.positions[own]
     gravity = torch.stack([2 * torch.cos(apart * frequency) for frequency in frequencies]).sum(0) / width**0.5

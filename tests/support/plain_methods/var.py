@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from support.host_parts import decoder
+
 
 def plain_sinks(hidden: Tensor, dimensions: list[int], tau: float) -> list[int]:
     """Return the sinks among `hidden [tokens, dim]`."""
@@ -87,7 +89,7 @@ def plain_var(
             high = (first.abs() / (first.square().mean() + 1e-6) ** 0.5 > tau).nonzero().flatten().tolist()
             entering["dimensions"] = high or list(range(len(first)))
 
-    layers = model.model.language_model.layers
+    layers = decoder(model).layers
     handles = [
         layer.register_forward_pre_hook(partial(enter, number), with_kwargs=True)
         for number, layer in enumerate(layers)
