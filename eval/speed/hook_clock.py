@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from vlmprune.patches.tower.encoder_calls import EncoderCall
 
 from .rounds import wait_for
+from .shared_encodings import SharedEncodings
 
 _TABLES = ("_forward_pre_hooks", "_forward_hooks")
 
@@ -23,6 +24,11 @@ class HookClock:
 
     Everything that an applied method adds to a call happens in its hooks: reading the tower's attention, scores, picking,
     compaction, and handing the result back in the caller's shape.
+
+    Attributes:
+        in_hooks: seconds in hooks, those of a shared encoding as they were when it ran.
+        in_tower: seconds of encoding the pictures, without hooks.
+        from_before: the part of `in_hooks` that an encoding took which did not run again.
     """
 
     def __init__(self, device: torch.device, clock: Callable[[], float] = time.perf_counter) -> None:
@@ -31,13 +37,16 @@ class HookClock:
 
     def reset(self) -> None:
         """Start again at 0."""
-        self.in_hooks = self.in_tower = 0.0
+        self.in_hooks = self.in_tower = self.from_before = 0.0
         self._running: list[str] = []
         self._since = 0.0
 
     @contextmanager
-    def watching(self, model: PreTrainedModel) -> Iterator[HookClock]:
-        """Time the hooks that `model` carries now; they are as before afterwards."""
+    def watching(self, model: PreTrainedModel, encodings: SharedEncodings | None = None) -> Iterator[HookClock]:
+        """Time the hooks that `model` carries now; they are as before afterwards.
+
+        With `encodings` the tower only runs for what is not among them yet.
+        """
         tables = [getattr(module, name) for module in model.modules() for name in _TABLES]
         before = [dict(table) for table in tables]
         calls = [(name, value) for name, value in vars(model.model).items() if isinstance(value, EncoderCall)]
@@ -46,7 +55,8 @@ class HookClock:
             for key, hook in table.items():
                 table[key] = self._timed(hook, "hooks")
         for (name, encoder), encode in zip(calls, encodes, strict=True):
-            encoder.encode = self._timed(encode, "tower")
+            once = encode if encodings is None else self._once(encoder, encode, encodings)
+            encoder.encode = self._timed(once, "tower")
             vars(model.model)[name] = self._timed(encoder, "hooks")
         try:
             yield self
@@ -57,6 +67,22 @@ class HookClock:
             for table, hooks in zip(tables, before, strict=True):
                 for key, hook in hooks.items():
                     table[key] = hook
+
+    def _once(self, call: EncoderCall, encode: Callable[..., Any], encodings: SharedEncodings) -> Callable[..., Any]:
+        @wraps(encode)
+        def once(*args: Any, **kwargs: Any) -> Any:
+            known = encodings.find(call)
+            if known is not None:
+                self.in_hooks += known.seconds
+                self.from_before += known.seconds
+                return known.again(call)
+            before = self.in_hooks
+            output = encode(*args, **kwargs)
+            captured = call.calls.tower[-1].captured
+            encodings.keep(call.modality, call.signals, output, captured, self.in_hooks - before)
+            return output
+
+        return once
 
     def _timed(self, call: Callable[..., Any], what: str) -> Callable[..., Any]:
         @wraps(call)

@@ -18,11 +18,13 @@ from vlmprune.errors import BudgetError
 from vlmprune.eval.models.memory import garbage_kept
 from vlmprune.eval.models.visual_tokens import visual_tokens
 from vlmprune.eval.run.cells import Cell, LeftOut, not_reachable
+from vlmprune.methods.needs import PIXELS
 
 from .hook_clock import HookClock
 from .hook_memory import HookMemory
 from .ideal_prefill import IdealPrefill, encode_images
 from .rounds import CLOCKS, clocked, spread
+from .shared_encodings import SharedEncodings
 
 REPEATS = 2
 TOWER_ALONE = frozenset({"encoder"})
@@ -78,8 +80,9 @@ def measure_selection(
     A method that acts before the language model is measured with its layers taken out, which do the same whoever chose the
     tokens; its prefill is that of the layers on as many tokens, timed once a round for all methods that keep as many, and its
     selection. A method that drops or changes attention inside is measured in the whole call, and its ideal right after. A
-    method that acts in the vision tower alone is measured there, in the one of `tower_model`. A cell whose budget the request
-    does not allow is left out, and `on_left_out` told.
+    method that acts in the vision tower alone is measured there, in the one of `tower_model`. Methods that leave the tower as it
+    is and read the same of it share one encoding a round, and those that read nothing one for all rounds. A cell whose budget
+    the request does not allow is left out, and `on_left_out` told.
 
     Args:
         model: its tower may be short, since methods behind it do not change what it costs.
@@ -120,6 +123,7 @@ class _SelectionBench:
         self.visual = int(visual_tokens(model.config, inputs["input_ids"][0]).sum())
         self.depth = int(model.config.get_text_config().num_hidden_layers)
         self.encoded: Any = None
+        self.encodings = SharedEncodings()
         self.full: list[float] = []
         self.tower: list[float] = []
         self.times: dict[str, list[tuple[float, float, float]]] = {cell.label: [] for cell in self.cells}
@@ -137,6 +141,9 @@ class _SelectionBench:
     def round(self, cells: Sequence[Cell]) -> None:
         if self.encoded is None:
             self.encoded = encode_images(self.model, self.inputs)
+            modality = "video" if self.inputs.get("pixel_values_videos") is not None else "image"
+            self.encodings.keep(modality, (), self.encoded, {}, 0.0)
+        self.encodings.forget_signals()
         sites = {cell.label: sites_of(cell) for cell in cells}
         if any(found != TOWER_ALONE for found in sites.values()):
             self.full.append(self._layers_alone([self.visual] * self.depth))
@@ -163,7 +170,8 @@ class _SelectionBench:
             self.times[cell.label].append((selection, pruned if inside else alone[kept] + selection, alone[kept]))
 
     def _pruned(self, cell: Cell, inside: bool) -> tuple[float, float]:
-        with cell.applied_to(self.model), self.clock.watching(self.model):
+        encodings = self.encodings if leaves_tower_alone(cell) else None
+        with cell.applied_to(self.model), self.clock.watching(self.model, encodings):
             if inside:
                 times = self._call()
             else:
@@ -188,7 +196,7 @@ class _SelectionBench:
         """Seconds in hooks, and of the whole call without the tower."""
         self.clock.reset()
         whole = self._timed(lambda: self.model(**self.inputs, use_cache=True, logits_to_keep=1))
-        return self.clock.in_hooks, whole - self.clock.in_tower
+        return self.clock.in_hooks, whole - self.clock.in_tower + self.clock.from_before
 
     def _peak(self) -> int | None:
         """Bytes that the method's hooks take for themselves, in one call that is not timed."""
@@ -241,6 +249,12 @@ def sites_of(cell: Cell) -> frozenset[str]:
     """Where the method of a cell acts."""
     method = cell.make_method()
     return frozenset() if method is None else frozenset(part.site for part in method.parts())
+
+
+def leaves_tower_alone(cell: Cell) -> bool:
+    """Whether the tower gives under the method of a cell what it gives without it."""
+    method = cell.make_method()
+    return method is None or not any(part.site == "encoder" or PIXELS in part.needs for part in method.parts())
 
 
 class _LayersThatDoNotRun(nn.ModuleList):

@@ -18,13 +18,15 @@ from vlmprune.eval.models.synthetic_request import synthetic_request
 from vlmprune.eval.run.cells import Cell, make_cells, parse_methods, usable_cells
 from vlmprune.eval.speed import selection_command
 from vlmprune.eval.speed.hook_clock import HookClock
+from vlmprune.eval.speed.rounds import clocked
 from vlmprune.eval.speed.selection_command import (
     prepare_cells,
     run_selection_cost,
     with_short_language,
     with_short_tower,
 )
-from vlmprune.eval.speed.selection_cost import measure_selection, without_layers
+from vlmprune.eval.speed.selection_cost import leaves_tower_alone, measure_selection, without_layers
+from vlmprune.eval.speed.shared_encodings import SharedEncodings
 from vlmprune.methods import VAR, DivPrune, PyramidDrop
 
 STAGED = Cell("pyramiddrop", None, (("layers", (1, 2)), ("ratios", (0.5, 0.25))))
@@ -183,6 +185,65 @@ def test_videos_and_layers_that_stand_for_several(model_type):
     assert row.visual_tokens_after < row.visual_tokens_before
     assert "--language-layers 0" in left_out[0].note
     assert row.selection_peak_bytes is None or row.selection_peak_bytes >= 0
+
+
+def count_runs(module):
+    """Return a list that grows by one with every run of a module."""
+    runs = []
+    module.register_forward_hook(lambda *_: runs.append(1))
+    return runs
+
+
+@pytest.mark.parametrize("model_type", ["llava_onevision", "qwen2_5_vl"])
+def test_methods_that_read_the_same_of_the_tower_share_an_encoding(model_type):
+    model = build_random(tiny_config(model_type), "float32", "cpu")
+    inputs = synthetic_request(model.config, (64, 64), 15, video_frames=4)
+    names = {"nothing": ["evs", "vidcom2", "divprune", "uniform"], "attention": ["flashvid", "holitom", "fastervlm"]}
+    runs = count_runs(getattr(model.model, "vision_tower", None) or model.model.visual)
+    rounds = 3
+    measure_selection(model, inputs, [Cell(name, 0.5) for name in names["nothing"]], rounds)
+    assert len(runs) == 1
+    runs.clear()
+    rows = measure_selection(model, inputs, [Cell(name, 0.5) for part in names.values() for name in part], rounds)
+    assert len(runs) == 1 + rounds
+    assert all(row.visual_tokens_after < row.visual_tokens_before for row in rows)
+
+
+def test_a_shared_encoding_chooses_and_costs_as_one_of_its_own(request_, monkeypatch):
+    """What a hook in the tower takes counts for every method that reads what it captured."""
+    model, inputs = request_
+    names, layer = ["fastervlm", "divprune", "visionzip"], model.model.vision_tower.encoder.layers[1].self_attn.q_proj
+    clock, kept, kept_alone = HookClock(model.device), [], []
+    with torch.no_grad():
+        encodings = SharedEncodings()
+        for name in [*names, *names]:
+            with vlmprune.pruned(model, name, keep=0.5):
+                for key, hook in layer._forward_hooks.items():
+                    layer._forward_hooks[key] = lambda *args, hook=hook: time.sleep(0.03) or hook(*args)
+                model(**inputs)
+                kept_alone.append(vlmprune.last_run(model).images[0].kept.tolist())
+                clock.reset()
+                with clock.watching(model, encodings):
+                    whole = clocked(lambda: model(**inputs), model.device)
+                kept.append(vlmprune.last_run(model).images[0].kept.tolist())
+            reads = name != "divprune"
+            assert reads == (clock.in_hooks >= 0.03)
+            assert clock.in_hooks - clock.from_before < whole
+    assert clock.from_before >= 0.03
+    assert kept == kept_alone
+
+
+def test_a_method_that_changes_what_the_tower_gives_has_an_encoding_of_its_own():
+    model = build_random(tiny_config("qwen2_5_vl"), "float32", "cpu")
+    inputs = synthetic_request(model.config, (64, 64), 15)
+    runs = count_runs(model.model.visual)
+    assert leaves_tower_alone(Cell("divprune", 0.5))
+    assert not leaves_tower_alone(Cell("tome", 0.5))
+    assert not leaves_tower_alone(Cell("pixelprune", 0.5))
+    rows = measure_selection(model, inputs, [Cell("pixelprune", 0.5), Cell("divprune", 0.5)], 2)
+    # One for all, and of the other the peak and two repeats in each of two rounds.
+    assert len(runs) == 1 + 1 + 2 * 2
+    assert len(rows) == 2
 
 
 def test_memory_of_the_selection_shows(request_, monkeypatch):
