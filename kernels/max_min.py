@@ -21,11 +21,11 @@ from vlmprune.kernels.shared.cosine_matrix import (
     cosine_matrix,
     cosines_to,
     groups_that_fit,
-    nearest_others,
     nearest_others_triton,
     row_scales,
     unit_rows,
 )
+from vlmprune.kernels.shared.greedy_pools import farthest_from_nearest, greedy_in_pools
 from vlmprune.kernels.shared.greedy_stream import greedy_stream
 from vlmprune.kernels.shared.implementation import choose_implementation, tl, triton
 from vlmprune.kernels.shared.segments import check_counts, check_offsets, check_seeds, on_device, running_starts
@@ -104,15 +104,25 @@ def max_min_reference(
             last = unusable if bool(unusable.any()) else None
         seed = None if seeds is None else seeds[segment]
         matrix = cosine_matrix(rows, count, limit_bytes, whole=seed is None and weight is None)
-        if seed is None:
+        if seed is None and weight is None and matrix is None:
+            seed = farthest_from_nearest(rows, last, snapped)
+        elif seed is None:
             if weight is not None:
                 lowest = -weight
             else:
-                lowest = nearest_others(rows) if matrix is None else matrix.fill_diagonal_(-torch.inf).amax(1)
-                lowest = lowest.masked_fill(lowest > EQUAL, 1.0)
+                assert matrix is not None
+                lowest = snapped(matrix.fill_diagonal_(-torch.inf).amax(1))
             seed = int((lowest if last is None else lowest.masked_fill(last, LAST)).argmin())
-        picks.append(greedy_max_min(_Snapped(cosines_to(rows, matrix)), seed, count, weight, last))
+        if 4 * len(rows) ** 2 > limit_bytes:
+            picks.append(greedy_in_pools(rows, seed, count, weight, last, snapped))
+        else:
+            picks.append(greedy_max_min(_Snapped(cosines_to(rows, matrix)), seed, count, weight, last))
     return torch.cat(picks)
+
+
+def snapped(cosines: Tensor) -> Tensor:
+    """Return cosines, those of equal rows exactly 1."""
+    return cosines.masked_fill(cosines > EQUAL, 1.0)
 
 
 class _Snapped:
@@ -122,8 +132,7 @@ class _Snapped:
         self.cosines = cosines
 
     def __call__(self, pick: int) -> Tensor:
-        values = self.cosines(pick)
-        return values.masked_fill(values > EQUAL, 1.0)
+        return snapped(self.cosines(pick))
 
 
 def greedy_max_min(

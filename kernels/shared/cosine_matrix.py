@@ -92,16 +92,6 @@ def _row(rows: Tensor, pick: int) -> Tensor:
     return rows @ rows[pick]
 
 
-def nearest_others(rows: Tensor, block: int = 1024) -> Tensor:
-    """Return the highest cosine of each unit row to another one, fp32 `[tokens]`, by blocks of the matrix."""
-    nearest = []
-    for begin in range(0, rows.shape[0], block):
-        part = rows[begin : begin + block] @ rows.T
-        part.diagonal(begin).fill_(-torch.inf)
-        nearest.append(part.amax(1))
-    return torch.cat(nearest)
-
-
 def row_scales(features: Tensor) -> Tensor:
     """Return 1 / norm of each row of `[tokens, dim]`, fp32: 0 for a zero row, -1 for a row whose norm is not finite."""
     tokens, dim = features.shape
@@ -177,7 +167,7 @@ def cosine_matrices(
 
 
 def nearest_others_triton(features: Tensor, scales: Tensor) -> Tensor:
-    """`nearest_others` for features that are not scaled yet, without the matrix."""
+    """Return the highest cosine of each row to another one, fp32 `[tokens]`, of features not scaled yet, without the matrix."""
     tokens = features.shape[0]
     tiles = triton.cdiv(tokens, TILE)
     nearest = torch.empty(tiles, tokens, dtype=torch.float32, device=features.device)

@@ -45,6 +45,32 @@ def test_reference_on_long_segments(tokens: int) -> None:
     assert picks.tolist() == greedy_oracle(cosines, 12, weights=weights)
 
 
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("spread", [0.5, 1.0, 5.0])
+def test_without_a_matrix_clusters_are_picked_as_one_by_one(weighted: bool, spread: float) -> None:
+    """Few picks of a pool count where they rule each other out, many where tokens are all alike or all apart."""
+    generator = torch.Generator().manual_seed(int(10 * spread))
+    centres = torch.randn(40, 24, generator=generator).repeat_interleave(20, 0)
+    features = centres + spread * torch.randn(800, 24, generator=generator)
+    weights = torch.rand(800, generator=generator) if weighted else None
+    picks = max_min_reference(features, [0, 800], [500], None, weights, limit_bytes=0)
+    unit = torch.nn.functional.normalize(features.double(), dim=1)
+    assert picks.tolist() == greedy_oracle(unit @ unit.T, 500, weights=None if weights is None else weights.double())
+
+
+def test_the_first_pick_of_a_long_segment_is_found_among_repeats() -> None:
+    """All but three tokens have an equal one; of these the farthest from its nearest neighbour counts."""
+    generator = torch.Generator().manual_seed(3)
+    pairs = torch.randn(1500, 32, generator=generator).repeat(2, 1)
+    alone = torch.randn(3, 32, generator=generator)
+    features = torch.cat([pairs[:1000], alone, pairs[1000:]])
+    unit = torch.nn.functional.normalize(features.double(), dim=1)
+    nearest = (unit[1000:1003] @ unit.T).scatter(1, torch.arange(1000, 1003)[:, None], -2).amax(1)
+    (pick,) = max_min_reference(features, [0, 3003], [1], None, limit_bytes=0).tolist()
+    assert pick == 1000 + int(nearest.argmin())
+    assert max_min_reference(pairs, [0, 3000], [1], None, limit_bytes=0).tolist() == [0]
+
+
 @LIMITS
 @pytest.mark.parametrize("greedy", [max_min_reference, max_min_triton])
 def test_where_every_token_has_an_equal_one_rounding_does_not_choose(greedy, limit: int, device: str) -> None:

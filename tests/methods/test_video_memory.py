@@ -16,8 +16,8 @@ from vlmprune.patches.prefill.scored_items import choose_among, scored_items, vi
 
 # LLaVA-OneVision's 25,089 tokens with the newline, and 16,128 of Qwen2.5-VL: 256 frames in pairs of 9 x 14 tokens.
 ONEVISION, QWEN = video_layout(128, 14), raster_layout(9, 14, 128)
-# Tens of seconds on one core, as every pick reads all tokens.
-SLOW = {"divprune", "textmonkey"}
+# Tens of seconds on one core, as every token is compared with all later ones.
+SLOW = {"textmonkey"}
 SERVING = [
     pytest.param(name, marks=pytest.mark.whole if name in SLOW else ())
     for name, cls in METHODS.items()
