@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from math import isqrt
+
 from transformers import PreTrainedConfig
 
 from vlmprune.methods.encoder_method import EncoderMethod, block_tokens
@@ -34,7 +36,17 @@ def dense_tower_macs(
     projected = tokens - (has_cls(config) and drops_cls(config))
     if method is not None and method.output == "merged":
         projected = method.plan(patches, dense_tower_facts(config))[-1]
-    return work.crops * tower, work.crops * projected * dense_projector_macs(config)
+    whole = work.crops - work.pooled
+    projector = whole * projected * dense_projector_macs(config)
+    return work.crops * tower, projector + (work.pooled * _pooled_frame_macs(config, patches) if work.pooled else 0)
+
+
+def _pooled_frame_macs(config: PreTrainedConfig, patches: int) -> int:
+    """MACs of pooling one frame of LLaVA-NeXT-Video and projecting what is left."""
+    stride, hidden = int(config.spatial_pool_stride), int(config.vision_config.hidden_size)
+    left = (isqrt(patches) // stride) ** 2
+    pooling = stride**2 * hidden**2 if config.spatial_pool_mode == "conv" else 0
+    return left * (pooling + dense_projector_macs(config))
 
 
 def dense_patches(config: PreTrainedConfig) -> int:

@@ -22,6 +22,7 @@ from transformers.utils import is_torchvision_available
 
 from vlmprune.errors import ParameterError, UnsupportedCallError
 from vlmprune.patches.families.facts import has_cls
+from vlmprune.patches.families.family import Family
 from vlmprune.patches.families.registry import family_of_config
 
 WORD = "word"
@@ -132,13 +133,18 @@ def default_image_processor(config: PreTrainedConfig, **settings: Any) -> Any:
             "size": {"shortest_edge": 4 * vision.patch_size**2 * 4, "longest_edge": 16384 * vision.patch_size**2 * 4},
         }
     else:
-        square = {"height": vision.image_size, "width": vision.image_size}
-        given = {"size": square}
-        if family.picture_kind != "tiles of single pictures":
-            given = {"size": {"shortest_edge": vision.image_size}, "crop_size": square}
+        given = _square_sizes(family, vision.image_size)
         if family.has_tiles:
             given["image_grid_pinpoints"] = config.image_grid_pinpoints
     return _processing_class(name)(**{**given, **settings})
+
+
+def _square_sizes(family: type[Family], side: int) -> dict[str, Any]:
+    """Settings of a processor that makes every picture a square of `side` pixels: resized, or resized and cropped."""
+    square = {"height": side, "width": side}
+    if family.picture_kind == "tiles of single pictures":
+        return {"size": square}
+    return {"size": {"shortest_edge": side}, "crop_size": square}
 
 
 def default_video_processor(config: PreTrainedConfig) -> Any:
@@ -146,7 +152,7 @@ def default_video_processor(config: PreTrainedConfig) -> Any:
     family, vision = family_of_config(config), config.vision_config
     made = getattr(transformers, str(family.preparation.video_processor))
     if family.tower_kind != "packed":
-        return made(size={"height": vision.image_size, "width": vision.image_size})
+        return made(**_square_sizes(family, vision.image_size))
     pixels = vision.patch_size**2 * vision.spatial_merge_size**2
     # Of Qwen3-VL the limits are those of all frames together, of the others those of one.
     return made(

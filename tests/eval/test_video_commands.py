@@ -16,7 +16,7 @@ GIVEN = ["--random-weights", "tiny", "--methods", ",".join(METHODS), "--keep", "
 VIDEO = ["--video-frames", "8", "--image-size", "64"]
 
 
-@pytest.fixture(params=["qwen2_5_vl", "llava_onevision"])
+@pytest.fixture(params=["qwen2_5_vl", "llava_onevision", "llava_next_video"])
 def tiny(request, monkeypatch):
     """A tiny model in the presets' place."""
     for module in (random_weights, selection_command):

@@ -38,7 +38,7 @@ from vlmprune.eval.run.cells import Cell
 from vlmprune.eval.speed.ideal_prefill import encode_images
 from vlmprune.eval.speed.latency import measure
 
-SERVED = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "llava_onevision")
+SERVED = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "llava_onevision", "llava_next_video")
 
 
 @pytest.fixture(scope="module")
@@ -183,7 +183,7 @@ def test_requests_with_videos_match_the_counter(model_type, frames):
     assert counted(lambda: model(**inputs, logits_to_keep=1)) == 2 * 2 * cost.total
 
 
-@pytest.mark.parametrize("model_type", ["qwen2_5_vl", "llava_onevision"])
+@pytest.mark.parametrize("model_type", ["qwen2_5_vl", "llava_onevision", "llava_next_video"])
 def test_pruned_requests_with_videos_match_the_counter(model_type):
     config = tiny_config(model_type)
     model = AutoModelForImageTextToText.from_config(config, attn_implementation="eager").eval()
