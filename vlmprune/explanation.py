@@ -30,7 +30,10 @@ def explain_model(model: Any) -> str:
 
 
 def _class_line(family: Family) -> str:
-    how = "by what was found in it, as no family names it" if family.is_general else f"as {family.name}"
+    from vlmprune.patches.families.registry import named_families
+
+    found = family.is_general and type(family) not in named_families()
+    how = "by what was found in it, as no family names it" if found else f"as {family.name}"
     return f"{type(family.model).__name__}, served {how}"
 
 

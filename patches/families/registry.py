@@ -9,6 +9,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from vlmprune.errors import ParameterError, UnsupportedFamilyError, nearest, unknown
+from vlmprune.plugins import load_plugins
 
 from .family import Family
 from .general import general_family, made_family
@@ -46,6 +47,11 @@ FAMILIES: tuple[type[Family], ...] = (
 REGISTERED: dict[str, type[Family]] = {}
 """Families that users registered, by the qualified name of the model class."""
 
+ENTRY_POINTS = "vlmprune.families"
+"""The group under which other packages offer families: `ModelClass = "package.module:Family"`."""
+
+_OFFERED: dict[str, type[Family]] = {}
+
 
 def register_family(
     model_class: type[nn.Module],
@@ -78,10 +84,40 @@ def register_family(
     if family is None:
         cls: Any = model_class
         family = made_family(cls, ModelShape(multimodal_model, language_model, tuple(modalities), mrope))
-    elif not (isinstance(family, type) and issubclass(family, Family)):
-        raise ParameterError(f"family={family!r} is no family; allowed: subclasses of vlmprune's Family.")
+    else:
+        _check_family(family)
     REGISTERED[_qualified(model_class)] = family
     return family
+
+
+def _check_family(family: object) -> None:
+    if not (isinstance(family, type) and issubclass(family, Family)):
+        raise ParameterError(f"family={family!r} is no family; allowed: subclasses of vlmprune's Family.")
+
+
+def _offered() -> dict[str, type[Family]]:
+    """Return the families that installed packages offer, by the names of model classes."""
+    load_plugins(ENTRY_POINTS, "family of", _register_offered)
+    return _OFFERED
+
+
+def named_families() -> list[type[Family]]:
+    """Return all families that name their classes: vlmprune's, those of installed packages, those that users registered."""
+    return [*FAMILIES, *_offered().values(), *REGISTERED.values()]
+
+
+def _register_offered(name: str, family: Any) -> None:
+    _check_family(family)
+    if name not in family.model_classes:
+        raise ParameterError(
+            f"model_classes={family.model_classes!r} of its {family.__qualname__} do not name that class; entry point and "
+            "class must agree."
+        )
+    if any(name in own.model_classes for own in FAMILIES):
+        raise ParameterError(
+            "vlmprune serves the class of this name; for another of that name: vlmprune.register_family."
+        )
+    _OFFERED[name] = family
 
 
 def find_vlm(model: Any) -> nn.Module:
@@ -124,6 +160,8 @@ def _family_of(model: object) -> type[Family] | None:
         for family in FAMILIES:
             if cls.__name__ in family.model_classes and _of_transformers(cls):
                 return family
+        if issubclass(cls, nn.Module) and cls.__name__ in _offered():
+            return _offered()[cls.__name__]
     return None
 
 
@@ -189,7 +227,8 @@ def family_of_config(config: PreTrainedConfig) -> type[Family]:
     Raises:
         UnknownNameError: names the supported model types and the nearest one.
     """
-    families = {model_type: family for family in FAMILIES for model_type in family.model_types}
+    known = [*_offered().values(), *FAMILIES]
+    families = {model_type: family for family in known for model_type in family.model_types}
     if config.model_type not in families:
         raise unknown("model type", config.model_type, families)
     return families[config.model_type]

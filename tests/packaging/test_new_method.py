@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
+from support.other_package import ROOT, install, named_points, run
 from vlmprune import cli
 from vlmprune.new_method.scaffold import SITES, template
 
-ROOT = Path(__file__).parents[2]
+GROUP = "vlmprune.methods"
 runner = CliRunner()
 
 
@@ -26,23 +23,8 @@ def package(request, tmp_path_factory):
     result = runner.invoke(cli.app, ["new-method", name, "--site", request.param, "--folder", str(folder)])
     assert result.exit_code == 0, result.output
     root = folder / f"vlmprune-longest-{request.param}"
-    metadata = root / f"vlmprune_{name}-0.1.0.dist-info"
-    metadata.mkdir()
-    (metadata / "METADATA").write_text(
-        f"Metadata-Version: 2.1\nName: vlmprune-longest-{request.param}\nVersion: 0.1.0\n"
-    )
-    project = (root / "pyproject.toml").read_text()
-    points = re.search(r'entry-points\."vlmprune\.methods"\]\n(.+)', project)
-    (metadata / "entry_points.txt").write_text(f"[vlmprune.methods]\n{points[1]}\n".replace('"', ""))
+    install(root, root.name, GROUP, named_points((root / "pyproject.toml").read_text(), GROUP))
     return name, root
-
-
-def run(root, *command):
-    path = os.pathsep.join([str(root), str(ROOT)])
-    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [sys.executable, *command], env=environment, cwd=ROOT, capture_output=True, text=True, check=False
-    )
 
 
 def test_it_is_listed_and_its_own_tests_pass(package):
@@ -98,12 +80,7 @@ def test_nothing_is_overwritten(tmp_path):
 
 
 def test_a_package_that_cannot_be_loaded_breaks_its_own_method_alone(tmp_path):
-    metadata = tmp_path / "broken-1.0.dist-info"
-    metadata.mkdir()
-    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: broken\nVersion: 1.0\n")
-    (metadata / "entry_points.txt").write_text(
-        "[vlmprune.methods]\ngone = no_such_module:Gone\ndivprune = vlmprune.methods:FastV\n"
-    )
+    install(tmp_path, "broken", GROUP, "gone = no_such_module:Gone\ndivprune = vlmprune.methods:FastV")
     program = (
         "import warnings, vlmprune\n"
         "with warnings.catch_warnings(record=True) as caught:\n"

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from ..errors import ParameterError, unknown
+from ..method_files import ENTRY_POINTS
+from ..plugins import load_plugins
 from . import attention, baselines, encoder, input, layer, video
 from .attention_method import AttentionMethod
 from .base import Method
 from .encoder_method import EncoderMethod
 from .input_method import InputMethod
 from .layer_method import LayerMethod
-from .plugins import load_plugins
 
 MethodT = TypeVar("MethodT", bound=Method)
 
@@ -53,9 +54,20 @@ for _folder in (baselines, encoder, input, video, layer, attention):
 
 
 def known_methods() -> dict[str, type[Method]]:
-    """Return every method that can be asked for by name, those of installed packages (`vlmprune.methods.plugins`) last."""
-    load_plugins(register)
+    """Return every method that can be asked for by name, those of installed packages (`vlmprune.plugins`) last."""
+    _load_offered()
     return METHODS
+
+
+def _load_offered() -> dict[str, str]:
+    return load_plugins(ENTRY_POINTS, "method", _register_offered)
+
+
+def _register_offered(name: str, cls: Any) -> None:
+    check_method_class(cls)
+    if cls.name != name:
+        raise ParameterError(f"its class {cls.__qualname__} is called {cls.name!r}; entry point and name must agree.")
+    register(cls)
 
 
 def method_names() -> list[str]:
@@ -71,7 +83,7 @@ def get_method(name: str) -> type[Method]:
         ParameterError: a package offers it, but it cannot be loaded from there.
     """
     if name not in METHODS:
-        broken = load_plugins(register)
+        broken = _load_offered()
         if name in broken:
             raise ParameterError(broken[name])
     if name not in METHODS:
