@@ -5,10 +5,12 @@ from __future__ import annotations
 import csv
 from collections.abc import Iterator
 from dataclasses import MISSING, fields
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
+from method_losses import REQUIRED, when_it_loses
 from PIL import Image
 
 import vlmprune
@@ -21,11 +23,13 @@ from vlmprune.methods.registry import known_methods
 ROOT = Path(__file__).parents[1]
 METHODS = ROOT / "docs" / "methods"
 PHOTOGRAPH = ROOT / "docs" / "pictures" / "astronaut.jpg"
-RESULTS = ROOT / "eval" / "results" / "all_methods"
 MODELS = ("tiny-llava", "tiny-llava-next", "tiny-qwen2.5-vl")
+RESULTS = (
+    *(ROOT / "eval" / "results" / "all_methods" / f"{model}.csv" for model in MODELS),
+    ROOT / "eval" / "results" / "video" / "tiny-qwen2.5-vl-video.csv",
+)
 PROMPT = "What color is the circle?"
 KEEP = 0.25
-REQUIRED = {"cdpruner": {"relevance": "instruction"}, "recoverable_compression": {"relevance": "instruction"}}
 WHERE = {
     "encoder": "vision tower",
     "input": "before the language model",
@@ -48,22 +52,31 @@ def site_of(cls: type[Method]) -> str:
     return WHERE.get(cls.site, cls.site)
 
 
+@cache
+def results() -> dict[str, list[dict[str, str]]]:
+    """Return what was measured on the shipped models, by the model's name."""
+    found = {}
+    for file in RESULTS:
+        with file.open(encoding="utf-8") as text:
+            found[file.stem] = list(csv.DictReader(text))
+    return found
+
+
 def measured(name: str) -> Iterator[str]:
     """Yield lines of a table of what was measured of a method on the shipped models."""
-    for model in MODELS:
-        with (RESULTS / f"{model}.csv").open(encoding="utf-8") as file:
-            for row in csv.DictReader(file):
-                if row["method"].split(":")[0] == name:
-                    values = [
-                        model,
-                        f"`{row['method']}`",
-                        row["keep"],
-                        row["visual_tokens_after"],
-                        f"{100 * float(row['average']):.1f}",
-                        f"{100 * float(row['relative']):.1f} %",
-                        f"{float(row['gflops_prefill_total']):.2f}",
-                    ]
-                    yield f"| {' | '.join(values)} |"
+    for model, rows in results().items():
+        for row in rows:
+            if row["method"].split(":")[0] == name:
+                values = [
+                    model,
+                    f"`{row['method']}`",
+                    row["keep"],
+                    row["visual_tokens_after"],
+                    f"{100 * float(row['average']):.1f}",
+                    f"{100 * float(row['relative']):.1f} %",
+                    f"{float(row['gflops_prefill_total']):.2f}",
+                ]
+                yield f"| {' | '.join(values)} |"
 
 
 def picture(loaded: dict[str, LoadedModel], name: str) -> tuple[str, str] | None:
@@ -109,13 +122,17 @@ def method_page(name: str, cls: type[Method], loaded: dict[str, LoadedModel]) ->
     directive = [f".. autoclass:: {cls.__module__}.{cls.__qualname__}", "   :no-members:"]
     lines += ["## What it does", "", "```{eval-rst}", *directive, "```", ""]
     lines += ["## Parameters", "", "| parameter | default | in the paper |", "|---|---|---|", *parameters(cls), ""]
+    losses = list(when_it_loses(cls, results()))
+    if losses:
+        lines += ["## When it loses", "", *(line for loss in losses for line in (loss, ""))]
     rows = list(measured(name))
     if rows:
         columns = ("model", "method", "keep", "visual tokens", "mean accuracy", "of full", "GFLOPs")
         lines += [
             "## Measured",
             "",
-            "100 items a task; [how, and against which baselines](../measured.md#methods-compared).",
+            "[How, and against which baselines](../measured.md#methods-compared), "
+            "[of videos](../measured.md#video-methods-on-a-trained-model).",
             "",
         ]
         lines += [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|", *rows, ""]

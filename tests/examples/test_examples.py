@@ -79,6 +79,18 @@ def test_a_clip_spends_its_tokens_where_something_happens():
     assert kept[3] < kept[2]
 
 
+def test_tuning_names_a_line_to_paste(tmp_path):
+    pytest.importorskip("lmms_eval")
+    for number in range(10):
+        image = Image.new("RGB", (192, 192), "grey")
+        ImageDraw.Draw(image).ellipse([20, 20, 80 + 10 * number, 80], fill=("red", "blue")[number % 2])
+        image.save(tmp_path / f"{number}.png")
+    guess, sentence, line = script("tune.py", tmp_path).strip().splitlines()
+    assert guess.startswith("first guess: vlmprune.apply(model, ")
+    assert "held out" in sentence
+    assert line.startswith("vlmprune.apply(model, ")
+
+
 def test_lmms_eval_command(tmp_path):
     pytest.importorskip("lmms_eval")
     tasks = ["--include_path", ROOT / "eval" / "tasks", "--limit", "2", "--output_path", tmp_path]
