@@ -2,7 +2,7 @@
 
 python examples/tune.py PICTURES [MODEL]
 
-PICTURES is a folder, or a .jsonl file with a prompt for every picture. It takes minutes on a GPU; `vlmprune tune` is the same on the command line.
+PICTURES is a folder, or a .jsonl file with a prompt for every picture. `vlmprune tune` is the same on the command line.
 """
 
 from __future__ import annotations
