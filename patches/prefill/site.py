@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from vlmprune.errors import UnsupportedCallError
-from vlmprune.methods.batch import TILE_KINDS, Instruction, VisionSignal, VisualBatch
+from vlmprune.methods.batch import Instruction, VisionSignal, VisualBatch
 from vlmprune.methods.input_method import InputMethod
-from vlmprune.methods.needs import FIRST_LAYER, INSTRUCTION, VIDEOS, WHOLE_TILES
+from vlmprune.methods.needs import FIRST_LAYER, INSTRUCTION, VIDEOS
 from vlmprune.methods.pipeline import check_call
 
 from ..call_options import RowPipelines
@@ -34,7 +34,7 @@ from .merged_choice import choose_among_merged
 from .packing import packed_prompts
 from .scored_items import choose_among, scored_items, visual_budget
 from .sequence_bounds import one_sequence, padding_before
-from .visuals import PrefillVisuals, read_visuals
+from .visuals import PrefillVisuals, read_signals, read_visuals
 
 
 class InputSite:
@@ -197,20 +197,7 @@ class InputSite:
         family, spans = self.family, visuals.spans
         shown = spans.first_of
         columns = columns_of(shown, spans).to(call.device, non_blocking=True)
-        vision, tile_vision = {}, {}
-        for signal in self.signals:
-            if signal.kind in TILE_KINDS:
-                tile_vision[signal] = tuple(
-                    tiles.to(call.device) for shown in visuals.encoded for tiles in shown.tile_rows(family, signal)
-                )
-                continue
-            vision[signal] = torch.cat(
-                [shown.token_vision(family, signal).to(call.device) for shown in visuals.encoded]
-            )
-            if WHOLE_TILES in self.method.needs:
-                tile_vision[signal] = tuple(
-                    maps.to(call.device) for shown in visuals.encoded for maps in shown.tile_vision(family, signal)
-                )
+        vision, tile_vision = read_signals(family, self.signals, visuals.encoded, self.method.needs, call.device)
         return VisualBatch(
             features=call.tokens.detach().flatten(0, 1)[columns],
             counts=tuple(spans.counts[image] for image in shown),

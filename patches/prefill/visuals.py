@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +10,8 @@ from torch import Tensor
 
 from vlmprune.errors import UnsupportedCallError
 from vlmprune.layout import VisualLayout
-from vlmprune.methods.batch import VisionSignal
+from vlmprune.methods.batch import TILE_KINDS, VisionSignal
+from vlmprune.methods.needs import WHOLE_TILES, Need
 
 from ..calls import ModelCall
 from ..families.family import Family
@@ -73,6 +74,37 @@ class PrefillVisuals:
     def modalities(self) -> list[str]:
         """The modality, "image" or "video", of each shown image."""
         return [shown.visuals.modality for shown in self.encoded for _ in shown.images] or ["image"] * len(self.layouts)
+
+
+def read_signals(
+    family: Family,
+    signals: Sequence[VisionSignal],
+    encoded: Sequence[ShownVisuals],
+    needs: Collection[Need],
+    device: torch.device,
+) -> tuple[dict[VisionSignal, Tensor], dict[VisionSignal, tuple[Tensor, ...]]]:
+    """Return what a method reads of the vision tower, as `VisualBatch.vision` and `VisualBatch.tile_vision` have it.
+
+    Args:
+        family: the model's adapter.
+        signals: what the method reads.
+        encoded: what the prefill shows of each encoding.
+        needs: what the method needs beside them.
+        device: where the signals are wanted.
+    """
+    vision, tile_vision = {}, {}
+    for signal in signals:
+        if signal.kind in TILE_KINDS:
+            tile_vision[signal] = tuple(
+                tiles.to(device) for shown in encoded for tiles in shown.tile_rows(family, signal)
+            )
+            continue
+        vision[signal] = torch.cat([shown.token_vision(family, signal).to(device) for shown in encoded])
+        if WHOLE_TILES in needs:
+            tile_vision[signal] = tuple(
+                maps.to(device) for shown in encoded for maps in shown.tile_vision(family, signal)
+            )
+    return vision, tile_vision
 
 
 def read_visuals(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from ..families.family import Family
 
 
+QueryRows = Literal["all", "first", "none"]
+
+
 class DenseTowerReader(TowerReader):
     """Reads `q_proj` and `k_proj`; for CLS attention a single query row per tile is kept and multiplied with the keys."""
 
@@ -39,12 +42,8 @@ class DenseTowerReader(TowerReader):
         queries = {signal.layer for signal in signals if signal.kind in ATTENTION_KINDS}
         keys = queries | {signal.layer for signal in signals if signal.kind == "keys"}
         for layer in sorted(keys):
-            attention = family.vision_attention(layer)
-            for kind, child in zip(("q_proj", "k_proj"), family.vision_projections, strict=True):
-                if kind == "k_proj" or layer in queries:
-                    whole = kind == "k_proj" or layer in whole_queries
-                    hook = partial(self._keep_projection, kind, layer, whole)
-                    hooks.after(f"vision layer {layer} {child}", hooks.child(attention, child), hook)
+            rows: QueryRows = "all" if layer in whole_queries else "first" if layer in queries else "none"
+            self.watch_attention(family, layer, rows, hooks)
         outputs = {signal.layer for signal in signals if signal.kind == "states"}
         if any(signal.kind == "cls_features" for signal in signals):
             self.state_layers = family.state_layers
@@ -55,6 +54,14 @@ class DenseTowerReader(TowerReader):
             outputs |= set(self.state_layers)
         for layer in sorted(outputs):
             hooks.after(f"vision layer {layer} output", family.vision_layer(layer), partial(self._keep_state, layer))
+
+    def watch_attention(self, family: Family, layer: int, queries: QueryRows, hooks: HookSet) -> None:
+        """Register the hooks that keep the keys of one layer, and those queries that are asked for."""
+        attention = family.vision_attention(layer)
+        for kind, child in zip(("q_proj", "k_proj"), family.vision_projections, strict=True):
+            if kind == "k_proj" or queries != "none":
+                hook = partial(self._keep_projection, kind, layer, kind == "k_proj" or queries == "all")
+                hooks.after(f"vision layer {layer} {child}", hooks.child(attention, child), hook)
 
     def read(self, signal: VisionSignal, call: TowerCall) -> Tensor:
         """Return `[tiles, tokens, channels]`, with the CLS column where there is one; of "cls_features" `[tiles, channels]`."""

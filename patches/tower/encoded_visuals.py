@@ -6,6 +6,7 @@ import threading
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -44,6 +45,11 @@ class EncodedVisuals:
     features: Tensor | Sequence[Tensor] = ()
     tower: TowerTokens | None = None
     _layouts: tuple[VisualLayout, ...] | None = field(default=None, repr=False)
+
+    @property
+    def offsets(self) -> tuple[int, ...]:
+        """Start of each image or video in the packed tokens, and the end of the last."""
+        return tuple(accumulate(self.counts, initial=0))
 
     def layouts(self, family: Family) -> tuple[VisualLayout, ...]:
         """Return the layout of each image or video, computed once."""

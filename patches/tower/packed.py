@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,24 @@ from .reader import TowerReader
 if TYPE_CHECKING:
     from ..families.family import Family
     from ..hooks import HookSet
+
+
+class PackedAttention(NamedTuple):
+    """What the attention of one layer was computed from.
+
+    Attributes:
+        query: `[patches, heads, head_dim]`, rotary positions applied.
+        key: the same.
+        cu_seqlens: `[sequences + 1]`, the bounds inside which patches attend to each other.
+        max_seqlen: the longest of these, or None.
+        scale: factor of the logits.
+    """
+
+    query: Tensor
+    key: Tensor
+    cu_seqlens: Tensor
+    max_seqlen: int | None
+    scale: float
 
 
 class PackedTowerReader(TowerReader):
@@ -58,14 +76,29 @@ class PackedTowerReader(TowerReader):
             if signal.kind not in ("features", "kept_pixels"):
                 self.layers[signal.layer] = family.vision_attention(signal.layer)
         for layer, attention in sorted(self.layers.items()):
-            if _rotary_function(attention) is None:
-                raise UnsupportedMethodError(
-                    f"The module of {type(attention).__name__} has no `apply_rotary_pos_emb_vision`, so it cannot be read."
-                )
-            hooks.before(f"vision layer {layer} bounds", attention, partial(self._keep_arguments, layer))
-            hooks.after(
-                f"vision layer {layer} qkv", hooks.child(attention, "qkv"), partial(self._keep_projection, layer)
+            self.watch_attention(layer, attention, hooks)
+
+    def watch_attention(self, layer: int, attention: nn.Module, hooks: HookSet) -> None:
+        """Register the hooks on the attention of one layer, from which `packed_attention` reads.
+
+        Raises:
+            UnsupportedMethodError: the attention has no rotary positions.
+        """
+        if _rotary_function(attention) is None:
+            raise UnsupportedMethodError(
+                f"The module of {type(attention).__name__} has no `apply_rotary_pos_emb_vision`, so it cannot be read."
             )
+        hooks.before(f"vision layer {layer} bounds", attention, partial(self._keep_arguments, layer))
+        hooks.after(f"vision layer {layer} qkv", hooks.child(attention, "qkv"), partial(self._keep_projection, layer))
+
+    def packed_attention(self, layer: int, call: TowerCall) -> PackedAttention:
+        """Return what the attention of one layer was computed from."""
+        attention: Any = self.layers[layer]
+        arguments = call.captured["arguments", layer]
+        projected = call.captured["qkv", layer].detach()
+        query, key, _ = projected.view(projected.shape[0], 3, self.heads, -1).unbind(1)
+        query, key = _rotary_function(attention)(query, key, *arguments["position_embeddings"])  # type: ignore[misc]
+        return PackedAttention(query, key, arguments["cu_seqlens"], arguments.get("max_seqlen"), attention.scaling)
 
     def read(self, signal: VisionSignal, call: TowerCall) -> Tensor:
         """Return `[visual tokens, channels]`, raster order in each image or frame, images one after the other."""
@@ -74,22 +107,17 @@ class PackedTowerReader(TowerReader):
         if signal.kind == "features":
             features = call.captured["projector input", 0].detach().float()
             return self.raster_order(features.reshape(-1, self.merged_patches * features.shape[-1]), call)
-        layer = signal.layer
-        attention: Any = self.layers[layer]
-        arguments = call.captured["arguments", layer]
-        projected = call.captured["qkv", layer].detach()
-        query, key, _ = projected.view(projected.shape[0], 3, self.heads, -1).unbind(1)
-        query, key = _rotary_function(attention)(query, key, *arguments["position_embeddings"])  # type: ignore[misc]
+        query, key, cu_seqlens, max_seqlen, scale = self.packed_attention(signal.layer, call)
         if signal.kind == "keys":
             return self.raster_order(key.float().flatten(1).unflatten(0, (-1, self.merged_patches)).mean(1), call)
         if signal.kind == "mean_query_attention":
             keys = key.float().unflatten(0, (-1, self.merged_patches)).mean(1)
-            bounds: list[int] = arguments["cu_seqlens"].tolist()
+            bounds: list[int] = cu_seqlens.tolist()
             given = [
                 row_attention(
                     query[begin:end].float().mean(0)[None, None],
                     keys[begin // self.merged_patches : end // self.merged_patches][None],
-                    scale=attention.scaling,
+                    scale=scale,
                 )[0, 0].T
                 for begin, end in pairwise(bounds)
             ]
@@ -97,10 +125,10 @@ class PackedTowerReader(TowerReader):
         received = received_attention(
             query,
             key,
-            arguments["cu_seqlens"],
-            scale=attention.scaling,
+            cu_seqlens,
+            scale=scale,
             reduce_heads="none",
-            max_seqlen=arguments.get("max_seqlen"),
+            max_seqlen=max_seqlen,
         )
         return self.raster_order(received.view(-1, self.merged_patches, self.heads).mean(1), call)
 

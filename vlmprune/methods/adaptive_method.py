@@ -29,3 +29,7 @@ class AdaptiveMethod(InputMethod):
     def budget(self, total: int) -> int:
         """Return how many tokens stay at most: one less than all where the image decides, so that it is asked."""
         return max(1, total - 1) if self.keep is None else token_budget(self.keep, total)
+
+    def kept_count(self, total: int, grid: tuple[int, int] | None = None) -> int | None:
+        """Return the budget; None where the image decides."""
+        return None if self.keep is None else self.budget(total)

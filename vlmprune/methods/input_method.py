@@ -38,6 +38,15 @@ class InputMethod(Method):
         """Return how many of `total` visual tokens of one image are kept."""
         return token_budget(self.keep, total)
 
+    def kept_count(self, total: int, grid: tuple[int, int] | None = None) -> int | None:
+        """Return how many tokens `select` keeps of an image, before it is encoded; None where the image decides.
+
+        Args:
+            total: visual tokens of the image.
+            grid: its rows and columns, where its tokens are one plain raster.
+        """
+        return self.budget(total)
+
     def video_budget(self, frames: int, frame_tokens: int) -> int:
         """Return how many tokens of one video of `frames` times `frame_tokens` are kept, newlines not counted."""
         return self.budget(frames * frame_tokens)

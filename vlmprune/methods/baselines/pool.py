@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
+from math import prod
 from typing import ClassVar
 
 import torch
@@ -29,6 +30,12 @@ class Pool(PictureMethod):
     name: ClassVar[str] = "pool"
     needs: ClassVar[frozenset[Need]] = frozenset({GRID})
     merges: ClassVar[bool] = True
+
+    def kept_count(self, total: int, grid: tuple[int, int] | None = None) -> int | None:
+        """Return the cells of the pooled grid."""
+        budget = self.budget(total)
+        # An image of the call that is not pooled is whole.
+        return prod(pooled_grid(*grid, budget)) if grid is not None and budget < total else budget
 
     def select(self, batch: VisualBatch) -> Selection:
         """Pool each image's grid."""
