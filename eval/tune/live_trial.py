@@ -28,6 +28,8 @@ from .task_items import TaskItem
 LOST = 1e9
 """The loss of a cell that some picture does not allow."""
 TIMED_REQUESTS = 3
+SEARCHING = 0.8
+"""Share of the time given that the search may use; the rest is for the confirmation."""
 
 
 class LiveTrial:
@@ -56,7 +58,8 @@ class LiveTrial:
         self.loaded, self.prompts, self.target = loaded, prompts, target
         self.new_tokens, self.file, self.scoring = new_tokens, file, scoring
         self.live = LiveModel(loaded.model, loaded.processor)
-        self.end = None if seconds is None else time.monotonic() + seconds
+        self.end = None if seconds is None else time.monotonic() + SEARCHING * seconds
+        self.kept_back = 0.0 if seconds is None else (1 - SEARCHING) * seconds
         self._full: dict[int, Reply] = {}
         self._full_cost: dict[str, Any] | None = None
         self._losses: dict[tuple[str, int], float] = {}
@@ -90,6 +93,11 @@ class LiveTrial:
             self._unpruned(item)
         self._measure(cell, missing)
         return np.array([self._losses[cell.label, item] for item in items])
+
+    def search_is_over(self) -> None:
+        """The confirmation begins: it has the rest of the time, and what the search left."""
+        if self.end is not None:
+            self.end += self.kept_back
 
     def _check_time(self) -> None:
         if self.end is not None and time.monotonic() > self.end:

@@ -156,13 +156,19 @@ def described(choice: Choice, target: Target, trial: LiveTrial) -> Tuning:
         lost = f"{100 * (1 - choice.loss):.1f} % same answers (95 %: {100 * (1 - high):.0f} to {100 * min(1 - low, 1):.0f})"
     verdict = "meets" if choice.confirmed else "does not meet"
     sure = "" if choice.sure else ", though the interval reaches beyond it: more items would make it surer"
+    where, met = f"On {choice.held_out} items held out", f"that {verdict} the target, {target.text}{sure}"
+    if not choice.held_out:
+        where, met = (
+            "On the items of the search so far",
+            f"there was no time to confirm it for the target, {target.text}",
+        )
     speed = trial.speed_up(choice.cell) if target.kind == "ttft_speedup" else None
     fast = f", first token {speed:.2f} times as fast" if speed else ""
     return Tuning(
         choice,
         line,
-        f"Saves {100 * (1 - choice.cost):.0f} % of the FLOPs to the first token{fast}. On {choice.held_out} items held out: "
-        f"{lost}; that {verdict} the target, {target.text}{sure}. "
+        f"Saves {100 * (1 - choice.cost):.0f} % of the FLOPs to the first token{fast}. {where}: "
+        f"{lost}; {met}. "
         f"{choice.searched} items searched, {choice.tried} cells tried.{cut}",
     )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
@@ -17,7 +17,10 @@ from .targets import Target
 
 HELD_OUT = 0.3
 FIRST_ITEMS = 32
-FINALISTS = 12
+FIRST_SHARE = 5
+LEAST_ITEMS = 10
+FINALISTS = 4
+FINALIST_SHARE = 4
 MIDDLE = 0.25
 
 
@@ -37,6 +40,9 @@ class Trial(Protocol):
     def meets(self, cell: Cell, target: Target) -> bool:
         """Whether the cell meets a bound of cost."""
 
+    def search_is_over(self) -> None:
+        """The confirmation begins, for which some of the time given was kept back."""
+
 
 @dataclass(frozen=True)
 class Choice:
@@ -49,7 +55,7 @@ class Choice:
         confirmed: whether the loss on the items held out meets the target; with a bound of cost, whether that is met.
         sure: whether the whole interval meets it.
         searched: items of the search.
-        held_out: items of the confirmation.
+        held_out: items of the confirmation; 0 where there was no time for it, and `loss` is that of the search.
         tried: cells that were measured.
         out_of_time: whether the search was cut short.
     """
@@ -98,7 +104,7 @@ def search(
     """Find the cheapest cell that meets a bound of quality, or the best one that meets a bound of cost.
 
     All methods start at their middle budget (or the largest that meets the bound of cost) on few items; each round doubles the
-    items and drops the worse half down to twelve, with a bound of cost also those that paired statistics tell from the
+    items and drops the worse half down to a quarter of all (at least four), with a bound of cost also those that paired statistics tell from the
     best. With a bound of quality the budgets of those that are left are searched, as far as they can be cheaper than what
     meets it already. Candidates are then confirmed on the items held out, the cheapest (or best) first.
 
@@ -120,6 +126,7 @@ def search(
         run.search_budgets()
     except OutOfTime:
         run.out_of_time = True
+    trial.search_is_over()
     return run.confirm()
 
 
@@ -136,14 +143,18 @@ class _Search:
         self.trial, self.seen, self.held, self.target, self.on_progress = trial, seen, held, target, on_progress
         self.cells = {title: sorted(group, key=_size, reverse=True) for title, group in cells.items() if group}
         self.alive = list(self.cells)
+        self.finalists = max(FINALISTS, -(-len(self.cells) // FINALIST_SHARE))
         self.out_of_time = False
         self.means: dict[str, float] = {}
         self.candidates: dict[str, tuple[Cell, float]] = {}
+        self.promising: dict[str, tuple[Cell, float]] = {}
         self.tried: set[str] = set()
+        self.measured: dict[str, np.ndarray] = {}
 
     def losses(self, cell: Cell, items: Sequence[int]) -> np.ndarray:
         found = self.trial.losses(cell, items)
         self.tried.add(cell.label)
+        self.measured[cell.label] = found
         return found
 
     def first_cell(self, title: str) -> Cell | None:
@@ -156,9 +167,14 @@ class _Search:
     def halve(self) -> None:
         start = {title: cell for title in self.alive if (cell := self.first_cell(title)) is not None}
         self.alive = list(start)
-        count = min(FIRST_ITEMS, len(self.seen))
+        count = min(FIRST_ITEMS, max(len(self.seen) // FIRST_SHARE, LEAST_ITEMS), len(self.seen))
         while self.alive:
-            found = {title: self.losses(start[title], self.seen[:count]) for title in self.alive}
+            found = {}
+            for title in self.alive:
+                found[title] = self.losses(start[title], self.seen[:count])
+                mean = float(found[title].mean())
+                if not self.target.is_quality or mean <= self.target.loss:
+                    self.promising[title] = (start[title], mean)
             cost = {title: self.trial.cost(start[title]) for title in self.alive}
             if self.target.is_quality:
                 # A method that costs more than it saves is no answer to "as cheap as can be".
@@ -175,7 +191,7 @@ class _Search:
             # What loses more at this budget may still be the cheapest that meets a bound of quality at a larger one.
             keeps = [title for title in ranked if self.target.is_quality or not told[title]]
             self.on_progress(f"{count} items, {len(self.alive)} methods, best so far {start[best].label}")
-            wanted = max(FINALISTS, len(self.alive) // 2)
+            wanted = max(self.finalists, len(self.alive) // 2)
             self.alive = keeps[:wanted]
             if not self.target.is_quality:
                 self.candidates = {title: (start[title], self.means[title]) for title in self.alive}
@@ -187,7 +203,7 @@ class _Search:
         """Bisection for the smallest budget of every finalist that meets the bound of quality."""
         if not self.target.is_quality:
             return
-        for title in self.alive[:FINALISTS]:
+        for title in self.alive[: self.finalists]:
             group = self.cells[title]
             low, high = 0, len(group) - 1
             while low <= high:
@@ -216,7 +232,7 @@ class _Search:
 
     def confirm(self) -> Choice:
         """The first candidate that the items held out confirm; else the one that they confirm least badly."""
-        ordered = list(self.candidates.values())
+        ordered = list((self.candidates or self.promising).values())
         ordered.sort(key=lambda pair: self.trial.cost(pair[0]) if self.target.is_quality else pair[1])
         found: list[Choice] = []
         for cell, _ in ordered:
@@ -234,6 +250,10 @@ class _Search:
                 return found[-1]
         if found:
             return min(found, key=lambda choice: choice.loss)
+        if ordered:
+            cell, loss = ordered[0]
+            seen = loss_interval(self.measured[cell.label])
+            return replace(self.choice(cell, self.trial.cost(cell), loss, seen, False, False), held_out=0)
         return self.choice(None, 1.0, 0.0, (0.0, 0.0), False, False)
 
     def choice(

@@ -29,7 +29,7 @@ class Grid:
             for keep in KEEPS
         }
         self.known: set[tuple[str, float, int]] = set()
-        self.most = most
+        self.most, self.kept_back = most, 0
 
     def losses(self, cell, items):
         fresh = {(cell.method, cell.keep, item) for item in items} - self.known
@@ -43,6 +43,9 @@ class Grid:
 
     def meets(self, cell, target):
         return cell.keep <= target.value
+
+    def search_is_over(self):
+        self.most += self.kept_back
 
     @property
     def cells(self):
@@ -78,10 +81,17 @@ def test_what_cannot_be_met_is_said():
     assert choice.cell is None or not choice.confirmed
 
 
-def test_out_of_time_the_best_so_far_is_named():
+@pytest.mark.parametrize("target", [Target("kv_share", 0.2), Target("same_answers", 0.8)])
+@pytest.mark.parametrize("kept_back", [150, 0])
+def test_out_of_time_the_best_so_far_is_named(target, kept_back):
     grid = Grid(0, most=16 * 16 + 300)
-    choice = search(grid, grid.cells, ITEMS, Target("kv_share", 0.2))
+    grid.kept_back = kept_back
+    choice = search(grid, grid.cells, ITEMS, target)
     assert choice.out_of_time
+    assert choice.cell is not None
+    assert choice.held_out == kept_back
+    assert choice.loss > 0 or not target.is_quality
+    assert kept_back or not choice.confirmed
 
 
 def test_measured_again_it_costs_nothing_and_chooses_the_same():
