@@ -22,11 +22,13 @@ from vlmprune.eval.accuracy.answer_log import AnswerLog
 from vlmprune.eval.accuracy.answer_scores import check_scoring
 from vlmprune.eval.accuracy.live_model import LiveModel
 from vlmprune.eval.accuracy.picture_check import check_tasks
+from vlmprune.eval.accuracy.suites import find_suites
 from vlmprune.eval.accuracy.task_index import data_identity, documents_of, find_tasks
 from vlmprune.eval.accuracy.task_scores import TaskScore, evaluate_tasks, quiet_lmms_eval
 from vlmprune.eval.accuracy.videos import is_video
 from vlmprune.eval.bench_times import timed_cells, turns_of_tasks
 from vlmprune.eval.models.loading import LoadedModel, fingerprint, load_model
+from vlmprune.eval.models.lower_resolution import LOWER_RESOLUTION, serves_smaller_pictures
 from vlmprune.eval.own_data import Fidelity, FidelityOptions, run_fidelity
 from vlmprune.eval.reports.bench_results import print_tables, write_results
 from vlmprune.eval.reports.summary import Row, cell_result, make_rows, summarise_requests
@@ -35,12 +37,14 @@ from vlmprune.eval.run.progress import progress_bar
 from vlmprune.eval.run.ranks import Ranks
 from vlmprune.eval.run.result_folder import ResultFolder
 from vlmprune.eval.run.text_towers import equipped, text_tower_of
+from vlmprune.eval.tune.from_table import closing_choice
 
 
 @dataclass(frozen=True)
 class BenchOptions:
     """What to run.
 
+    `suites` are names of suites (see `SUITES`) whose tasks are among `tasks`; the tables show a mean for each of their abilities.
     `limit` is a number of items per task; `timing_seconds` 0 measures no time; `random_seeds` is how often `random` is run.
     `text_tower` is the folder or hub name of the CLIP model that the vision tower came from, for methods that need it.
     """
@@ -61,6 +65,7 @@ class BenchOptions:
     timing_seconds: float = 30.0
     timing_batch_sizes: Sequence[int] = (1,)
     random_seeds: int = 3
+    suites: Sequence[str] = ()
     command: Sequence[str] = field(default_factory=lambda: tuple(sys.argv))
 
 
@@ -134,6 +139,8 @@ def cells_for(options: BenchOptions, loaded: LoadedModel, *modalities: Modality)
     """The cells asked for, and those of them that the model cannot give for all that is shown (see `usable_cells`)."""
     served = vlmprune.list_methods(loaded.model)
     baselines = [name for name in BASELINES if options.baselines and name in served]
+    if options.baselines and "video" not in modalities and serves_smaller_pictures(loaded.model, loaded.processor):
+        baselines.append(LOWER_RESOLUTION)
     cells = make_cells(options.methods, options.keeps, options.seed, baselines, options.random_seeds)
     cells = equipped(cells, text_tower_of(loaded.source, options.text_tower), loaded.processor)
     return usable_cells(loaded.model, cells, options.methods, *modalities)
@@ -197,8 +204,10 @@ class _Bench:
             "measuring_times": time.perf_counter() - answered,
         }
         rows = make_rows([self.folder.read(cell) for cell in cells], timing)
-        write_results(self.options.command, self.folder, rows, self.left_out, seconds)
-        print_tables(rows, self.folder.path, self.left_out)
+        suites, choice = find_suites(self.options.suites), closing_choice(rows)
+        closing = None if choice is None else (choice.line, choice.sentence)
+        write_results(self.options.command, self.folder, rows, self.left_out, seconds, suites, closing)
+        print_tables(rows, self.folder.path, self.left_out, suites, closing)
         return rows
 
     def answer(self) -> float:

@@ -33,6 +33,7 @@ from vlmprune.eval.run.machine import describe_machine
 from vlmprune.eval.run.progress import progress_bar
 from vlmprune.eval.run.ranks import Ranks
 from vlmprune.eval.run.result_folder import ResultFolder, write_json
+from vlmprune.eval.tune.from_table import closing_choice
 
 ANSWER, SAME = "answer", "same_answer"
 """What the one task of own data is called: with answers and without."""
@@ -237,9 +238,11 @@ class _OwnData:
         prompts = [{"prompt": prompt.text, "images": prompt.images} for prompt in self.prompts]
         write_json(self.folder.path / "prompts.json", prompts)
         table = make_rows(stored, timing)
-        write_results(self.options.command, self.folder, table, self.left_out, seconds)
+        choice = closing_choice(table)
+        closing = None if choice is None else (choice.line, choice.sentence)
+        write_results(self.options.command, self.folder, table, self.left_out, seconds, closing=closing)
         Console(width=100).print(fidelity_table(rows))
-        print_tables(table, self.folder.path, self.left_out)
+        print_tables(table, self.folder.path, self.left_out, closing=closing)
         return rows
 
     def _timing(self, cells: Sequence[Cell]) -> dict[str, Any]:

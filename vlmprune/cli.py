@@ -138,6 +138,10 @@ def bench(
         str,
         typer.Option(help="lmms-eval tasks, tags or groups by comma; all: the embedded ones, video: those on clips."),
     ] = "all",
+    suite: Annotated[
+        str | None,
+        typer.Option(help="Instead of tasks: suites by comma, with a mean for each ability (image-core, ocr, ...)."),
+    ] = None,
     data: Annotated[
         Path | None,
         typer.Option(
@@ -154,7 +158,9 @@ def bench(
     dtype: Annotated[str, typer.Option(help="auto (as stored), float32, bfloat16 or float16.")] = "auto",
     device: Annotated[str, typer.Option(help="auto (a GPU if there is one), cpu, cuda, cuda:1, ...")] = "auto",
     seed: Annotated[int, typer.Option(min=0, help="Seed of random methods and of lmms-eval.")] = 0,
-    baselines: Annotated[bool, typer.Option(help="Add random, uniform and pool where they are not named.")] = True,
+    baselines: Annotated[
+        bool, typer.Option(help="Add random, uniform, pool and lower_resolution where they are not named.")
+    ] = True,
     include_path: Annotated[list[str] | None, typer.Option(help="Folder with further lmms-eval task files.")] = None,
     text_tower: Annotated[str | None, typer.Option(help=TEXT_TOWER_HELP)] = None,
     timing_seconds: Annotated[
@@ -173,6 +179,10 @@ def bench(
         from vlmprune.eval.run.cells import parse_keeps, parse_methods
 
         wanted, budgets = parse_methods(methods, smaller_pictures=True), parse_keeps(keep)
+        from vlmprune.eval.accuracy.suites import find_suites
+
+        suites = _names(suite or "")
+        in_suites = [task for found in find_suites(suites) for task in found.tasks]
         from vlmprune.eval.bench import BenchOptions, run_bench, run_on_data
 
         run: Callable[..., object] = run_bench
@@ -187,7 +197,8 @@ def bench(
                 model=model,
                 methods=wanted,
                 keeps=budgets,
-                tasks=_names(tasks),
+                tasks=list(dict.fromkeys(in_suites)) or _names(tasks),
+                suites=suites,
                 out=out,
                 limit=limit,
                 batch_size=batch_size,

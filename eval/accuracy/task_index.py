@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
+import datasets
 import lmms_eval.tasks
+from lmms_eval.api.task import ConfigurableTask
 from lmms_eval.tasks import TaskManager, get_task_dict
-from tenacity import RetryError
+from tenacity import RetryError, stop_after_attempt
 
 from vlmprune.errors import UnknownNameError, UnsupportedCallError, VlmpruneError
 
@@ -61,16 +65,38 @@ def find_tasks(names: Sequence[str], model_type: str, folders: Sequence[str] = (
         if name not in manager.all_tasks:
             raise unknown_task(name, manager.all_tasks)
     tasks: dict[str, Any] = {}
-    for name in wanted:
-        try:
-            tasks.update(_load(manager, name))
-        except VlmpruneError:
-            raise
-        except Exception as error:
-            cause = error.last_attempt.exception() if isinstance(error, RetryError) else error
-            reason = f"{type(cause).__name__}: {str(cause).strip().splitlines()[0] if str(cause).strip() else ''}"
-            raise TaskLoadError(f"Task {name!r} cannot be loaded (does its data need a network?): {reason}") from error
+    reasons: dict[str, str] = {}
+    with _no_second_tries_offline():
+        for name in wanted:
+            try:
+                tasks.update(_load(manager, name))
+            except VlmpruneError:
+                raise
+            except Exception as error:
+                cause = error.last_attempt.exception() if isinstance(error, RetryError) else error
+                first, *_ = [*str(cause).strip().splitlines(), ""]
+                reasons[name] = f"{type(cause).__name__}: {first}"
+    if len(reasons) == 1:
+        ((name, reason),) = reasons.items()
+        raise TaskLoadError(f"Task {name!r} cannot be loaded (does its data need a network?): {reason}")
+    if reasons:
+        missing = "; ".join(f"{name} ({reason})" for name, reason in reasons.items())
+        there = f" Allowed as they are: --tasks {','.join(tasks)}." if tasks else ""
+        raise TaskLoadError(
+            f"{len(reasons)} of {len(wanted)} tasks cannot be loaded (does their data need a network?): {missing}.{there}"
+        )
     return tasks
+
+
+@contextmanager
+def _no_second_tries_offline() -> Iterator[None]:
+    """A context in which a download is tried once where no network may be used; lmms-eval tries five times, with pauses."""
+    retry = getattr(ConfigurableTask.download, "retry", None)
+    if retry is None or not datasets.config.HF_HUB_OFFLINE:
+        yield
+        return
+    with mock.patch.object(retry, "stop", stop_after_attempt(1)):
+        yield
 
 
 def unknown_task(name: str, known: Sequence[str]) -> UnknownNameError:

@@ -15,7 +15,7 @@ from PIL import Image
 from transformers import PreTrainedModel
 
 from vlmprune.budget import Keep, token_budget
-from vlmprune.errors import UnsupportedMethodError
+from vlmprune.errors import UnsupportedMethodError, VlmpruneError
 from vlmprune.methods.baselines.pool import pooled_grid
 from vlmprune.patches.families.family import Family
 from vlmprune.patches.families.registry import find_family
@@ -105,6 +105,16 @@ def check_lower_resolution(family: Family) -> None:
             f"{LOWER_RESOLUTION!r} needs a vision tower that interpolates its position embeddings, and "
             f"{type(family.vision_tower).__name__} has no {_INTERPOLATE}."
         )
+
+
+def serves_smaller_pictures(model: PreTrainedModel, processor: Any) -> bool:
+    """Whether a model and its processor can be given smaller pictures, tried on a made-up one."""
+    try:
+        LowerResolution(model, processor, 0.5).shrink([Image.new("RGB", (224, 160))])
+    except (VlmpruneError, AttributeError, KeyError, TypeError, ValueError):
+        # What a processor calls its sizes is its own affair; a row nobody asked for is then left out.
+        return False
+    return True
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from vlmprune.eval.accuracy.against_baselines import Comparison, compare_all, compare_with_baselines
+from vlmprune.eval.accuracy.suites import Suite, ability_means
 from vlmprune.eval.run.cells import COMPARED, LeftOut
 from vlmprune.eval.run.machine import describe_machine
 from vlmprune.eval.run.result_folder import ResultFolder, write_json
@@ -20,6 +21,7 @@ from .plots import plot_pareto
 from .stored_results import COSTS, model_name, points_of
 from .summary import Row, results_csv
 from .tables import (
+    ability_table,
     accuracy_tables,
     as_markdown,
     baseline_table,
@@ -29,15 +31,27 @@ from .tables import (
     time_tables,
 )
 
+Closing = tuple[str, str]
+"""The line to paste (empty where nothing meets the tolerance) and the sentence of a choice."""
 
-def print_tables(rows: Sequence[Row], folder: Path, left_out: Sequence[LeftOut] = ()) -> None:
-    """Accuracy and cost, at most 100 columns wide, and what is left out of them."""
+
+def print_tables(
+    rows: Sequence[Row],
+    folder: Path,
+    left_out: Sequence[LeftOut] = (),
+    suites: Sequence[Suite] = (),
+    closing: Closing | None = None,
+) -> None:
+    """Accuracy and cost, at most 100 columns wide, what is left out of them, and the choice that they allow."""
     output = Console(width=100)
-    for table in _tables(rows):
+    for table in _tables(rows, suites):
         output.print(table)
         output.print()
     for item in left_out:
         output.print(item.note, soft_wrap=True, markup=False, highlight=False)
+    for text in closing or ():
+        if text:
+            output.print(text, soft_wrap=True, markup=False, highlight=False)
     output.print(
         f"Results, plots, and a page of both (report.html); every answer is under cells: {folder}", soft_wrap=True
     )
@@ -49,6 +63,8 @@ def write_results(
     rows: Sequence[Row],
     left_out: Sequence[LeftOut],
     seconds: dict[str, float],
+    suites: Sequence[Suite] = (),
+    closing: Closing | None = None,
 ) -> None:
     """Write results.json, results.csv, tables.md, the plots and report.html."""
     content: dict[str, Any] = {
@@ -76,6 +92,7 @@ def write_results(
                     for name, task in row.result["tasks"].items()
                 },
                 "average": row.average,
+                "abilities": ability_means(suites, row.scores),
                 "relative": row.relative,
                 "paired": row.paired,
                 "timing": row.times or None,
@@ -89,6 +106,7 @@ def write_results(
             {**asdict(comparison), "verdict": comparison.verdict} for comparison in _all_comparisons(rows)
         ],
         "left_out": [item.described() for item in left_out],
+        "choice": None if closing is None else {"line": closing[0], "sentence": closing[1]},
     }
     write_json(folder.path / "results.json", content)
     (folder.path / "results.csv").write_text(results_csv(rows), encoding="utf-8")
@@ -98,9 +116,12 @@ def write_results(
         title = f"{name}: accuracy against {label.split(' (')[0]}"
         if points:
             plot_pareto(points, folder.path / f"accuracy_vs_{cost}.png", label, title)
-    markdown = "\n".join(map(as_markdown, _tables(rows)))
+    markdown = "\n".join(map(as_markdown, _tables(rows, suites)))
     notes = "".join(f"\n- {item.note}" for item in left_out)
-    (folder.path / "tables.md").write_text(markdown + (f"\nLeft out:\n{notes}\n" if notes else ""), encoding="utf-8")
+    line, sentence = closing or ("", "")
+    choice = "\n" + (f"`{line}`\n\n" if line else "") + f"{sentence}\n" if sentence else ""
+    left = f"\nLeft out:\n{notes}\n" if notes else ""
+    (folder.path / "tables.md").write_text(markdown + choice + left, encoding="utf-8")
     write_report([folder.path], folder.path / "report.html")
 
 
@@ -112,8 +133,16 @@ def _all_comparisons(rows: Sequence[Row]) -> list[Comparison]:
     return compare_all([row.result for row in rows])
 
 
-def _tables(rows: Sequence[Row]) -> list[Table]:
+def _tables(rows: Sequence[Row], suites: Sequence[Suite]) -> list[Table]:
     comparisons = _comparisons(rows)
     against = [baseline_table(comparisons)] if comparisons else []
-    found = [*accuracy_tables(rows), paired_table(rows), *against, best_table(_all_comparisons(rows)), cost_table(rows)]
+    abilities = ability_table(rows, suites)
+    found = [
+        *accuracy_tables(rows),
+        abilities,
+        paired_table(rows),
+        *against,
+        best_table(_all_comparisons(rows)),
+        cost_table(rows),
+    ]
     return [table for table in (*found, *time_tables(rows)) if table is not None]

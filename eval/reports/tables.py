@@ -8,6 +8,7 @@ from typing import Any
 from rich.table import Table
 
 from vlmprune.eval.accuracy.against_baselines import Comparison
+from vlmprune.eval.accuracy.suites import Suite, ability_means
 from vlmprune.eval.run.figures import keep_text, percent, three_figures, with_quartiles
 from vlmprune.eval.run.table_style import cost_style
 
@@ -46,6 +47,21 @@ def _accuracy_table(rows: Sequence[Row], names: Mapping[str, str]) -> Table:
         spread = f" ({percent(min(row.seeds), 0)}-{percent(max(row.seeds), 0)})" if row.seeds else ""
         average = percent(row.average) + spread
         table.add_row(row.title, row.keep_text, _count(row.after), *scores, average, _of_full(row), end_section=last)
+    return table
+
+
+def ability_table(rows: Sequence[Row], suites: Sequence[Suite]) -> Table | None:
+    """Mean accuracy over the tasks of each ability; None without suites."""
+    names = list(ability_means(suites, rows[0].scores))
+    if not names:
+        return None
+    table = cost_style("Mean of each ability (%)")
+    _identity(table, 16)
+    for name in names:
+        table.add_column(name, justify="right", overflow="fold")
+    for row, last in _with_breaks(rows):
+        means = ability_means(suites, row.scores)
+        table.add_row(row.title, row.keep_text, *(percent(means[name]) for name in names), end_section=last)
     return table
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from vlmprune.budget import Keep
 from vlmprune.errors import ParameterError
@@ -141,7 +141,14 @@ def paste_line(cell: Cell) -> str:
     return f'vlmprune.apply(model, "{cell.method}", keep={cell.keep}{named})'
 
 
-def described(choice: Choice, target: Target, trial: LiveTrial) -> Tuning:
+class Timed(Protocol):
+    """What can say how much faster a cell is."""
+
+    def speed_up(self, cell: Cell) -> float:
+        """Time to the first token of the unpruned model over the cell's."""
+
+
+def described(choice: Choice, target: Target, trial: Timed) -> Tuning:
     """The choice in a line to paste and a sentence."""
     cut = " The time was used up before the search was through." if choice.out_of_time else ""
     if choice.cell is None:

@@ -104,9 +104,9 @@ def search(
     """Find the cheapest cell that meets a bound of quality, or the best one that meets a bound of cost.
 
     All methods start at their middle budget (or the largest that meets the bound of cost) on few items; each round doubles the
-    items and drops the worse half down to a quarter of all (at least four), with a bound of cost also those that paired statistics tell from the
-    best. With a bound of quality the budgets of those that are left are searched, as far as they can be cheaper than what
-    meets it already. Candidates are then confirmed on the items held out, the cheapest (or best) first.
+    items and drops the worse half down to a quarter of all (at least four), with a bound of cost also those that paired
+    statistics tell from the best. With a bound of quality the budgets of those that are left are searched, as far as they can
+    be cheaper than what meets it already. Candidates are then confirmed on the items held out, the cheapest (or best) first.
 
     Args:
         trial: measures.
@@ -116,10 +116,7 @@ def search(
         seed: of the order of items.
         on_progress: is told what is done.
     """
-    order = list(range(items))
-    random.Random(seed).shuffle(order)
-    held = order[: max(1, round(HELD_OUT * items))]
-    seen = order[len(held) :]
+    held, seen = _split(items, seed)
     run = _Search(trial, cells, seen, held, target, on_progress)
     try:
         run.halve()
@@ -128,6 +125,28 @@ def search(
         run.out_of_time = True
     trial.search_is_over()
     return run.confirm()
+
+
+def choose_from_table(trial: Trial, cells: Sequence[Cell], items: int, target: Target, seed: int = 0) -> Choice:
+    """The cheapest of cells that were all measured on all items and meet a bound of quality, confirmed as `search` does.
+
+    What meets it is decided on the same share of the items as there, and confirmed on the rest.
+    """
+    held, seen = _split(items, seed)
+    run = _Search(trial, {cell.label: [cell] for cell in cells}, seen, held, target, lambda text: None)
+    for cell in cells:
+        loss = float(run.losses(cell, seen).mean())
+        if loss <= target.loss:
+            run.candidates[cell.label] = (cell, loss)
+    return run.confirm()
+
+
+def _split(items: int, seed: int) -> tuple[list[int], list[int]]:
+    """Items held out, and those of the search."""
+    order = list(range(items))
+    random.Random(seed).shuffle(order)
+    held = order[: max(1, round(HELD_OUT * items))]
+    return held, order[len(held) :]
 
 
 class _Search:
