@@ -566,6 +566,37 @@ def tune(
         typer.echo(found.sentence)
 
 
+@app.command(name="gpu-report")
+def gpu_report(
+    out: Annotated[Path, typer.Option(help="Folder for the report; steps that worked are not done again.")],
+    preset: Annotated[
+        str, typer.Option(help="A true architecture with random weights, whose latency is measured.")
+    ] = "llava-1.5-7b",
+    methods: Annotated[str, typer.Option(help="Methods by comma; all: every one that serves the preset.")] = "all",
+    ops: Annotated[str, typer.Option(help="Kernels by comma; all by default.")] = "",
+    image_size: Annotated[str, typer.Option(help="Size of the made-up picture: 336 or 640x480.")] = "336",
+    device: Annotated[str, typer.Option(help="auto (a GPU if there is one), cpu or cuda.")] = "auto",
+    kernel_seconds: Annotated[float, typer.Option(min=0, help="About how long each line of a kernel is timed.")] = 0.5,
+    latency_seconds: Annotated[float, typer.Option(min=0, help="About how long five methods are timed.")] = 120.0,
+) -> None:
+    """Check and time every kernel and measure a whole model's latency on this machine, on one page; needs no hub."""
+    with _clear_errors():
+        if methods != "all":
+            _check_methods(methods)
+        from vlmprune.eval.gpu_report import GpuReportOptions, run_gpu_report
+
+        named = () if methods == "all" else _names(methods)
+        options = GpuReportOptions(out, preset, device, named, _names(ops), image_size, kernel_seconds, latency_seconds)
+        outcomes = run_gpu_report(options, lambda text: typer.echo(text, err=True))
+        failed = [outcome.step for outcome in outcomes if outcome.problem]
+        typer.echo(
+            f"{len(outcomes) - len(failed)} of {len(outcomes)} steps worked. Written to {out / 'gpu-report.html'}"
+        )
+        if failed:
+            typer.echo(f"failed: {', '.join(failed)}; the same command tries them again", err=True)
+            raise typer.Exit(1)
+
+
 @app.command()
 def report(
     folders: Annotated[list[Path], typer.Argument(help="Result folders of bench and latency, or folders of such.")],

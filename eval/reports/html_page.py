@@ -112,18 +112,18 @@ def _accuracy(content: Run, folder: Path) -> str:
         "tasks": ", ".join(tasks)
         + f" ({limit}, batch size {configuration['batch_size']}, seed {configuration.get('seed', 0)})",
         "image processor": ", ".join(f"{key}={value}" for key, value in model["image_processor"].items()),
-        **_machine(content["machine"]),
+        **machine_facts(content["machine"]),
     }
     notes = "; ".join(f"{key}: {value}" for key, value in content["conventions"].items())
     plots = "".join(_picture(path) for path in sorted(folder.glob("accuracy_vs_*.png")))
     return (
-        _facts(facts)
+        facts_of(facts)
         + "<h3>Accuracy (%)</h3>"
-        + _table(accuracy, cells)
-        + ("<h3>Against the unpruned model on the same items</h3>" + _table(paired, against) if against else "")
+        + table_of(accuracy, cells)
+        + ("<h3>Against the unpruned model on the same items</h3>" + table_of(paired, against) if against else "")
         + plots
         + "<h3>Cost of one request</h3>"
-        + _table(cost, cells)
+        + table_of(cost, cells)
         + changed_answers(folder)
         + _left_out(content)
         + f"<p><small>{escape(notes)}.</small></p>\n<h3>Run it again</h3>\n<pre>{escape(shlex.join(content['command']))}</pre>\n"
@@ -160,18 +160,29 @@ def _fidelity(content: Run, folder: Path) -> str:
     facts = {
         "model": configuration["model"]["source"],
         "prompts": configuration["data"]["prompts"],
-        **_machine(content["machine"]),
+        **machine_facts(content["machine"]),
     }
     return (
         "<h3>Agreement with the unpruned model</h3>"
-        + _facts(facts)
-        + _table(columns, content["rows"])
+        + facts_of(facts)
+        + table_of(columns, content["rows"])
         + _left_out(content)
     )
 
 
 def _latency(content: Run, folder: Path) -> str:
-    columns: list[Column] = [
+    facts = {
+        "model": f"{content['model']} ({content['dtype']}, {content['device']})",
+        "request": f"one picture, {content['text_tokens']} text tokens, {content['new_tokens']} new tokens",
+        "processes": content.get("processes", 1),
+        **machine_facts(content["machine"]),
+    }
+    return "<h3>Latency</h3>" + facts_of(facts) + table_of(latency_columns(), content["rows"])
+
+
+def latency_columns() -> list[Column]:
+    """The columns of a table of latencies."""
+    return [
         ("method", lambda row: row["title"]),
         ("keep", lambda row: keep_text(row["keep"])),
         ("picture", lambda row: "x".join(map(str, row["image_size"]))),
@@ -189,13 +200,6 @@ def _latency(content: Run, folder: Path) -> str:
         ("KV MiB", lambda row: f"{row['kv_cache_bytes'] / 2**20:.1f}"),
         ("peak GiB above", lambda row: "unknown" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 2**30:.3g}"),
     ]  # fmt: skip
-    facts = {
-        "model": f"{content['model']} ({content['dtype']}, {content['device']})",
-        "request": f"one picture, {content['text_tokens']} text tokens, {content['new_tokens']} new tokens",
-        "processes": content.get("processes", 1),
-        **_machine(content["machine"]),
-    }
-    return "<h3>Latency</h3>" + _facts(facts) + _table(columns, content["rows"])
 
 
 def _identity() -> list[Column]:
@@ -207,7 +211,8 @@ def _identity() -> list[Column]:
     ]
 
 
-def _table(columns: Sequence[Column], rows: Iterable[Run]) -> str:
+def table_of(columns: Sequence[Column], rows: Iterable[Run]) -> str:
+    """Rows as an HTML table."""
     head = "".join(f"<th>{escape(name)}</th>" for name, _ in columns)
     body = "".join(
         "<tr>" + "".join(f"<td>{escape(str(read(row)))}</td>" for _, read in columns) + "</tr>\n" for row in rows
@@ -215,13 +220,15 @@ def _table(columns: Sequence[Column], rows: Iterable[Run]) -> str:
     return f"<table><thead><tr>{head}</tr></thead>\n<tbody>{body}</tbody></table>\n"
 
 
-def _facts(facts: Mapping[str, Any]) -> str:
+def facts_of(facts: Mapping[str, Any]) -> str:
+    """Facts, one a line, as HTML."""
     return (
         "<p>" + "<br>\n".join(f"<b>{escape(key)}</b>: {escape(str(value))}" for key, value in facts.items()) + "</p>\n"
     )
 
 
-def _machine(machine: Run) -> dict[str, str]:
+def machine_facts(machine: Run) -> dict[str, str]:
+    """What `describe_machine` found, in three facts."""
     versions = ", ".join(f"{name} {version}" for name, version in machine["packages"].items() if version)
     device = machine["gpu"] or f"{machine['cpu']}, {machine['torch_threads']} of {machine['cpus']} cores"
     return {

@@ -27,12 +27,13 @@ PUBLISHED = {
 """Parameters as the model hub counts them; tied weights once."""
 OURS = {
     "llava-160m": 0.157e9,
+    "llava-small": 1.317e6,
     "llava-1b": 1.41e9,
     "llava-next-1b": 1.41e9,
     "llava-onevision-1b": 1.69e9,
     "qwen2.5-vl-1b": 1.95e9,
 }
-"""Nobody trained these: a language model of 1 B parameters in its layers behind the family's true tower."""
+"""Nobody trained these: one for tests, and a language model of 1 B parameters in its layers behind the family's true tower."""
 
 TOKENS = {
     ("llava-1.5-7b", (672, 672)): 576,
