@@ -80,10 +80,10 @@ def find_tasks(names: Sequence[str], model_type: str, folders: Sequence[str] = (
         ((name, reason),) = reasons.items()
         raise TaskLoadError(f"Task {name!r} cannot be loaded (does its data need a network?): {reason}")
     if reasons:
-        missing = "; ".join(f"{name} ({reason})" for name, reason in reasons.items())
+        listed = "; ".join(f"{name} ({reason})" for name, reason in reasons.items())
         there = f" Allowed as they are: --tasks {','.join(tasks)}." if tasks else ""
         raise TaskLoadError(
-            f"{len(reasons)} of {len(wanted)} tasks cannot be loaded (does their data need a network?): {missing}.{there}"
+            f"{len(reasons)} of {len(wanted)} tasks cannot be loaded (does their data need a network?): {listed}.{there}"
         )
     return tasks
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 from collections.abc import Mapping, Sequence
 from html import escape
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,7 @@ def write_gpu_page(content: Mapping[str, Any], steps: Sequence[Path], file: Path
         "driver": device["driver"] or "none (no GPU)",
         "triton": device["triton"],
     }
-    columns: list[Column] = [(name.replace("_", " "), lambda line, name=name: line[name]) for name in KERNEL]
+    columns: list[Column] = [(name.replace("_", " "), itemgetter(name)) for name in KERNEL]
     parts = [
         f"<h1>{escape(title)}</h1>",
         facts_of(facts),
