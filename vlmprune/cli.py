@@ -25,7 +25,7 @@ INTERRUPTED = 130
 DEFAULT_METHODS = "random,uniform,pool,fastervlm,divprune"
 METHODS_HELP = "Methods by comma, parameters as name:parameter=value; all: every method."
 TEXT_TOWER_HELP = "Folder or hub name of the CLIP model of the vision tower, for methods that score by it."
-ENGINES = ("transformers",)
+ENGINES = ("vllm", "transformers")
 KEEP_HELP = "Budgets by comma: shares (0.25) or counts (64)."
 
 app = typer.Typer(
@@ -358,7 +358,7 @@ def selection_cost(
 def serve(
     context: typer.Context,
     model: Annotated[str, typer.Argument(help="Shipped model (tiny-llava), local folder or hub name.")],
-    engine: Annotated[str, typer.Option(help="Whose server it is: transformers.")] = "transformers",
+    engine: Annotated[str, typer.Option(help=f"Whose server it is: {' or '.join(ENGINES)}.")] = ENGINES[0],
     method: Annotated[
         str | None, typer.Option(help="Method, parameters as name:parameter=value; none: the model is not pruned.")
     ] = None,
@@ -376,11 +376,19 @@ def serve(
             raise typer.BadParameter("--keep needs --method, which says what is kept.")
         if method is not None:
             _check_methods(method)
-        _require_extra("serve", "fastapi", "uvicorn", "openai", "prometheus_client")
         from vlmprune.eval.run.cells import one_cell
-        from vlmprune.serving.transformers_server import serve_transformers
 
-        serve_transformers(model, one_cell(method, keep), context.args)
+        cell = one_cell(method, keep)
+        if engine == "vllm":
+            _require_extra("vllm", "vllm")
+            from vlmprune.serving.vllm_server import serve_vllm
+
+            serve_vllm(model, cell, context.args)
+        else:
+            _require_extra("serve", "fastapi", "uvicorn", "openai", "prometheus_client")
+            from vlmprune.serving.transformers_server import serve_transformers
+
+            serve_transformers(model, cell, context.args)
 
 
 @app.command()

@@ -134,7 +134,7 @@ def test_a_model_that_is_loaded_again_is_pruned_again(server, alone):
     ],
 )
 def test_the_server_refuses_to_start_and_says_why(arguments, message):
-    result = CliRunner().invoke(cli.app, ["serve", *arguments])
+    result = CliRunner().invoke(cli.app, ["serve", "--engine", "transformers", *arguments])
     assert result.exit_code == 2, result.output
     assert message in " ".join(result.output.replace("│", " ").split())
     assert "Traceback" not in result.output
