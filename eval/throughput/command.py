@@ -118,7 +118,8 @@ def _levels(
                 for target in targets:
                     numbers = range(first, first + count)
                     console.print(f"{target.server.label}: {count} requests of {concurrency} clients", markup=False)
-                    before = read_counts(target.address)
+                    # A server may begin to count with the first picture.
+                    before = read_counts(target.address) or VisualCounts(0.0, 0.0, 0.0)
                     level = _run(
                         target,
                         [options.prompts.request(target.model, number) for number in numbers],
@@ -126,7 +127,7 @@ def _levels(
                         options,
                     )
                     after = read_counts(target.address)
-                    counts = after.since(before) if before is not None and after is not None else None
+                    counts = after.since(before) if after is not None else None
                     _check_dropped(target.server, counts)
                     yield target.server, level, counts
                 first += count
