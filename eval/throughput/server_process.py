@@ -19,7 +19,7 @@ from vlmprune.errors import VlmpruneError
 from vlmprune.eval.run.cells import Cell
 
 HOST = "127.0.0.1"
-SHOWN_LINES = 12
+SHOWN_LINES = 40
 STOP_SECONDS = 30.0
 
 
