@@ -69,12 +69,12 @@ class BenchOptions:
     command: Sequence[str] = field(default_factory=lambda: tuple(sys.argv))
 
 
-def run_bench(options: BenchOptions, console: Console | None = None) -> list[Row]:
+def run_bench(options: BenchOptions, console: Console | None = None, chosen: Sequence[Cell] | None = None) -> list[Row]:
     """Run what is not yet in `options.out`, write its results there, print the tables.
 
-    A cell is stored as soon as it is finished, so an interrupted run loses at most one. Of several processes only the first
-    writes, prints and returns rows. Cells that the model cannot give have no row, but a note beside the tables and under
-    "left_out" in results.json.
+    `chosen` are the cells in the place of all methods at all budgets. A cell is stored as soon as it is finished, so an
+    interrupted run loses at most one. Of several processes only the first writes, prints and returns rows. Cells that the model
+    cannot give have no row, but a note beside the tables and under "left_out" in results.json.
 
     Raises:
         ResultFolderError: the folder holds another configuration.
@@ -86,7 +86,7 @@ def run_bench(options: BenchOptions, console: Console | None = None) -> list[Row
         tasks = ranks.main_first(
             lambda: find_tasks(options.tasks, loaded.model.config.model_type, options.task_folders)
         )
-    cells, left_out = cells_for(options, loaded, *shown_modalities(tasks))
+    cells, left_out = cells_for(options, loaded, *shown_modalities(tasks), chosen=chosen)
     described = configuration(options, loaded, tasks)
     ranks.require_same("the configuration", described)
     ranks.require_same("the cells", [cell.label for cell in cells])
@@ -135,13 +135,15 @@ def open_model(options: BenchOptions) -> LoadedModel:
     return load_model(options.model, options.dtype, options.device, options.batch_size)
 
 
-def cells_for(options: BenchOptions, loaded: LoadedModel, *modalities: Modality) -> tuple[list[Cell], list[LeftOut]]:
+def cells_for(
+    options: BenchOptions, loaded: LoadedModel, *modalities: Modality, chosen: Sequence[Cell] | None = None
+) -> tuple[list[Cell], list[LeftOut]]:
     """The cells asked for, and those of them that the model cannot give for all that is shown (see `usable_cells`)."""
     served = vlmprune.list_methods(loaded.model)
     baselines = [name for name in BASELINES if options.baselines and name in served]
     if options.baselines and "video" not in modalities and serves_smaller_pictures(loaded.model, loaded.processor):
         baselines.append(LOWER_RESOLUTION)
-    cells = make_cells(options.methods, options.keeps, options.seed, baselines, options.random_seeds)
+    cells = chosen or make_cells(options.methods, options.keeps, options.seed, baselines, options.random_seeds)
     cells = equipped(cells, text_tower_of(loaded.source, options.text_tower), loaded.processor)
     return usable_cells(loaded.model, cells, options.methods, *modalities)
 

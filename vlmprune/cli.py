@@ -606,6 +606,37 @@ def gpu_report(
 
 
 @app.command()
+def reproduce(
+    name: Annotated[str, typer.Argument(help="Model whose published rows are run: llava-1.5-7b.")],
+    out: Annotated[Path, typer.Option(help="Folder for the results; an interrupted run goes on from it.")],
+    methods: Annotated[str, typer.Option(help="Methods by comma; all that something is published of by default.")] = "",
+    benchmarks: Annotated[str, typer.Option(help="Benchmarks by comma (GQA, POPE, ...); all by default.")] = "",
+    model: Annotated[str | None, typer.Option(help="Folder or hub name; that of the table by default.")] = None,
+    table: Annotated[Path | None, typer.Option(help="A table of your own, a file of the shipped ones' form.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Items of each task; all by default.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Requests answered at once.")] = 1,
+    dtype: Annotated[str, typer.Option(help="auto (as stored), float32, bfloat16 or float16.")] = "auto",
+    device: Annotated[str, typer.Option(help="auto (a GPU if there is one), cpu, cuda, cuda:1, ...")] = "auto",
+    include_path: Annotated[list[str] | None, typer.Option(help="Folder with further lmms-eval task files.")] = None,
+) -> None:
+    """Run the rows that papers published for a model through lmms-eval, and print published beside measured."""
+    with _clear_errors():
+        _require_extra("eval", "lmms_eval", "datasets", "accelerate", "matplotlib", "scipy")
+        from vlmprune.eval.published.tables import read_published
+
+        published = read_published(name, table).chosen(_names(methods), _names(benchmarks))
+        from vlmprune.eval.bench import BenchOptions
+        from vlmprune.eval.published.reproduce import run_reproduce
+
+        tasks = list(dict.fromkeys(benchmark.task for benchmark in published.benchmarks.values()))
+        options = BenchOptions(
+            model or published.model, [(row.cell.method, {}) for row in published.rows], [], tasks, out, limit,
+            batch_size, dtype, device, baselines=False, task_folders=include_path or (), timing_seconds=0,
+        )  # fmt: skip
+        run_reproduce(published, options)
+
+
+@app.command()
 def report(
     folders: Annotated[list[Path], typer.Argument(help="Result folders of bench and latency, or folders of such.")],
     out: Annotated[

@@ -12,6 +12,7 @@ from typing import Any
 from vlmprune.eval.run.figures import keep_text, percent, with_quartiles
 from vlmprune.eval.run.result_folder import read_json
 
+from .answers_section import SCRIPT, answers_section
 from .changed_answers import changed_answers
 from .stored_results import ReportError, run_folders
 from .summary import NOT_COUNTED
@@ -26,7 +27,15 @@ table { border-collapse: collapse; margin: 1rem 0; font-variant-numeric: tabular
 th, td { padding: .25rem .6rem; text-align: right; white-space: nowrap; }
 th { border-bottom: 2px solid #888; } td { border-bottom: 1px solid #e4e4e4; }
 th:first-child, td:first-child { text-align: left; }
+td.words { white-space: normal; text-align: left; overflow-wrap: anywhere; } .deciding { font-size: 16px; }
+.deciding th:nth-child(n+3), .deciding td { white-space: nowrap; } .deciding th { white-space: normal; vertical-align: bottom; }
 img { max-width: 48rem; width: 100%; } pre { background: #f4f4f4; padding: .7rem; overflow-x: auto; white-space: pre-wrap; }
+@media print {
+  body { max-width: none; margin: 0; font-size: 9pt; } input, output { display: none; } img { max-width: 100%; }
+  table { display: table; overflow: visible; width: 100%; font-size: 7pt; } .deciding { font-size: 8pt; }
+  th, td { white-space: normal; overflow-wrap: anywhere; padding: .1rem .25rem; } tr, img { break-inside: avoid; }
+  thead { display: table-header-group; }
+}
 """
 
 
@@ -37,11 +46,11 @@ def write_report(folders: Sequence[str | Path], file: str | Path) -> Path:
         ReportError: a folder has no results, or the file cannot be written.
     """
     folders = run_folders(folders)
-    sections = [_section(Path(folder)) for folder in folders]
+    sections = [_section(Path(folder), Path(file).parent) for folder in folders]
     title = "vlmprune: " + ", ".join(Path(folder).resolve().name for folder in folders)
     page = (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>\n'
-        f"<style>{STYLE}</style></head>\n<body>\n<h1>{escape(title)}</h1>\n{''.join(sections)}</body></html>\n"
+        f"<style>{STYLE}</style></head>\n<body>\n<h1>{escape(title)}</h1>\n{''.join(sections)}{SCRIPT}</body></html>\n"
     )
     return written(page, file)
 
@@ -61,7 +70,7 @@ def written(text: str, file: str | Path) -> Path:
     return target
 
 
-def _section(folder: Path) -> str:
+def _section(folder: Path, page: Path) -> str:
     makers = {"results.json": _accuracy, "fidelity.json": _fidelity, "latency.json": _latency}
     parts = []
     for name, make in makers.items():
@@ -69,6 +78,8 @@ def _section(folder: Path) -> str:
             content = read_json(folder / name)
             try:
                 parts.append(make(content, folder))
+                if make is _accuracy:
+                    parts.append(answers_section(folder, page))
             except (KeyError, TypeError, AttributeError) as error:
                 raise ReportError(f"{str(folder / name)!r} is no result file of vlmprune ({error!r}).") from error
     return f"<h2>{escape(folder.resolve().name)}</h2>\n" + "".join(parts)
@@ -117,7 +128,10 @@ def _accuracy(content: Run, folder: Path) -> str:
     notes = "; ".join(f"{key}: {value}" for key, value in content["conventions"].items())
     plots = "".join(_picture(path) for path in sorted(folder.glob("accuracy_vs_*.png")))
     return (
-        facts_of(facts)
+        "<h3>What decides</h3>"
+        + table_of(_deciding(cells), cells, "deciding")
+        + _choice(content)
+        + facts_of(facts)
         + "<h3>Accuracy (%)</h3>"
         + table_of(accuracy, cells)
         + ("<h3>Against the unpruned model on the same items</h3>" + table_of(paired, against) if against else "")
@@ -128,6 +142,32 @@ def _accuracy(content: Run, folder: Path) -> str:
         + _left_out(content)
         + f"<p><small>{escape(notes)}.</small></p>\n<h3>Run it again</h3>\n<pre>{escape(shlex.join(content['command']))}</pre>\n"
     )
+
+
+def _deciding(cells: Sequence[Run]) -> list[Column]:
+    """Few enough columns for a window of 1280 pixels: accuracy with its interval, and what it costs."""
+    columns: list[Column] = [
+        ("method", lambda cell: cell["title"]),
+        ("keep", lambda cell: keep_text(cell["keep"])),
+        ("tokens", lambda cell: f"{cell['cost']['visual_tokens_after']:.0f}"),
+        ("mean accuracy %", lambda cell: _percent(cell["average"])),
+        ("of full %", lambda cell: paired_texts(cell["paired"])[2] if cell.get("paired") else "100"),
+        ("95 %", lambda cell: paired_texts(cell["paired"])[3] if cell.get("paired") else "-"),
+        ("GFLOPs", lambda cell: _giga(cell["cost"]["flops"]["prefill_total"])),
+        ("KV MiB", lambda cell: f"{cell['cost']['kv_cache_bytes'] / 2**20:.2f}"),
+    ]
+    if any(cell.get("timing") for cell in cells):
+        columns.append(("first token ms", lambda cell: _spread(cell.get("timing"), "prefill_ms")))
+    return columns
+
+
+def _choice(content: Run) -> str:
+    """The choice that the tables allow."""
+    choice = content.get("choice")
+    if not choice:
+        return ""
+    line = f"<pre>{escape(choice['line'])}</pre>\n" if choice["line"] else ""
+    return f"{line}<p>{escape(choice['sentence'])}</p>\n"
 
 
 def _left_out(content: Run) -> str:
@@ -211,13 +251,14 @@ def _identity() -> list[Column]:
     ]
 
 
-def table_of(columns: Sequence[Column], rows: Iterable[Run]) -> str:
-    """Rows as an HTML table."""
+def table_of(columns: Sequence[Column], rows: Iterable[Run], kind: str = "") -> str:
+    """Rows as an HTML table of a class."""
     head = "".join(f"<th>{escape(name)}</th>" for name, _ in columns)
     body = "".join(
         "<tr>" + "".join(f"<td>{escape(str(read(row)))}</td>" for _, read in columns) + "</tr>\n" for row in rows
     )
-    return f"<table><thead><tr>{head}</tr></thead>\n<tbody>{body}</tbody></table>\n"
+    named = f' class="{kind}"' if kind else ""
+    return f"<table{named}><thead><tr>{head}</tr></thead>\n<tbody>{body}</tbody></table>\n"
 
 
 def facts_of(facts: Mapping[str, Any]) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 import shutil
 
 import pytest
@@ -78,7 +79,17 @@ def test_results_table_and_plot(options, capsys):
     assert markdown[4].startswith("| full | - | 64 |")
     page = (out / "report.html").read_text()
     assert page.count("data:image/png;base64,") == 3
-    assert page.count("<td>divprune</td>") == 6
+    assert page.count("<td>divprune</td>") == 8
+    deciding = page[page.index('class="deciding"') :]
+    assert deciding[: deciding.index("</tr>")].count("<th>") == 9
+    answers = json.loads(page.split('<script type="application/json">')[1].split("</script>")[0])
+    assert len(answers) == 5 * 4
+    assert answers[0][0].startswith("divprune")
+    links = re.findall(r'href="(cells/[^"]+)"', page)
+    assert len(links) == 5
+    assert all((out / link).is_file() for link in links)
+    assert "@media print" in page
+    assert results["choice"] is None or results["choice"]["sentence"] in page
     assert "Run it again" in page
     stored = [json.loads(file.read_text()) for file in (out / "cells").iterdir()]
     assert [len(cell["tasks"]["toy"]["samples"]) for cell in stored] == [4] * 5
