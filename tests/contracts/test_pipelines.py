@@ -7,16 +7,19 @@ import torch
 
 import vlmprune
 from support.deeper import deeper
-from support.families import llava_next, qwen3_vl
+from support.families import llava_next, llava_onevision, qwen3_vl
 from support.layerwise import Positions, alive_columns, language_model_inputs, row_by_layers
 from support.matrix import METHOD_PARAMETERS
 from support.tiny_models import LLAVA_CLIP_GQA
+from support.video_matrix import as_served
 from vlmprune.errors import UnsupportedMethodError
 from vlmprune.methods.needs import VIDEOS
 from vlmprune.methods.registry import METHODS, make_method
 
 FAMILIES = [deeper(LLAVA_CLIP_GQA), deeper(qwen3_vl.CASES[0])]
 TILED = deeper(llava_next.CASES[0])
+VIDEO_FAMILIES = [deeper(qwen3_vl.CASES[0]), deeper(llava_onevision.CASES[0])]
+FOR_VIDEOS = [name for name, cls in METHODS.items() if VIDEOS in cls.needs]
 ROWS = [[3, "A", 4, 5], [2, "B", 1, "small", 6]]
 
 
@@ -57,8 +60,21 @@ def test_identity(first, second, family):
 
 @over_pairs
 def test_oracle(first, second, family):
-    model, inputs = family.build(torch.float32), family.inputs(ROWS)
-    methods = pipeline(first, second, 0.5)
+    check_by_hand(family.build(torch.float32), family.inputs(ROWS), pipeline(first, second, 0.5))
+
+
+@pytest.mark.parametrize("family", VIDEO_FAMILIES, ids=str)
+@pytest.mark.parametrize("first", FOR_VIDEOS)
+def test_oracle_of_a_video_with_fastv(first, family):
+    rows = as_served(first, family, [[3, "video", 4], [2, "video small", 1]])
+    # HoliTom has a second step of its own, which acts where FastV does.
+    parameters = {name: value for name, value in METHOD_PARAMETERS[first].items() if not name.startswith("inner")}
+    methods = [make_method(first, 0.5, **parameters), make_method("fastv", 0.8, **METHOD_PARAMETERS["fastv"])]
+    check_by_hand(family.build(torch.float32), family.inputs(rows), methods)
+
+
+def check_by_hand(model, inputs, methods):
+    """Compare a pruned forward with the layers by hand."""
     with torch.no_grad(), vlmprune.pruned(model, methods):
         logits = model(**inputs).logits
         run = vlmprune.last_run(model)
@@ -70,7 +86,7 @@ def test_oracle(first, second, family):
         assert len(image.kept) < len(image.stages[0][1]) < image.total, "both methods must drop something"
         by_hand = row_by_layers(model, inputs, run, row, positions, given=given)
         torch.testing.assert_close(logits[row, by_hand.columns], by_hand.logits, atol=2e-5, rtol=1e-4)
-    assert run.method == f"{first}+{second}"
+    assert run.method == "+".join(method.name for method in methods)
 
 
 def entered(model, method, inputs):

@@ -51,13 +51,15 @@ def test_no_matrix_of_all_tokens(name, layout):
     assert memory.peak < layout.total**2
 
 
-@pytest.mark.parametrize("name", ["evs", "vidcom2"])
+@pytest.mark.parametrize(
+    ("name", "times"), [("evs", 1), ("vidcom2", 1), ("holitom", 1.5), ("fastvid", 3), ("flashvid", 4.5)]
+)
 @pytest.mark.parametrize("layout", [ONEVISION, QWEN], ids=["onevision", "qwen2.5-vl"])
-def test_methods_for_time_need_less_than_the_features_themselves(name, layout):
-    """Of 128 frames eight are in fp32 at a time."""
+def test_methods_for_time_need_few_times_the_features_themselves(name, times, layout):
+    """Of 128 frames eight are in fp32 at a time; methods that merge hold what they make in fp32."""
     dim = 896
     memory, _ = peak_of(name, layout, dim, 0.25)
-    assert memory.peak < layout.total * dim * 2
+    assert memory.peak < times * layout.total * dim * 2
 
 
 def test_the_counter_sees_a_matrix_of_all_tokens():
