@@ -159,7 +159,7 @@ class PruningEngine:
         """Return the arguments with the masks that the host would have made for them, where it makes masks."""
         if call.host_masks is None:
             return arguments
-        blocks = self.family.attention_blocks(call.model_call.inputs, call.columns)
+        blocks = self.family.attention_blocks(call.model_call.inputs, call.columns, call.caller_past)
         return call.host_masks.arguments(call, arguments, blocks)
 
     def _tell_of_embeddings(self, call: LanguageModelCall) -> None:

@@ -91,18 +91,28 @@ class PrunedCache:
                 f"({', '.join(sorted({type(layer).__name__ for layer in layers}))}) do not give entries back. "
                 "Use the default dynamic cache, or start with a fresh one."
             )
+        sliding = [layer for layer in layers if getattr(layer, "is_sliding", False)]
+        slid = [layer for layer in sliding if layer.get_seq_length() >= layer.sliding_window]
+        if not all(getattr(layer, "record_past", False) for layer in slid):
+            raise UnsupportedCallError(
+                f"A {type(self).__name__} pruned by {state.method!r} cannot be cropped: the windows of {len(slid)} of its layers "
+                "are full, and what they forgot is gone. Call `activate_past_recording()` on a cache before the prefill, or "
+                "start with a fresh one."
+            )
         state.check_entries(self)
         left = state.caller_past(self) + tokens_to_remove
         if left >= state.caller_length:
             super().crop(tokens_to_remove)  # type: ignore[misc]
             return
         if left <= 0:
-            for layer in layers:
+            for layer in filter(_has_entries, layers):
                 layer.crop(-int(layer.get_seq_length()))
             self._forget()
             return
         shorter = state.cropped(left)
         for index, layer in enumerate(layers):
+            if not _has_entries(layer):
+                continue
             layer.crop(shorter.group(index).cache_length - int(layer.get_seq_length()))
         self.__dict__[_STATE] = shorter
 
@@ -172,6 +182,11 @@ class PrunedCache:
             "tokens it stands for, and the model that was called with it does not know which. Apply a method to the model "
             "(vlmprune.apply) and call the whole model, or start with a fresh cache."
         )
+
+
+def _has_entries(layer: Any) -> bool:
+    """Whether a layer holds keys of its own; some read those of others."""
+    return hasattr(layer, "get_seq_length")
 
 
 @cache

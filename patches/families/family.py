@@ -138,7 +138,7 @@ class Family:
     def check_encoding(self, modality: str, inputs: Mapping[str, Any]) -> None:
         """Raise LayoutError for arguments of `get_{modality}_features`, by name, that the host would not refuse clearly."""
 
-    def attention_blocks(self, inputs: Mapping[str, Any], columns: int) -> Tensor | None:
+    def attention_blocks(self, inputs: Mapping[str, Any], columns: int, past: int) -> Tensor | None:
         """Return the block of tokens that see each other both ways, int64 `[batch, columns]`, -1 for none.
 
         None where the family does not know; the blocks are then read of the mask that the host made, if it made one.
@@ -146,6 +146,7 @@ class Family:
         Args:
             inputs: the arguments of the model's forward by name.
             columns: tokens per row of the call.
+            past: tokens of the caller's sequence before it.
         """
         return None
 

@@ -12,6 +12,8 @@ from vlmprune.errors import ParameterError, UnsupportedFamilyError, nearest, unk
 from vlmprune.plugins import load_plugins
 
 from .family import Family
+from .gemma3 import Gemma3
+from .gemma4 import Gemma4
 from .general import general_family, made_family
 from .glm4v import Glm4v
 from .idefics3 import Idefics3
@@ -41,6 +43,8 @@ FAMILIES: tuple[type[Family], ...] = (
     InternVL,
     Idefics3,
     Glm4v,
+    Gemma3,
+    Gemma4,
 )
 
 

@@ -62,14 +62,14 @@ class HostMasks:
         if blocks is not None and call.entry is not None:
             blocks = _gathered(blocks, call.entry)
         tokens = arguments["inputs_embeds"]
-        mask = make(tokens, arguments["attention_mask"], call.cache, blocks)
+        mask = make(tokens, arguments["attention_mask"], call.cache, _behind(call.past, blocks))
         return {**arguments, "attention_mask": mask}
 
     def _maker(self, call: LanguageModelCall, blocks: Tensor | None) -> Callable[..., Any]:
         """Return the function that makes the given masks from the given sequence."""
         for make in self._makers(blocks is not None):
             try:
-                made = make(call.tokens, call.mask, call.cache, blocks)
+                made = make(call.tokens, call.mask, call.cache, _behind(call.past, blocks))
             except (TypeError, ValueError, KeyError):
                 continue
             if _same(made, self.given, call.valid.to(call.device)):
@@ -177,6 +177,11 @@ def _same(made: Any, given: Any, valid: Tensor) -> bool:
             return False
         return torch.equal(made[:, 0][valid], given[:, 0][valid]) if given.ndim == 4 else torch.equal(made, given)
     return made is None and given is None
+
+
+def _behind(past: int, blocks: Tensor | None) -> Tensor | None:
+    """Return the blocks with those of `past` cached tokens before them, which are in none: hosts count from the first."""
+    return None if blocks is None else torch.nn.functional.pad(blocks, (past, 0), value=-1)
 
 
 def _gathered(blocks: Tensor, compaction: Compaction) -> Tensor:

@@ -9,7 +9,7 @@ from support.caches import cache_lengths, layer_keys, rounded_cache
 from support.family_cases import FAMILY_CASES
 from support.host_parts import decoder
 from support.layerwise import default_positions, language_model_inputs, placeholders, row_by_layers
-from support.matrix import FOLLOW_THE_QUESTION, MERGE_BEFORE, METHOD_PARAMETERS, over_matrix, over_sites, stateful
+from support.matrix import FOLLOW_THE_QUESTION, MERGE_BEFORE, METHOD_PARAMETERS, croppable, over_matrix, over_sites
 from support.tiny_models import LLAVA_CLIP_GQA
 from vlmprune.errors import UnsupportedCallError
 from vlmprune.methods.registry import get_method
@@ -62,25 +62,27 @@ def by_hand(model, method, inputs, given, record, length):
     return row_by_layers(model, shorter, record, 0, positions, QUESTION[0], given).logits[-QUESTION.shape[1] :]
 
 
-# States of linear attention give no tokens back: hosts refuse to crop them, and so do pruned caches.
-CROPPABLE = [case for case in over_sites.args[1] if not stateful(case.values[1])]
+# States of linear attention and full windows give no tokens back: hosts refuse to crop them, and so do pruned caches.
+CROPPABLE = [case for case in over_sites.args[1] if croppable(case.values[1])]
 over_croppable = pytest.mark.parametrize(("method", "family"), CROPPABLE)
 
 # A merged token stands for several, so by hand it cannot be cut in two.
 SELECTING = [
     case
     for case in over_matrix.args[1]
-    if not get_method(case.values[0]).merges and case.values[0] not in MERGE_BEFORE and not stateful(case.values[1])
+    if not get_method(case.values[0]).merges and case.values[0] not in MERGE_BEFORE and croppable(case.values[1])
 ]
 
 
-@pytest.mark.parametrize("family", [case for case in FAMILY_CASES if stateful(case)], ids=repr)
-def test_states_are_not_cropped(family):
+@pytest.mark.parametrize("family", [case for case in FAMILY_CASES if not croppable(case)], ids=repr)
+def test_states_and_full_windows_are_not_cropped(family):
     model = family.build(torch.float32)
     with torch.no_grad(), vlmprune.pruned(model, "uniform", keep=0.3):
         cache = model(**family.inputs([ROWS[0]]), use_cache=True).past_key_values
-        with pytest.raises(UnsupportedCallError, match="LinearAttentionLayer"):
+        before = cache_lengths(cache)
+        with pytest.raises(UnsupportedCallError, match=r"LinearAttentionLayer|windows"):
             cache.crop(-2)
+    assert cache_lengths(cache) == before
 
 
 @pytest.mark.parametrize(("method", "family"), SELECTING)

@@ -6,9 +6,9 @@ import torch
 import vlmprune
 from support.family_cases import FAMILY_CASES
 from support.layerwise import Positions, default_positions, language_model_inputs, placeholders, row_by_layers
-from support.matrix import METHOD_PARAMETERS, ONE_OF_EACH_KIND, fitting
+from support.matrix import METHOD_PARAMETERS, ONE_OF_EACH_KIND, fitting, serves
 from support.position_ranks import ranked
-from vlmprune.errors import ParameterError
+from vlmprune.errors import ParameterError, UnsupportedMethodError
 from vlmprune.methods.registry import make_method
 
 ROWS = [[3, "A", 4, 5], [2, "B", 1, "small", 6], [9], [1, "large", 2]]
@@ -18,11 +18,23 @@ OTHERS = ("pool", "visionzip", "todre", "fastv", "sparsevlm", "visiondrop", "cat
 MERGING = ("pool", "visionzip", "sparsevlm", "visiondrop", "aim", "mustdrop")
 
 
+def has_one_table(family):
+    """Whether all decoder layers rotate by the same table."""
+    kinds = getattr(family.build(torch.float32).config.get_text_config(), "layer_types", None) or ()
+    return "sliding_attention" not in kinds
+
+
+@pytest.mark.parametrize("family", [case for case in FAMILY_CASES if not has_one_table(case)], ids=repr)
+def test_decoders_with_several_tables_are_refused(family):
+    with pytest.raises(UnsupportedMethodError, match="no one table"):
+        vlmprune.apply(family.build(torch.float32), "divprune", keep=0.5, keep_positions=True)
+
+
 def _cases():
     for name in (*EVERYWHERE, *OTHERS):
         for family in FAMILY_CASES if name in EVERYWHERE else ONE_OF_EACH_KIND:
             case = fitting(name, family)
-            if name in vlmprune.list_methods(case.build(torch.float32)):
+            if serves(name, family) and has_one_table(family):
                 few = (
                     name == "divprune"
                     or family is ONE_OF_EACH_KIND[0]

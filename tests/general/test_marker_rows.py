@@ -96,6 +96,59 @@ def test_what_reaches_the_decoder_is_what_the_kept_tokens_had(name):
     assert checked
 
 
+ROTATED = [
+    name
+    for name in (
+        "Gemma3ForConditionalGeneration",
+        "Gemma4ForConditionalGeneration",
+        "LlavaForConditionalGeneration",
+        "Qwen3VLForConditionalGeneration",
+        "Qwen3_5ForConditionalGeneration",
+    )
+    if model_class(name)
+]
+
+
+@pytest.mark.parametrize("name", ROTATED)
+def test_rotary_rows_and_embeddings_are_those_of_the_kept_tokens(name):
+    """Positions and embeddings hold the number of their token in every place, rows of other lengths side by side."""
+    case = build(name)
+    inputs = case.inputs(ROWS)
+    batch, width = inputs["input_ids"].shape
+    columns = torch.arange(1, batch * width + 1).view(batch, width)
+    family, seen = find_family(case.model), {}
+
+    def mark(module, args, kwargs):
+        positions = columns.expand(3, batch, width) if family.mrope else columns
+        return args, {**kwargs, "position_ids": positions, "inputs_embeds": marked(kwargs["inputs_embeds"], columns)}
+
+    def look(module, args, kwargs):
+        seen.update(kwargs)
+        raise StopIteration
+
+    decoder = family.language_model
+    handles = [decoder.register_forward_pre_hook(mark, with_kwargs=True)]
+    try:
+        with torch.no_grad(), vlmprune.pruned(case.model, "uniform", keep=0.5, positions="original"):
+            handles.append(decoder.register_forward_pre_hook(look, with_kwargs=True))
+            with pytest.raises(StopIteration):
+                case.model(**inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    placeholders = inputs["input_ids"] == case.model.config.image_token_id
+    for row in range(batch):
+        tokens = seen["inputs_embeds"][row]
+        kept = tokens[:, 0][tokens[:, 0] > 0].long().tolist()
+        assert (tokens == tokens[:, :1]).all()
+        text = columns[row][inputs["attention_mask"][row].bool() & ~placeholders[row]].tolist()
+        assert set(text) < set(kept) < set(columns[row].tolist())
+        assert kept == sorted(kept)
+        rotary = seen["position_ids"][-3:, row] if family.mrope else seen["position_ids"][row][None]
+        for axis in rotary:
+            assert axis[-len(kept) :].tolist() == kept
+
+
 def planned():
     """Two rows of six columns; row 0 keeps 0, 2, 3 and 5, row 1 keeps 1, 4 and 5; columns 1 to 4 are visual."""
     keep = torch.tensor([[1, 0, 1, 1, 0, 1], [0, 1, 0, 0, 1, 1]]).bool()

@@ -25,9 +25,14 @@ def rounded_cache(model: Any, residual: int = 4) -> Cache:
     return Cache(layers=[RoundedLayer(residual_length=residual) for _ in range(layers)])
 
 
+def layers_with_keys(cache: Any) -> list[Any]:
+    """Return the layers that have keys: not those of linear attention, nor those that share keys of others."""
+    return [layer for layer in cache.layers if isinstance(getattr(layer, "keys", None), Tensor)]
+
+
 def layer_keys(cache: Any) -> list[Tensor]:
-    """Return the keys of the layers that have some: not of linear attention, nor of layers that share those of others."""
-    return [layer.keys for layer in cache.layers if isinstance(getattr(layer, "keys", None), Tensor)]
+    """Return the keys of the layers that have some."""
+    return [layer.keys for layer in layers_with_keys(cache)]
 
 
 def cache_lengths(cache: Any) -> list[int]:

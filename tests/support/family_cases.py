@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from support.families import (
+    gemma3,
+    gemma4,
     glm4v,
     idefics3,
     internvl,
@@ -31,4 +33,6 @@ FAMILY_CASES: tuple[FamilyCase, ...] = (
     *internvl.CASES,
     *idefics3.CASES,
     *glm4v.CASES,
+    *gemma3.CASES,
+    *gemma4.CASES,
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import accumulate
 from typing import Any, NamedTuple
 
@@ -168,6 +169,8 @@ def row_by_layers(
     """
     language_model = decoder(model)
     given = language_model_inputs(model, inputs) if given is None else given
+    if isinstance(given.get("attention_mask"), dict):
+        return row_by_own_masks(model, inputs, record, row, positions, later, given)
     later = torch.zeros(0, dtype=torch.int64) if later is None else later
     total = inputs["input_ids"].shape[1]
     after = total + torch.arange(len(later))
@@ -220,6 +223,60 @@ def row_by_layers(
         if layer < len(deep_planes):
             hidden = hidden + deep_planes[layer]
     return HandRow(columns, model.lm_head(language_model.norm(hidden)))
+
+
+@torch.no_grad()
+def row_by_own_masks(
+    model: Any,
+    inputs: dict[str, Tensor],
+    record: Any,
+    row: int,
+    positions: Positions,
+    later: Tensor | None,
+    given: dict[str, Any],
+) -> HandRow:
+    """Run one row through the unpatched language model of a host that makes masks by kinds of layers; nothing is cut inside.
+
+    The masks are made here token by token: images see each other both ways where the host lets them, windows count the
+    tokens that are left.
+    """
+    language_model, later = model.model.language_model, torch.zeros(0, dtype=torch.int64) if later is None else later
+    columns = alive_columns(model, inputs, record, row, 0)
+    total, first = inputs["input_ids"].shape[1], int(inputs["attention_mask"][row].argmax())
+    entry = torch.cat([columns, total + torch.arange(len(later))])
+    types = inputs.get("token_type_ids", inputs.get("mm_token_type_ids"))
+    blocks, block = [], -1
+    for column in range(total):
+        seen = types is not None and bool(types[row, column])
+        block += seen and not (column and bool(types[row, column - 1]))
+        blocks.append(block if seen else -1)
+    blocks += [-1] * len(later)
+    config, count = language_model.config, len(entry)
+    masks = {kind: torch.zeros(1, 1, count, count, dtype=torch.bool) for kind in given["attention_mask"]}
+    both_ways = BOTH_WAYS[config.model_type](config)
+    for kind, mask in masks.items():
+        for query, asks in enumerate(entry.tolist()):
+            for key, finds in enumerate(entry.tolist()):
+                same = kind in both_ways and blocks[asks] >= 0 and blocks[asks] == blocks[finds]
+                inside = kind == "full_attention" or query - key < config.sliding_window
+                mask[0, 0, query, key] = inside and (key <= query or same)
+    embeddings = torch.cat([given["inputs_embeds"][row, columns], model.get_input_embeddings()(later)])
+    more = {}
+    if given.get("per_layer_inputs") is not None:
+        of_text = language_model.get_per_layer_inputs(later[None])[0]
+        more["per_layer_inputs"] = torch.cat([given["per_layer_inputs"][row, columns], of_text])[None]
+    ids = torch.arange(count) if positions.entry else entry - first
+    output = language_model(
+        inputs_embeds=embeddings[None], position_ids=ids[None], attention_mask=masks, use_cache=False, **more
+    )
+    return HandRow(entry, model.lm_head(output.last_hidden_state)[0])
+
+
+# In which kinds of layers the tokens of an image see each other both ways, by the decoder's `model_type`.
+BOTH_WAYS: dict[str, Callable[[Any], tuple[str, ...]]] = {
+    "gemma3_text": lambda config: ("full_attention", "sliding_attention"),
+    "gemma4_text": lambda config: ("sliding_attention",) if config.use_bidirectional_attention == "vision" else (),
+}
 
 
 def check_greedy(

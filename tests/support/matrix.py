@@ -7,7 +7,7 @@ import torch
 
 from support.deeper import deeper
 from support.deeper_tower import deeper_tower, one_tile
-from support.families import glm4v, idefics3, internvl, llava_next, qwen3_5, qwen3_vl
+from support.families import gemma4, glm4v, idefics3, internvl, llava_next, qwen3_5, qwen3_vl
 from support.family_cases import FAMILY_CASES
 from support.tiny_models import LLAVA_CLIP_GQA, FamilyCase
 from vlmprune.methods.needs import FIRST_LAYER, GRID, INSTRUCTION, PIXELS, VIDEOS, LayerNeed
@@ -93,7 +93,7 @@ def few_tokens(method: str, family: FamilyCase) -> int:
 ON_EVERY_FAMILY = frozenset({"uniform", "pool", "fastervlm", "visionzip", "todre", "fastv", "pyramiddrop"})
 # Families that differ from one before them in their tower or their decoder's layers meet these.
 ON_FEWER = frozenset({"fastervlm"})
-LIKE_ANOTHER = (*qwen3_5.CASES[1:], *internvl.CASES, *idefics3.CASES, *glm4v.CASES)
+LIKE_ANOTHER = (*qwen3_5.CASES[1:], *internvl.CASES, *idefics3.CASES, *glm4v.CASES, *gemma4.CASES[1:])
 ONE_OF_EACH_KIND = (LLAVA_CLIP_GQA, llava_next.CASES[0], qwen3_vl.CASES[0])
 
 
@@ -114,6 +114,17 @@ def fitting(method: str, family: FamilyCase) -> FamilyCase:
 def stateful(family: FamilyCase) -> bool:
     """Whether the host keeps states that cannot be rolled back, and refuses what would do it."""
     return bool(family.build(torch.float32)._is_stateful)
+
+
+def croppable(family: FamilyCase) -> bool:
+    """Whether caches give back what they hold: neither states nor full windows do."""
+    kinds = getattr(family.build(torch.float32).config.get_text_config(), "layer_types", None) or ()
+    return not stateful(family) and "sliding_attention" not in kinds
+
+
+def makes_masks(family: FamilyCase) -> bool:
+    """Whether the host makes masks by kinds of layers before it calls the language model."""
+    return "create_masks_for_generate" in vars(type(family.build(torch.float32)))
 
 
 def serves(name: str, family: FamilyCase) -> bool:

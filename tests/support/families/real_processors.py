@@ -12,7 +12,9 @@ import transformers
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from support.families import gemma3, gemma4
 from support.families.anyres_case import PATCH, TILE
+from support.families.gemma_case import BEGIN, END
 from support.families.llava_next import PINPOINTS as NEXT_PINPOINTS
 from support.families.llava_onevision import PINPOINTS
 from support.families.llava_onevision import VIDEO_TOKEN as ONEVISION_VIDEO
@@ -29,12 +31,14 @@ QWEN_PATCH = {"Qwen2VLProcessor": 14, "Qwen2_5_VLProcessor": 14, "Qwen3VLProcess
 _QWEN_VIDEO = {"Qwen3VLProcessor": "Qwen3VLVideoProcessor"}
 
 
-def _tokenizer(special: dict[str, int]) -> PreTrainedTokenizerFast:
+def _tokenizer(special: dict[str, int], **named: str) -> PreTrainedTokenizerFast:
     words = {"<pad>": PAD, "<unk>": 1, **{word: 2 + index for index, word in enumerate(_WORDS)}, **special}
     core = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
     core.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Whitespace(), pre_tokenizers.Digits(True)])
     core.add_special_tokens([AddedToken(token, normalized=False) for token in special])
-    return PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", unk_token="<unk>", padding_side="left")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core, pad_token="<pad>", unk_token="<unk>", padding_side="left", extra_special_tokens=named
+    )
 
 
 def llava_processor() -> Any:
@@ -90,6 +94,31 @@ def next_video_processor() -> Any:
         patch_size=NEXT_VIDEO_PATCH,
         vision_feature_select_strategy="default",
         num_additional_image_tokens=1,
+    )
+
+
+def gemma3_processor() -> Any:
+    """Return the Gemma 3 processor for the tiles of the tiny model."""
+    special = {"<start_of_image>": BEGIN, "<image_soft_token>": IMAGE_TOKEN, "<end_of_image>": END}
+    named = {"boi_token": "<start_of_image>", "image_token": "<image_soft_token>", "eoi_token": "<end_of_image>"}
+    square = {"height": gemma3.SIDE, "width": gemma3.SIDE}
+    return transformers.Gemma3Processor(
+        transformers.Gemma3ImageProcessor(size=square), _tokenizer(special, **named), image_seq_length=gemma3.TOKENS
+    )
+
+
+def gemma4_processor() -> Any:
+    """Return the Gemma 4 processor for pictures and frames of at most 70 visual tokens of the tiny model."""
+    special = {"<|image>": BEGIN, "<|image|>": IMAGE_TOKEN, "<image|>": END, "<|video|>": gemma4.VIDEO_TOKEN}
+    special |= {"<|audio|>": gemma4.AUDIO_TOKEN, "<|audio>": 114, "<audio|>": 113}
+    named = {"boi_token": "<|image>", "image_token": "<|image|>", "eoi_token": "<image|>", "audio_token": "<|audio|>"}
+    named |= {"boa_token": "<|audio>", "eoa_token": "<audio|>"}
+    sizes = {"patch_size": gemma4.PATCH, "pooling_kernel_size": gemma4.CELL, "max_soft_tokens": 70}
+    return transformers.Gemma4Processor(
+        transformers.Gemma4AudioFeatureExtractor(),
+        transformers.Gemma4ImageProcessor(**sizes),
+        _tokenizer(special, **named),
+        transformers.Gemma4VideoProcessor(**sizes, do_sample_frames=False),
     )
 
 
