@@ -9,6 +9,8 @@ from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLVi
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel
 from transformers.models.qwen2_vl.configuration_qwen2_vl import Qwen2VLVisionConfig
 from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VisionTransformerPretrainedModel
+from transformers.models.qwen3_5.configuration_qwen3_5 import Qwen3_5VisionConfig
+from transformers.models.qwen3_5.modeling_qwen3_5 import Qwen3_5VisionModel
 from transformers.models.qwen3_vl.configuration_qwen3_vl import Qwen3VLVisionConfig
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLVisionModel
 from transformers.vision_utils import get_vision_window_index
@@ -49,7 +51,14 @@ def qwen3():
     return Qwen3VLVisionModel(config), PackedTowerReader()
 
 
-@pytest.fixture(params=[qwen2, qwen25, qwen3], ids=["qwen2-vl", "qwen2.5-vl", "qwen3-vl"])
+def qwen35():
+    config = Qwen3_5VisionConfig(
+        **SHARED, hidden_size=24, intermediate_size=16, out_hidden_size=16, num_position_embeddings=64
+    )
+    return Qwen3_5VisionModel(config), PackedTowerReader()
+
+
+@pytest.fixture(params=[qwen2, qwen25, qwen3, qwen35], ids=["qwen2-vl", "qwen2.5-vl", "qwen3-vl", "qwen3.5"])
 def tower_and_reader(request):
     torch.manual_seed(0)
     tower, reader = request.param()

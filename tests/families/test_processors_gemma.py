@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import vlmprune
-from support.families.gemma3 import GEMMA3, TOKENS
+from support.families.gemma3 import GEMMA3, PATCH, SIDE, TOKENS
 from support.families.gemma4 import CASES, GEMMA4
 from support.families.real_processors import clip, gemma3_processor, gemma4_processor, photograph
 from support.layerwise import check_greedy, default_positions, row_by_layers
@@ -95,3 +95,25 @@ def test_scores_are_those_of_plain_attention_by_places(case):
     scores = received_by_cells(model, inputs["pixel_values"], inputs["image_position_ids"])
     for image, expected in zip(images, scores, strict=True):
         assert image.kept.tolist() == expected.topk(5).indices.sort().values.tolist()
+
+
+def test_scores_are_those_of_plain_attention_by_cells():
+    """`fastervlm` keeps the cells whose patches receive most attention in the eager maps of the last layer."""
+    model, inputs = GEMMA3.build(torch.float32), GEMMA3.inputs([[2, "A", 1, "B", 3]])
+    with torch.no_grad(), vlmprune.pruned(model, "fastervlm", keep=5):
+        model(**inputs)
+        images = vlmprune.last_run(model).images
+    patches = torch.arange(SIDE // PATCH)
+    places = torch.stack(torch.meshgrid(patches, patches, indexing="xy"), -1).flatten(0, 1)
+    cells = round(TOKENS**0.5)
+    tower = model.model.vision_tower
+    tower.set_attn_implementation("eager")
+    try:
+        maps = tower(inputs["pixel_values"], output_attentions=True).attentions[-1]
+    finally:
+        tower.set_attn_implementation("sdpa")
+    for image, weights in zip(images, maps, strict=True):
+        scores = torch.zeros(TOKENS)
+        for patch, (x, y) in enumerate(places.tolist()):
+            scores[y * cells // len(patches) * cells + x * cells // len(patches)] += weights[:, :, patch].mean()
+        assert image.kept.tolist() == scores.topk(5).indices.sort().values.tolist()
