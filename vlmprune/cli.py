@@ -385,7 +385,7 @@ def serve(
 
             serve_vllm(model, cell, context.args)
         else:
-            _require_extra("serve", "fastapi", "uvicorn", "openai", "prometheus_client")
+            _require_extra("serve", "fastapi", "uvicorn", "openai", "prometheus_client", "accelerate")
             from vlmprune.serving.transformers_server import serve_transformers
 
             serve_transformers(model, cell, context.args)

@@ -22,7 +22,7 @@ from vlmprune.eval.throughput.metrics import read_counts
 from vlmprune.eval.throughput.server_process import started
 
 pytestmark = pytest.mark.skipif(
-    any(find_spec(name) is None for name in ("fastapi", "uvicorn", "openai", "prometheus_client")),
+    any(find_spec(name) is None for name in ("fastapi", "uvicorn", "openai", "prometheus_client", "accelerate")),
     reason="the extra serve is not installed",
 )
 MODEL, KEEP, NEW_TOKENS = "tiny-llava-next", 0.25, 6
