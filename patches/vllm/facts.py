@@ -23,10 +23,13 @@ from .readers import DenseReader, PackedReader, WindowedReader
 TILE_TOWERS = ("clip_vision_model", "siglip_vision_model")
 """`model_type` of the towers over tiles of one size that can be read."""
 
+VLLM_ASPECT_RATIO = "anyres_max_9"
+
 
 class VllmFamily(Family):
     """What holds for all of them. The facts that methods are checked by are told by the configuration alone."""
 
+    modalities: ClassVar[tuple[str, ...]] = ("image",)
     multimodal_path: ClassVar[str] = ""
     decoder_gap: ClassVar[str] = "the layers of the language model are vLLM's own"
 
@@ -113,6 +116,15 @@ class VllmLlavaNext(VllmTiles, LlavaNext):
 
 class VllmLlavaOnevision(VllmTiles, LlavaOnevision):
     """LLaVA-OneVision; vLLM cuts every image in crops, whatever else its prompt shows."""
+
+    def check_tower_kind(self) -> None:
+        """Raise UnsupportedFamilyError also where images are interpolated at another size than vLLM interpolates them at."""
+        super().check_tower_kind()
+        if self.config.vision_aspect_ratio != VLLM_ASPECT_RATIO:
+            raise UnsupportedFamilyError(
+                f"vision_aspect_ratio={self.config.vision_aspect_ratio!r}: vLLM reads every {self.name} model as "
+                f"{VLLM_ASPECT_RATIO!r}, so places would be wrong; allowed: {VLLM_ASPECT_RATIO!r}."
+            )
 
 
 class VllmQwen(VllmFamily, QwenVL):

@@ -33,11 +33,11 @@ class ImagesOnly:
     """Mixin of vLLM's processing infos: with the setting, prompts hold images and text."""
 
     def get_supported_mm_limits(self) -> Mapping[str, int | None]:
-        """Return the limits without those of videos, which are not served."""
+        """Return the limits: those of images, and none of what is not served."""
         limits: Mapping[str, int | None] = super().get_supported_mm_limits()  # type: ignore[misc]
         if read_setting(self.get_hf_config()) is None:  # type: ignore[attr-defined]
             return limits
-        return {modality: limit for modality, limit in limits.items() if modality == "image"}
+        return {modality: limit if modality == "image" else 0 for modality, limit in limits.items()}
 
 
 class KeptTokensProcessor:

@@ -30,6 +30,8 @@ def config_of(architecture, setting):
     case = next(case for case in FAMILY_CASES if type(case.build(torch.float32)).__name__ == architecture)
     config = copy.deepcopy(case.build(torch.float32).config)
     config.vlmprune = setting
+    if hasattr(config, "vision_aspect_ratio"):
+        config.vision_aspect_ratio = "anyres_max_9"
     return config
 
 
@@ -86,11 +88,25 @@ def test_other_families():
         )
 
 
+def test_pooling_needs_a_grid():
+    check({"method": "pool", "keep": 0.5}, LLAVA)
+    with pytest.raises(UnsupportedMethodError, match="LLaVA-OneVision models do not give"):
+        check({"method": "pool", "keep": 0.5}, "LlavaOnevisionForConditionalGeneration")
+
+
 def test_other_towers():
     config = config_of(LLAVA, {"method": "divprune", "keep": 0.5})
     config.vision_config.model_type = "pixtral"
     with pytest.raises(UnsupportedFamilyError, match="pixtral"):
         check_setting(LLAVA, config, "0.32.0")
+
+
+def test_other_interpolation():
+    architecture = "LlavaOnevisionForConditionalGeneration"
+    config = config_of(architecture, {"method": "divprune", "keep": 0.5})
+    config.vision_aspect_ratio = "anyres_max_2"
+    with pytest.raises(UnsupportedFamilyError, match="anyres_max_9"):
+        check_setting(architecture, config, "0.32.0")
 
 
 def engine_config(**changes):

@@ -91,7 +91,7 @@ class Reference:
 
 
 class Engine:
-    """A checkpoint under vLLM; `kept` collects what is kept of every picture that is encoded."""
+    """A checkpoint under vLLM; `kept` collects what is kept of every picture that is encoded, `image_inputs` what was encoded."""
 
     def __init__(self, folder: Path, setting: dict[str, Any] | None, **flags: Any) -> None:
         from vllm import LLM
@@ -100,13 +100,20 @@ class Engine:
         defaults = {"dtype": "float32", "block_size": 32, "max_model_len": 2048, "enforce_eager": True}
         self.llm = LLM(str(folder), hf_overrides=overrides, **(defaults | flags))
         self.kept: list[list[int]] = []
+        self.image_inputs: list[Any] = []
         self.model = self.llm.apply_model(lambda model: model)[0]
         pruner = getattr(self.model, "pruner", None)
         if pruner is not None:
             self._watch(pruner)
 
     def _watch(self, pruner: Any) -> None:
-        prune = pruner.prune
+        prune, process = pruner.prune, self.model._process_image_input
+
+        def processed(image_input: Any) -> Any:
+            self.image_inputs.append(image_input)
+            return process(image_input)
+
+        self.model._process_image_input = processed
 
         def watched(*arguments: Any) -> Any:
             images = prune(*arguments)
@@ -136,8 +143,8 @@ class Engine:
         """Free it, so that the next one can be made."""
         from vllm.distributed import cleanup_dist_env_and_memory
 
-        self.model = None
-        del self.llm
+        del self.model, self.llm
+        self.image_inputs.clear()
         gc.collect()
         cleanup_dist_env_and_memory()
 

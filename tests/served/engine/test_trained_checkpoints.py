@@ -31,10 +31,13 @@ def test_same_tokens_and_answers(reference, setting):
     host, folder = reference
     prompts = prompts_of(folder)
     wanted = host.answers(prompts, **setting)
-    with engine(folder, setting) as served:
+    # Of one method prompts are longer than a chunk.
+    flags = {"max_num_batched_tokens": 64} if setting["method"] == "divprune" else {}
+    with engine(folder, setting, **flags) as served:
         batch = served.answers(prompts, host.processor)
         assert batch.kept == wanted.kept
         assert batch.tokens == wanted.tokens
         again = served.answers(prompts, host.processor, one_by_one=True)
-        assert not again.kept, "pictures that were encoded are encoded again"
+        # The cache of the encoder is as small as the chunks.
+        assert flags or not again.kept, "pictures that were encoded are encoded again"
         assert again.tokens == wanted.tokens
