@@ -23,7 +23,7 @@ def closing_choice(rows: Sequence[Row]) -> Tuning | None:
     """The cheapest row that loses at most two points of the items' mean score; without labels, 2 % of the answers.
 
     A part of the items is held out and confirms it. None where there is nothing to choose from: no unpruned row, no scores of
-    items, fewer than ten of them, or no pruned row of which all FLOPs are counted.
+    items, fewer than ten of them, or no row that saves FLOPs and of which all are counted.
     """
     full = next((row for row in rows if row.is_full), None)
     if full is None:
@@ -35,7 +35,7 @@ def closing_choice(rows: Sequence[Row]) -> Tuning | None:
     for row in rows:
         if not row.is_full and row.title != LOWER_RESOLUTION and row.flops.get("selection") is not None:
             cell = Cell.from_stored(row.result)
-            if table.add(cell, row):
+            if row.prefill_flops < full.prefill_flops and table.add(cell, row):
                 cells.append(cell)
     if not cells or table.items < LEAST_ITEMS:
         return None

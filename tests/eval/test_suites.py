@@ -96,6 +96,7 @@ def stored(title, keep, flops, wrong):
 def test_the_cheapest_row_within_two_points_closes_the_tables():
     results = [
         stored("full", None, 100.0, ()),
+        stored("divprune", 1.0, 100.0, ()),
         stored("divprune", 0.5, 60.0, ()),
         stored("divprune", 0.25, 30.0, ()),
         stored("divprune", 0.1, 10.0, range(4)),
@@ -106,6 +107,7 @@ def test_the_cheapest_row_within_two_points_closes_the_tables():
     assert choice.sentence.startswith("Saves 70 % of the FLOPs to the first token. On 12 items held out:")
     assert "at most 2 points of accuracy lost" in choice.sentence
     assert closing_choice(make_rows(results[1:], {})) is None
+    assert closing_choice(make_rows(results[:2], {})) is None
     bad = closing_choice(make_rows([results[0], stored("divprune", 0.1, 10.0, range(20))], {}))
     assert bad.line == ""
     assert "Nothing that was tried meets" in bad.sentence
