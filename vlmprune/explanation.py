@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from .errors import UnsupportedFamilyError
 from .methods.base import Method
-from .methods.needs import Need, ordered
+from .methods.needs import TOWER_ATTENTION, Need, ordered
 from .methods.registry import METHODS
 
 if TYPE_CHECKING:
@@ -56,9 +56,9 @@ def _parts(family: Family) -> list[tuple[str, str]]:
 
 
 def _tower(family: Family) -> str:
-    if family.is_general:
+    if family.is_general and not family.has_tower_attention:
         kind = getattr(getattr(family.config, "vision_config", None), "model_type", None)
-        return f"not known in its parts (configured as {kind!r})"
+        return f"not known in its parts (configured as {kind!r}): {family.reason(TOWER_ATTENTION)}"
     facts = family.tower_facts
     return f"{type(family.vision_tower).__name__}, {facts.layers} layers, {facts.heads} heads, {family.tower_kind}"
 

@@ -131,6 +131,11 @@ class Family:
         """Number of language-model layers."""
         return int(self.config.get_text_config().num_hidden_layers)
 
+    @classmethod
+    def fits(cls, config: Any) -> bool:
+        """Return whether the family is that of a model of one of its classes, by its configuration."""
+        return True
+
     def placeholder_id(self, modality: str) -> int:
         """Return the id of the token that stands for one visual token of an image or a video."""
         return int(getattr(self.config, f"{modality}_token_id"))
@@ -252,6 +257,10 @@ class Family:
         None where they are the same.
         """
         return None
+
+    def tower_grids(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Sequence[tuple[int, int]]:
+        """Return rows and columns of patches of each picture of a call of a tower that merges none, by its arguments."""
+        raise NotImplementedError
 
     @property
     def has_free_order(self) -> bool:

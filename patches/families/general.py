@@ -25,16 +25,24 @@ from vlmprune.methods.needs import (
 
 from ..parts import Part
 from ..tower.encoded_visuals import EncodedVisuals
+from ..tower.reader import TowerReader
 from .decoder import decoder_gap, reading_gap
+from .facts import TowerKind
 from .family import Family
 from .geometry import Geometry, read_geometry
+from .qwen_base import QwenVL
 from .shape import ModelShape, read_shape
+from .shuffled_tiles import cell_vision
+from .towers import FoundTower, find_tower
+from .wrappers import without_wrappers
 
 _MASKS = "create_masks_for_generate"
-_TOWER = "which module of this class is the tower, and how its patches become tokens, only a family of its own says"
-_NOT_KNOWN: dict[Need, str] = dict.fromkeys(
-    (TOWER_ATTENTION, TOWER_FEATURES, PROJECTOR_LAYERS, TOWER_BLOCKS, WHOLE_TILES, CLS_TOKEN), _TOWER
-)
+# Of a tile, in the configurations of some classes.
+_TILE_TOKENS = ("image_seq_length", "image_seq_len", "mm_tokens_per_image", "num_image_tokens")
+# Patches along the side of a visual token.
+_CELL_SIDES = ("downsample_factor", "scale_factor")
+_TOWER = "how the class makes visual tokens of what its tower gives only a family of its own says"
+_NOT_KNOWN: dict[Need, str] = dict.fromkeys((TOWER_FEATURES, PROJECTOR_LAYERS, TOWER_BLOCKS, WHOLE_TILES), _TOWER)
 
 
 class GeneralFamily(Family):
@@ -50,20 +58,85 @@ class GeneralFamily(Family):
     is_general: ClassVar[bool] = True
     parts: ClassVar[tuple[Part, ...]] = tuple(part for part in Family.parts if part.path != "vision_tower")
 
+    @cached_property
+    def found_tower(self) -> FoundTower | str:
+        """The tower, where it is of a known kind; else why it is not, in words."""
+        geometry = self.geometry
+        if geometry.kind == "unknown":
+            return geometry.why
+        return find_tower(
+            self.multimodal_model, self.config, self._tile_tokens() if geometry.kind == "square" else None
+        )
+
+    def _tile_tokens(self) -> int | None:
+        """Visual tokens of a tile, as the class's configuration or its tower's patches tell."""
+        side = self.geometry.side
+        for name in _TILE_TOKENS:
+            given = getattr(self.config, name, None) or getattr(self.config.get_text_config(), name, None)
+            if isinstance(given, int) and 0 < given <= side**2:
+                return given
+        cell = next((getattr(self.config, name, None) for name in _CELL_SIDES if hasattr(self.config, name)), 1)
+        return (side // cell) ** 2 if isinstance(cell, int) and side % cell == 0 else None
+
     @property
     def vision_tower(self) -> nn.Module:
-        """Not known."""
-        raise UnsupportedFamilyError(f"The vision tower of {type(self.model).__name__} is not known to vlmprune.")
+        """The tower.
+
+        Raises:
+            UnsupportedFamilyError: it is not known.
+        """
+        tower = self.found_tower
+        if isinstance(tower, str):
+            raise UnsupportedFamilyError(
+                f"The vision tower of {type(self.model).__name__} is not known to vlmprune: {tower}."
+            )
+        return without_wrappers(getattr(self.multimodal_model, tower.path))
 
     @classmethod
     def tower_facts_of(cls, config: Any) -> TowerFacts:
         """Return the facts of a tower of which nothing is known."""
         return TowerFacts(0, 0, has_cls=False)
 
+    @cached_property
+    def tower_facts(self) -> TowerFacts:
+        """Facts of the tower, as it was found."""
+        tower = self.found_tower
+        return self.tower_facts_of(self.config) if isinstance(tower, str) else tower.facts
+
     @property
     def has_tower_attention(self) -> bool:
-        """False: the tower is not known."""
-        return False
+        """Whether the tower is of a known kind, and its attention is what would be read of it."""
+        return not isinstance(self.found_tower, str)
+
+    @property
+    def tower_kind(self) -> TowerKind:  # type: ignore[override]
+        """Whether the tower that was found packs its pictures."""
+        tower = self.found_tower
+        return "dense" if isinstance(tower, str) else tower.kind
+
+    @cached_property
+    def tower_reader(self) -> TowerReader:
+        """Reads a tower of the kind that was found."""
+        tower = self.found_tower
+        return super().tower_reader if isinstance(tower, str) else tower.reader(self.vision_tower)
+
+    def vision_attention(self, layer: int) -> nn.Module:
+        """Return the attention module of a tower layer."""
+        tower = self.found_tower
+        assert not isinstance(tower, str)
+        return without_wrappers(tower.layers[layer]).get_submodule(tower.attention)
+
+    def vision_layer(self, layer: int) -> nn.Module:
+        """Return a tower layer."""
+        tower = self.found_tower
+        assert not isinstance(tower, str)
+        return tower.layers[layer]
+
+    @property
+    def vision_projections(self) -> tuple[str, str]:  # type: ignore[override]
+        """What gives queries and keys in the attention of the tower that was found."""
+        tower = self.found_tower
+        return Family.vision_projections if isinstance(tower, str) else tower.projections
 
     @cached_property
     def decoder_gap(self) -> str | None:
@@ -96,6 +169,8 @@ class GeneralFamily(Family):
         """Return why the model does not meet a need."""
         if need is GRID:
             return self.geometry.why
+        if need in (TOWER_ATTENTION, CLS_TOKEN) and isinstance(self.found_tower, str):
+            return self.found_tower
         return super().reason(need) or _NOT_KNOWN.get(need, "")
 
     def layouts(self, visuals: EncodedVisuals) -> tuple[VisualLayout, ...]:
@@ -103,8 +178,15 @@ class GeneralFamily(Family):
         return self.geometry.layouts(visuals)
 
     def token_vision(self, signal: Tensor, visuals: EncodedVisuals, layouts: Sequence[VisualLayout]) -> Tensor:
-        """Return nothing: no signal of the tower is served."""
-        raise NotImplementedError
+        """Return the signal of each visual token; of a dense tower without its CLS column, averaged over cells of patches.
+
+        Raises:
+            LayoutError: the tower scored another number of tokens.
+        """
+        if not isinstance(self.found_tower, str) and self.found_tower.kind == "packed":
+            return QwenVL.token_vision(self, signal, visuals, layouts)  # type: ignore[arg-type]
+        cls, cells = self.tower_facts.has_cls, max(1, visuals.counts[0])
+        return cell_vision(signal, visuals.counts, max(1, round(((signal.shape[1] - cls) / cells) ** 0.5)), cls)
 
 
 def general_family(model: nn.Module) -> type[GeneralFamily]:

@@ -118,16 +118,7 @@ class Llava(Family):
         return drops_cls(self.config) or not self.tower_facts.has_cls
 
     def layouts(self, visuals: EncodedVisuals) -> tuple[VisualLayout, ...]:
-        """Return a raster per image; of unknown geometry where the CLS token stays among the features.
-
-        Towers that take images of any size (Pixtral) are told the sizes; without them the geometry is unknown.
-        """
-        sizes = visuals.inputs.get("image_sizes")
-        if sizes is not None:
-            patch = int(self.config.vision_config.patch_size)
-            layouts = tuple(raster_layout(rows // patch, columns // patch) for rows, columns in _integers(sizes))
-            if tuple(layout.total for layout in layouts) == visuals.counts:
-                return layouts
+        """Return a raster per image; of unknown geometry where the CLS token stays among the features."""
         if not self.has_tower_attention:
             return tuple(unknown_layout(count) for count in visuals.counts)
         return tuple(self._layout(count) for count in visuals.counts)
@@ -144,7 +135,3 @@ class Llava(Family):
                 f"The vision tower scored {tokens} tokens a tile, the images have {list(counts)} visual tokens."
             )
         return signal[:, tokens - counts[0] :].flatten(0, 1)
-
-
-def _integers(sizes: Any) -> Any:
-    return sizes.tolist() if isinstance(sizes, Tensor) else sizes

@@ -22,6 +22,9 @@ from .llava import Llava
 from .llava_next import LlavaNext
 from .llava_next_video import LlavaNextVideo
 from .llava_onevision import LlavaOnevision
+from .mistral3 import Mistral3
+from .paddleocr_vl import PaddleOCRVL
+from .pixtral import LlavaPixtral
 from .qwen2_5_vl import Qwen25VL
 from .qwen2_vl import Qwen2VL
 from .qwen3_5 import Qwen35
@@ -31,6 +34,7 @@ from .vip_llava import VipLlava
 from .wrappers import find_inside
 
 FAMILIES: tuple[type[Family], ...] = (
+    LlavaPixtral,
     Llava,
     VipLlava,
     LlavaNext,
@@ -45,6 +49,8 @@ FAMILIES: tuple[type[Family], ...] = (
     Glm4v,
     Gemma3,
     Gemma4,
+    Mistral3,
+    PaddleOCRVL,
 )
 
 
@@ -153,7 +159,7 @@ def find_family(model: Any) -> Family:
     return family(found)
 
 
-def _family_of(model: object) -> type[Family] | None:
+def _family_of(model: Any) -> type[Family] | None:
     """Return the family that the class of a model is registered for, or that names it or a class that it derives from.
 
     A class that is only called as one of transformers' is not it: remote code has other modules under the same name.
@@ -162,7 +168,7 @@ def _family_of(model: object) -> type[Family] | None:
         if _qualified(cls) in REGISTERED:
             return REGISTERED[_qualified(cls)]
         for family in FAMILIES:
-            if cls.__name__ in family.model_classes and _of_transformers(cls):
+            if cls.__name__ in family.model_classes and _of_transformers(cls) and family.fits(model.config):
                 return family
         if issubclass(cls, nn.Module) and cls.__name__ in _offered():
             return _offered()[cls.__name__]

@@ -55,17 +55,7 @@ class ShuffledTiles(Llava):
 
     def token_vision(self, signal: Tensor, visuals: EncodedVisuals, layouts: Sequence[VisualLayout]) -> Tensor:
         """Drop the CLS column of `signal [tiles, tokens, channels]` and average each cell; what has a row a cell stays."""
-        cells = visuals.counts[0]
-        tokens, leading = signal.shape[1], int(self.tower_facts.has_cls)
-        patches = cells * self.cell_side**2
-        if len(signal) != len(visuals.counts) or tokens not in (cells, cells + leading, patches, patches + leading):
-            raise LayoutError(
-                f"The vision tower scored {tokens} tokens in each of {len(signal)} tiles, the tiles have "
-                f"{list(visuals.counts)} visual tokens of {self.cell_side} x {self.cell_side} patches."
-            )
-        if tokens > cells + leading:
-            return cell_means(signal[:, tokens - patches :], self.cell_side).flatten(0, 1)
-        return signal[:, tokens - cells :].flatten(0, 1)
+        return cell_vision(signal, visuals.counts, self.cell_side, self.tower_facts.has_cls)
 
     def project(self, features: Tensor) -> Tensor:
         """Turn rows `[rows, patches_per_token * dim]` of the signal "features", of any dtype, into visual tokens."""
@@ -73,3 +63,31 @@ class ShuffledTiles(Llava):
         device: Any = features.device if parameter.device.type == "meta" else parameter.device
         projected: Tensor = self.projector(features.to(device, parameter.dtype))
         return projected.to(features.device)
+
+
+def cell_vision(signal: Tensor, counts: Sequence[int], side: int, has_cls: bool) -> Tensor:
+    """Return a signal of each visual token of tiles, `[sum(counts), channels]`.
+
+    Args:
+        signal: `[tiles, tokens, channels]`, of patches or already of cells of them, a CLS column in front or not.
+        counts: visual tokens of each tile.
+        side: patches along the side of a visual token.
+        has_cls: whether the tower has a CLS token.
+
+    Raises:
+        LayoutError: there are other numbers of tiles or tokens.
+    """
+    cells, leading = counts[0], int(has_cls)
+    tokens, patches = signal.shape[1], cells * side**2
+    if (
+        len(signal) != len(counts)
+        or len(set(counts)) > 1
+        or tokens not in (cells, cells + leading, patches, patches + leading)
+    ):
+        raise LayoutError(
+            f"The vision tower scored {tokens} tokens in each of {len(signal)} tiles, the tiles have {list(counts)} visual "
+            f"tokens of {side} x {side} patches."
+        )
+    if tokens > cells + leading:
+        return cell_means(signal[:, tokens - patches :], side).flatten(0, 1)
+    return signal[:, tokens - cells :].flatten(0, 1)

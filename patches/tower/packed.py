@@ -25,6 +25,10 @@ if TYPE_CHECKING:
     from ..hooks import HookSet
 
 
+# The second is Pixtral's, whose module has no decoder.
+_ROTARY_FUNCTIONS = ("apply_rotary_pos_emb_vision", "apply_rotary_pos_emb")
+
+
 class PackedAttention(NamedTuple):
     """What the attention of one layer was computed from.
 
@@ -66,7 +70,7 @@ class PackedTowerReader(TowerReader):
         super().install(family, signals, calls, hooks)
         self.heads = family.vision_heads
         tower: Any = family.vision_tower
-        self.merged_patches = int(tower.spatial_merge_size) ** 2
+        self.merged_patches = self.patches_of_a_token(family)
         for signal in signals:
             if signal.kind in CLS_KINDS or signal.kind == "states":
                 raise UnsupportedMethodError(
@@ -86,7 +90,7 @@ class PackedTowerReader(TowerReader):
         """
         if _rotary_function(attention) is None:
             raise UnsupportedMethodError(
-                f"The module of {type(attention).__name__} has no `apply_rotary_pos_emb_vision`, so it cannot be read."
+                f"The module of {type(attention).__name__} has no `{_ROTARY_FUNCTIONS[0]}`, so it cannot be read."
             )
         hooks.before(f"vision layer {layer} bounds", attention, partial(self._keep_arguments, layer))
         hooks.after(f"vision layer {layer} qkv", hooks.child(attention, "qkv"), partial(self._keep_projection, layer))
@@ -97,15 +101,20 @@ class PackedTowerReader(TowerReader):
         arguments = call.captured["arguments", layer]
         projected = call.captured["qkv", layer].detach()
         query, key, _ = projected.view(projected.shape[0], 3, self.heads, -1).unbind(1)
-        query, key = _rotary_function(attention)(query, key, *arguments["position_embeddings"])  # type: ignore[misc]
+        query, key = self.rotated(attention, query, key, *arguments["position_embeddings"])
         return PackedAttention(query, key, arguments["cu_seqlens"], arguments.get("max_seqlen"), attention.scaling)
+
+    def patches_of_a_token(self, family: Family) -> int:
+        """Return how many patches become one visual token."""
+        tower: Any = family.vision_tower
+        return int(tower.spatial_merge_size) ** 2
 
     def read(self, signal: VisionSignal, call: TowerCall) -> Tensor:
         """Return `[visual tokens, channels]`, raster order in each image or frame, images one after the other."""
         if signal.kind == "kept_pixels":
             return call.captured[signal]
         if signal.kind == "features":
-            features = call.captured["projector input", 0].detach().float()
+            features = self.patch_features(call).float()
             return self.raster_order(features.reshape(-1, self.merged_patches * features.shape[-1]), call)
         query, key, cu_seqlens, max_seqlen, scale = self.packed_attention(signal.layer, call)
         if signal.kind == "keys":
@@ -132,6 +141,22 @@ class PackedTowerReader(TowerReader):
         )
         return self.raster_order(received.view(-1, self.merged_patches, self.heads).mean(1), call)
 
+    def rotated(
+        self, attention: nn.Module, query: Tensor, key: Tensor, cos: Tensor, sin: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Norm, where there are norms, and rotate queries and keys `[patches, heads, head_dim]` as a layer does."""
+        if hasattr(attention, "q_norm"):
+            query, key = attention.q_norm(query), attention.k_norm(key)  # type: ignore[operator]
+        function: Any = _rotary_function(attention)
+        if function.__name__ == _ROTARY_FUNCTIONS[0]:
+            return function(query, key, cos, sin)
+        query, key = function(query.transpose(0, 1)[None], key.transpose(0, 1)[None], cos, sin, unsqueeze_dim=0)
+        return query[0].transpose(0, 1), key[0].transpose(0, 1)
+
+    def patch_features(self, call: TowerCall) -> Tensor:
+        """Return what the projector gets, `[patches, dim]`, patches of a visual token together."""
+        return call.captured["projector input", 0].detach()
+
     def raster_order(self, tokens: Tensor, call: TowerCall) -> Tensor:
         """Put `[visual tokens, channels]` from the order of the tower's layers in raster order."""
         return tokens
@@ -153,13 +178,10 @@ class PackedTowerReader(TowerReader):
 class ConvolvedTowerReader(PackedTowerReader):
     """The same for a tower in which a convolution merges the patches of a visual token (GLM-4V)."""
 
-    def read(self, signal: VisionSignal, call: TowerCall) -> Tensor:
-        """Return `[visual tokens, channels]`; as "features" what the convolution gets, patch by patch."""
-        if signal.kind != "features":
-            return super().read(signal, call)
+    def patch_features(self, call: TowerCall) -> Tensor:
+        """Return what the convolution gets, `[patches, dim]`, patches of a visual token together."""
         # [visual tokens, dim, rows, columns].
-        patches = call.captured["projector input", 0].detach().float()
-        return patches.flatten(2).transpose(1, 2).flatten(1)
+        return call.captured["projector input", 0].detach().flatten(2).transpose(1, 2).flatten(0, 1)
 
 
 class WindowedTowerReader(PackedTowerReader):
@@ -197,7 +219,8 @@ def window_order(tower: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> T
 
 def _rotary_function(attention: nn.Module) -> Callable[..., tuple[Tensor, Tensor]] | None:
     for cls in type(attention).__mro__:
-        function = getattr(sys.modules.get(cls.__module__), "apply_rotary_pos_emb_vision", None)
-        if function is not None:
-            return function
+        for name in _ROTARY_FUNCTIONS:
+            function = getattr(sys.modules.get(cls.__module__), name, None)
+            if function is not None:
+                return function
     return None

@@ -9,6 +9,7 @@ from transformers import LlavaConfig, LlavaForConditionalGeneration, PixtralVisi
 import vlmprune
 from support.families.llava_next import CASES as LLAVA_NEXT
 from support.families.vip_llava import CASES as VIP_LLAVA
+from support.matrix import REQUIRED
 from support.tiny_models import IMAGE_TOKEN, LLAMA_GQA, LLAVA_CLIP_GQA, spread_weights
 from vlmprune.errors import UnsupportedCallError, UnsupportedMethodError
 from vlmprune.methods.registry import make_method
@@ -65,13 +66,12 @@ def pixtral():
     return spread_weights(LlavaForConditionalGeneration(config)).eval()
 
 
-def test_a_tower_whose_attention_cannot_be_read_is_offered_what_it_can_serve():
+def test_a_tower_over_pictures_of_any_size_is_offered_what_it_can_serve():
     model = pixtral()
     served = vlmprune.list_methods(model)
-    assert "fastervlm" not in served
-    assert "divprune" in served
-    with pytest.raises(UnsupportedMethodError, match="'fastervlm' needs a vision tower whose attention can be read"):
-        vlmprune.apply(model, "fastervlm")
+    assert {"divprune", "fastervlm"} <= set(served)
+    with pytest.raises(UnsupportedMethodError, match="'hired' needs images encoded in tiles of one size"):
+        vlmprune.apply(model, "hired")
     sizes = torch.tensor([[24, 16], [12, 24]])
     counts = (sizes // 4).prod(1).tolist()
     ids = [5, 6, *[IMAGE_TOKEN] * counts[0], 7, 8, *[IMAGE_TOKEN] * counts[1], 9]
@@ -84,15 +84,17 @@ def test_a_tower_whose_attention_cannot_be_read_is_offered_what_it_can_serve():
     with torch.no_grad():
         whole = model(**inputs).logits
         for method in served:
-            if {part.site for part in make_method(method).parts()} != {"input"} and method not in (
+            if {part.site for part in make_method(method, **REQUIRED.get(method, {})).parts()} != {
+                "input"
+            } and method not in (
                 "fastv",
                 "pyramiddrop",
             ):
                 continue
-            with vlmprune.pruned(model, method, keep=1.0):
+            with vlmprune.pruned(model, method, keep=1.0, **REQUIRED.get(method, {})):
                 assert torch.equal(model(**inputs).logits, whole)
             # Later layers see fewer tokens than the first.
-            parameters = {"layer": 1} if method == "fastv" else {}
+            parameters = {"fastv": {"layer": 1}, **REQUIRED}.get(method, {})
             with vlmprune.pruned(model, method, keep=0.5, **parameters):
                 model(**inputs)
                 images = vlmprune.last_run(model).images

@@ -57,7 +57,7 @@ def test_prefill_and_steps_are_those_of_eager_maps(family):
     changed = 0
     for row, own in enumerate(ROWS):
         expected, counts = by_maps(model, case, own, new[row])
-        torch.testing.assert_close(logits[row], expected, atol=2e-5, rtol=1e-4)
+        torch.testing.assert_close(logits[row], expected, atol=1e-4, rtol=1e-3)
         changed += counts.get("rows", 0)
     for row, (tokens, steps) in enumerate(alone):
         assert torch.equal(tokens[0], new[row])

@@ -65,7 +65,7 @@ def test_methods_that_a_family_does_not_serve_say_what_is_missing(family):
 
 def test_a_tower_whose_attention_cannot_be_read_serves_the_other_methods():
     tower = {
-        "model_type": "pixtral",
+        "model_type": "dinov2",
         "hidden_size": 16,
         "intermediate_size": 16,
         "num_hidden_layers": 2,

@@ -11,6 +11,8 @@ from support.families import (
     llava_next,
     llava_next_video,
     llava_onevision,
+    paddleocr_vl,
+    pixtral,
     qwen2_5_vl,
     qwen2_vl,
     qwen3_5,
@@ -35,4 +37,6 @@ FAMILY_CASES: tuple[FamilyCase, ...] = (
     *glm4v.CASES,
     *gemma3.CASES,
     *gemma4.CASES,
+    *pixtral.CASES,
+    *paddleocr_vl.CASES,
 )

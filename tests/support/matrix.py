@@ -7,7 +7,17 @@ import torch
 
 from support.deeper import deeper
 from support.deeper_tower import deeper_tower, one_tile
-from support.families import gemma4, glm4v, idefics3, internvl, llava_next, qwen3_5, qwen3_vl
+from support.families import (
+    gemma4,
+    glm4v,
+    idefics3,
+    internvl,
+    llava_next,
+    paddleocr_vl,
+    pixtral,
+    qwen3_5,
+    qwen3_vl,
+)
 from support.family_cases import FAMILY_CASES
 from support.tiny_models import LLAVA_CLIP_GQA, FamilyCase
 from vlmprune.methods.needs import FIRST_LAYER, GRID, INSTRUCTION, PIXELS, VIDEOS, LayerNeed
@@ -93,7 +103,17 @@ def few_tokens(method: str, family: FamilyCase) -> int:
 ON_EVERY_FAMILY = frozenset({"uniform", "pool", "fastervlm", "visionzip", "todre", "fastv", "pyramiddrop"})
 # Families that differ from one before them in their tower or their decoder's layers meet these.
 ON_FEWER = frozenset({"fastervlm"})
-LIKE_ANOTHER = (*qwen3_5.CASES[1:], *internvl.CASES, *idefics3.CASES, *glm4v.CASES, *gemma4.CASES[1:])
+LIKE_ANOTHER = (
+    *qwen3_5.CASES[1:],
+    *internvl.CASES,
+    *idefics3.CASES,
+    *glm4v.CASES,
+    *pixtral.CASES,
+    *paddleocr_vl.CASES,
+    *gemma4.CASES[1:],
+)
+# Those whose towers are read as a neighbour's meet none by default.
+TWINS = (idefics3.IDEFICS3, glm4v.GLM46V, pixtral.LLAVA_PIXTRAL)
 ONE_OF_EACH_KIND = (LLAVA_CLIP_GQA, llava_next.CASES[0], qwen3_vl.CASES[0])
 
 
@@ -149,6 +169,7 @@ def _cases() -> list[object]:
             if serves(name, family):
                 case = fitting(name, family)
                 everywhere = ON_FEWER if family in LIKE_ANOTHER else ON_EVERY_FAMILY
+                everywhere = frozenset() if family in TWINS else everywhere
                 marks = () if name in everywhere or family in ONE_OF_EACH_KIND else (pytest.mark.whole,)
                 cases.append(pytest.param(name, case, id=f"{name}-{family}", marks=marks))
     return cases

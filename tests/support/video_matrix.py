@@ -9,7 +9,7 @@ import torch
 
 from support.families import glm4v, llava_next_video, llava_onevision, qwen2_5_vl, qwen2_vl, qwen3_5, qwen3_vl
 from support.families.qwen_case import QwenCase
-from support.matrix import ENCODER_METHODS, LIKE_ANOTHER, METHOD_PARAMETERS, ON_FEWER, fitting
+from support.matrix import ENCODER_METHODS, LIKE_ANOTHER, METHOD_PARAMETERS, ON_FEWER, TWINS, fitting
 from support.tiny_models import FamilyCase, Row
 from vlmprune.methods.needs import GRID, STILL_IMAGES
 from vlmprune.methods.registry import METHODS, make_method
@@ -65,6 +65,7 @@ def _cases() -> list[object]:
             parts = make_method(name, **METHOD_PARAMETERS[name]).parts()
             if serves_videos(name) and all(need.met_by(facts) for part in parts for need in part.needs):
                 everywhere = ON_FEWER if family in LIKE_ANOTHER else ON_EVERY_FAMILY
+                everywhere = frozenset() if family in TWINS else everywhere
                 marks = () if name in everywhere or family in ONE_OF_EACH_KIND else (pytest.mark.whole,)
                 cases.append(pytest.param(name, fitting(name, family), id=f"{name}-{family}", marks=marks))
     return cases

@@ -8,16 +8,10 @@ import torch
 from torch import Tensor
 
 from support.host_parts import decoder
-from support.layerwise import close_gaps, language_model_inputs
+from support.layerwise import close_gaps, language_model_inputs, placeholders
 from support.oracle import suppressed
 
 __all__ = ["check_pruned", "kept_by_row", "language_model_inputs", "placeholders", "row_by_hand"]
-
-
-def placeholders(model: Any, ids: Tensor) -> Tensor:
-    """Return where the placeholders of images and videos are."""
-    config = model.config
-    return (ids == config.image_token_id) | (ids == config.video_token_id)
 
 
 def kept_by_row(model: Any, inputs: dict[str, Tensor], record: Any, row: int) -> Tensor:

@@ -12,7 +12,7 @@ import transformers
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from support.families import gemma3, gemma4
+from support.families import gemma3, gemma4, glm4v, idefics3, internvl, pixtral
 from support.families.anyres_case import PATCH, TILE
 from support.families.gemma_case import BEGIN, END
 from support.families.llava_next import PINPOINTS as NEXT_PINPOINTS
@@ -119,6 +119,80 @@ def gemma4_processor() -> Any:
         transformers.Gemma4ImageProcessor(**sizes),
         _tokenizer(special, **named),
         transformers.Gemma4VideoProcessor(**sizes, do_sample_frames=False),
+    )
+
+
+def internvl_processor() -> Any:
+    """Return the InternVL processor for the tiles of the tiny model."""
+    named = {
+        "start_image_token": "<img>",
+        "end_image_token": "</img>",
+        "context_image_token": "<IMG_CONTEXT>",
+        "video_token": "<video>",
+    }
+    special = {"<IMG_CONTEXT>": IMAGE_TOKEN, "<img>": VISION_START, "</img>": VISION_END, "<video>": VIDEO_TOKEN}
+    side = internvl.SIDE
+    size = {"height": side, "width": side}
+    return transformers.InternVLProcessor(
+        transformers.GotOcr2ImageProcessor(size=size, crop_to_patches=True, min_patches=1, max_patches=4),
+        _tokenizer(special, **named),
+        transformers.InternVLVideoProcessor(size=size),
+        image_seq_length=25,
+    )
+
+
+def idefics3_processor(case: FamilyCase) -> Any:
+    """Return the Idefics3 or SmolVLM processor for the tiles of the tiny model."""
+    side = case.build(torch.float32).config.vision_config.image_size
+    special = {"<image>": IMAGE_TOKEN, "<fake_token_around_image>": idefics3.FAKE, "<end_of_utterance>": 112}
+    sizes = {"size": {"longest_edge": 2 * side}, "max_image_size": {"longest_edge": side}}
+    tokenizer = _tokenizer({**special, "<global-img>": 111})
+    if case is idefics3.IDEFICS3:
+        return transformers.Idefics3Processor(transformers.Idefics3ImageProcessor(**sizes), tokenizer, image_seq_len=25)
+    return transformers.SmolVLMProcessor(
+        transformers.SmolVLMImageProcessor(**sizes),
+        tokenizer,
+        transformers.SmolVLMVideoProcessor(**sizes),
+        image_seq_len=25,
+    )
+
+
+def glm4v_processor(name: str) -> Any:
+    """Return a GLM-4V processor, of class `name` + "Processor", for patches of the tiny model."""
+    special = {
+        "<|image|>": IMAGE_TOKEN,
+        "<|video|>": VIDEO_TOKEN,
+        "<|begin_of_image|>": VISION_START,
+        "<|end_of_image|>": VISION_END,
+        "<|begin_of_video|>": glm4v.VIDEO_START,
+        "<|end_of_video|>": glm4v.VIDEO_END,
+    }
+    # Pixels of two frames count.
+    sizes = {"patch_size": 2, "merge_size": 2, "size": {"shortest_edge": 2 * 8 * 8, "longest_edge": 2 * 32 * 32}}
+    return getattr(transformers, f"{name}Processor")(
+        getattr(transformers, f"{name}ImageProcessor")(**sizes),
+        _tokenizer(special, **{"image_token": "<|image|>", "video_token": "<|video|>"}),
+        getattr(transformers, f"{name}VideoProcessor")(**sizes),
+    )
+
+
+def pixtral_processor(side: int) -> Any:
+    """Return the Pixtral processor for the tiny models, whose visual tokens are of `side` x `side` patches."""
+    special = {"[IMG]": IMAGE_TOKEN, "[IMG_BREAK]": pixtral.BREAK, "[IMG_END]": pixtral.END}
+    return transformers.PixtralProcessor(
+        transformers.PixtralImageProcessor(size={"longest_edge": 32 * side}, patch_size={"height": 4, "width": 4}),
+        _tokenizer(special),
+        patch_size=pixtral.PATCH,
+        spatial_merge_size=side,
+    )
+
+
+def paddleocr_processor() -> Any:
+    """Return the PaddleOCR-VL processor for patches of the tiny model."""
+    special = {"<|IMAGE_PLACEHOLDER|>": IMAGE_TOKEN, "<|IMAGE_START|>": VISION_START, "<|IMAGE_END|>": VISION_END}
+    return transformers.PaddleOCRVLProcessor(
+        transformers.PaddleOCRVLImageProcessor(patch_size=2, merge_size=2, min_pixels=8 * 8, max_pixels=32 * 32),
+        _tokenizer(special, **{"image_token": "<|IMAGE_PLACEHOLDER|>"}),
     )
 
 

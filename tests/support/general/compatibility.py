@@ -14,6 +14,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 import vlmprune
 from support.general.host_case import HostCase, build
 from support.general.shrunk import model_class
+from support.general.tower_order import check_tower_order
 from vlmprune.errors import UnsupportedFamilyError, VlmpruneError
 from vlmprune.methods.registry import METHODS
 from vlmprune.patches.families.registry import find_family
@@ -77,6 +78,9 @@ def served(name: str) -> Served:
         run_contracts(case, "divprune", keeps)
         if "fastv" in methods:
             run_contracts(case, "fastv", keeps)
+        if family.is_general and "fastervlm" in methods:
+            run_contracts(case, "fastervlm", keeps)
+            check_tower_order(case, ROWS)
     except VlmpruneError as error:
         return Served(name, note=_sentence(error))
     if family.is_general and family.decoder_gap:
@@ -221,7 +225,8 @@ def render(rows: list[Served]) -> str:
 
 Made by `make models` with transformers {version()}: every class of its image-text-to-text mapping, built small with random
 weights, with identity, undo, batch = singles, shapes, `generate` and a shorter cache under `divprune`, and `fastv` where it is
-served. A test fails where a class does otherwise than its row. {count} of {len(rows)} classes are served.
+served; where a tower was found, under `fastervlm` too, and that scores stand at the tokens that are made of the patches scored.
+A test fails where a class does otherwise than its row. {count} of {len(rows)} classes are served.
 
 "general" means by what was found in the class (`print(vlmprune.explain(model))` says what, and what is missing); other names
 are families of their own. Methods: **features** need the visual tokens alone (`random`, `uniform`, `divprune`), **geometry**
