@@ -31,7 +31,7 @@ class Gemma3(Family):
 
     name: ClassVar[str] = "Gemma 3"
     model_classes: ClassVar[tuple[str, ...]] = ("Gemma3ForConditionalGeneration",)
-    model_types: ClassVar[tuple[str, ...]] = ("gemma3",)
+    model_types: ClassVar[tuple[str, ...]] = ()
     preparation: ClassVar[Preparation] = Preparation(
         "Gemma3Processor",
         "Gemma3ImageProcessor",

@@ -34,7 +34,7 @@ class Gemma4(Family):
 
     name: ClassVar[str] = "Gemma 4"
     model_classes: ClassVar[tuple[str, ...]] = ("Gemma4ForConditionalGeneration",)
-    model_types: ClassVar[tuple[str, ...]] = ("gemma4",)
+    model_types: ClassVar[tuple[str, ...]] = ()
     preparation: ClassVar[Preparation] = Preparation(
         "Gemma4Processor",
         "Gemma4ImageProcessor",

@@ -26,7 +26,7 @@ class Qwen35(QwenVL):
         "Qwen3_5ForConditionalGeneration",
         "Qwen3_5MoeForConditionalGeneration",
     )
-    model_types: ClassVar[tuple[str, ...]] = ("qwen3_5", "qwen3_5_moe")
+    model_types: ClassVar[tuple[str, ...]] = ()
     preparation: ClassVar[Preparation] = qwen_preparation("Qwen3VLProcessor", "Qwen3VLVideoProcessor")
 
     @property
