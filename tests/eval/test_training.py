@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 pytest.importorskip("datasets")
 
@@ -64,6 +65,18 @@ def test_all_stages_and_the_card(name, runs, monkeypatch):
     assert torch.load(runs / name / f"{last.name}.pt", weights_only=True)["step"] == last.steps + 1
 
 
+def test_further_stages_go_on_from_a_checkpoint(runs, tmp_path):
+    pipeline, threads = shortened(PIPELINES["tiny-llava-next"]), torch.get_num_threads()
+    shipped = Path(__file__).parents[2] / "eval" / "checkpoints" / "tiny-llava-next"
+    train(pipeline, tmp_path, threads=1, limit=1, weights=shipped)
+    torch.set_num_threads(threads)
+    before, after = (load_file(folder / "model.safetensors") for folder in (shipped, tmp_path / pipeline.name))
+    learned = {name.split(".")[0] for name, value in before.items() if not torch.equal(value, after[name])}
+    assert before.keys() == after.keys()
+    assert learned == {"image_newline", "language_model", "multi_modal_projector"}
+    assert "--weights CHECKPOINT" in (tmp_path / pipeline.name / "README.md").read_text()
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -71,6 +84,7 @@ def test_all_stages_and_the_card(name, runs, monkeypatch):
         (["tiny-llava", "--out", "x", "--stage", "towel"], "tower_dense"),
         (["tiny-llava-next", "--out", "x"], "goes on from tiny-llava"),
         (["tiny-llava", "--out", "x", "--start", "y"], "not needed"),
+        (["tiny-qwen2.5-vl-video", "--out", "x", "--weights", "y"], "for tiny-llava, tiny-llava-next, tiny-qwen2.5-vl"),
     ],
 )
 def test_wrong_arguments_are_named(arguments, words, capsys):

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from .evaluate import MODES, measure_folder
+from .evaluate import MODES, ORACLE_MODES, measure_folder
 from .pipeline import Pipeline
 from .questions import TASKS
 from .workshop import Workshop
@@ -45,17 +45,24 @@ A model for tests and for comparing pruning methods cheaply; its figures say not
 understand free questions, only the five forms in"""
 
 
-def finish(pipeline: Pipeline, workshop: Workshop, limit: int | None = None) -> dict[str, Any]:
-    """Export the last stage's weights to `{out}/{name}`, measure the exported files (the first `limit` items), write the card."""
+def finish(
+    pipeline: Pipeline, workshop: Workshop, limit: int | None = None, weights: Path | None = None
+) -> dict[str, Any]:
+    """Export the last stage's weights to `{out}/{name}`, measure the exported files (the first `limit` items), write the card.
+
+    With `weights` only the stages in `pipeline.further` were run.
+    """
     if pipeline.finish is not None:
         return pipeline.finish(pipeline, workshop, limit)
+    if pipeline.foreground is None:
+        raise ValueError(f"{pipeline.name}'s pipeline does not tell what the foreground is")
     folder = workshop.out / pipeline.name
     workshop.load(list(pipeline.stages)[-1])
     workshop.export(folder)
-    figures = measure_folder(folder, pipeline.large, limit)
-    figures["stages"] = stage_times(workshop.out, list(pipeline.stages))
+    figures = measure_folder(folder, pipeline.large, pipeline.foreground, limit)
+    figures["stages"] = stage_times(workshop.out, pipeline.further if weights else list(pipeline.stages))
     (workshop.out / "figures.json").write_text(json.dumps(figures, indent=2))
-    (folder / "README.md").write_text(write_card(pipeline, figures, folder))
+    (folder / "README.md").write_text(write_card(pipeline, figures, folder, weights=weights))
     return figures
 
 
@@ -68,25 +75,36 @@ def stage_times(out: Path, stages: Sequence[str]) -> dict[str, dict[str, float]]
     return times
 
 
-def write_card(pipeline: Pipeline, figures: dict[str, Any], folder: Path, machine: str | None = None) -> str:
-    """The model card with the measured figures; `machine` is this one unless said otherwise."""
+def write_card(
+    pipeline: Pipeline, figures: dict[str, Any], folder: Path, machine: str | None = None, weights: Path | None = None
+) -> str:
+    """The model card with the measured figures; `machine` is this one unless said otherwise.
+
+    With `weights` only the stages in `pipeline.further` were run.
+    """
     names = {"name": pipeline.name, "model_class": pipeline.model_class}
     times = figures["stages"]
     stages = [f"| {name} | {time['steps']} | {time['seconds']:.0f} |" for name, time in times.items()]
     rows = [accuracy_row(figures, task) for task in TASKS]
     if pipeline.large:
         rows.append(accuracy_row(figures, "reading", "reading, large", "large_"))
+    modes = ("full", *ORACLE_MODES)
+    oracle_rows = [f"| {task} | {' | '.join(f'{100 * figures[mode][task]:.1f}' for mode in modes)} |" for task in TASKS]
     return pipeline.card.read_text().format(
         front=FRONT.format(**names),
         usage=USAGE.format(**names),
         purpose=PURPOSE,
-        command=f"python -m vlmprune.eval.training.train {pipeline.name}",
+        command=f"python -m vlmprune.eval.training.train {pipeline.name}"
+        + (" --weights CHECKPOINT" if weights else ""),
         machine=machine or this_machine(),
         parameters=figures["parameters"] / 1e6,
         megabytes=(folder / "model.safetensors").stat().st_size / 1e6,
         items=figures["items"],
         large_items=figures.get("large_items"),
         table=table(("task", "question", "all tokens", "blind", "5 % random", "guessing"), rows),
+        oracle=table(("task", "all tokens", "foreground", "as many, random"), oracle_rows),
+        foreground_tokens=figures["foreground_tokens"],
+        visual_tokens=figures["visual_tokens"],
         stages=table(("stage", "steps", "seconds"), stages),
         minutes=sum(time["seconds"] for time in times.values()) / 60,
         limits=_limits(figures),

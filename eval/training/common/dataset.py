@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 from datasets import Dataset, Features, Image, Value
 
-from .questions import TASKS
+from .questions import TASKS, Question
 from .scenes import Scene, encode_jpeg, make_scene, render
 from .stream import TEST_SEED
 
@@ -24,23 +24,29 @@ TEST_SHA256 = "19e94db019c7980176c6c34674d14a9eb1fae6d7b6e16eca75bbced4edf0a407"
 """Checksum of the shipped file (the pictures do not depend on the machine, the parquet container may)."""
 
 
-def make_rows(
-    rows: int = ROWS,
-    seed: int = TEST_SEED,
-    picture: Callable[[Scene], bytes] = lambda scene: encode_jpeg(render(scene)),
-) -> Dataset:
-    """The first `rows` test scenes for which all five tasks have a question, each as the file that `picture` makes of it."""
-    columns: dict[str, list[object]] = {"image": []}
-    columns |= {f"{task}_{part}": [] for task in TASKS for part in ("question", "answer")}
+def make_scenes(rows: int = ROWS, seed: int = TEST_SEED) -> Iterator[tuple[Scene, dict[str, Question]]]:
+    """The first `rows` test scenes for which all five tasks have a question, with these."""
     index = 0
-    while len(columns["image"]) < rows:
+    while rows:
         rng = np.random.default_rng([seed, index])
         index += 1
         scene = make_scene(rng, test=True)
         found = {task: ask(scene, rng) for task, ask in TASKS.items()}
         asked = {task: question for task, question in found.items() if question is not None}
-        if len(asked) < len(TASKS):
-            continue
+        if len(asked) == len(TASKS):
+            rows -= 1
+            yield scene, asked
+
+
+def make_rows(
+    rows: int = ROWS,
+    seed: int = TEST_SEED,
+    picture: Callable[[Scene], bytes] = lambda scene: encode_jpeg(render(scene)),
+) -> Dataset:
+    """The rows of the test scenes, each picture as the file that `picture` makes of it."""
+    columns: dict[str, list[object]] = {"image": []}
+    columns |= {f"{task}_{part}": [] for task in TASKS for part in ("question", "answer")}
+    for scene, asked in make_scenes(rows, seed):
         columns["image"].append({"bytes": picture(scene), "path": None})
         for task, question in asked.items():
             columns[f"{task}_question"].append(question.text)

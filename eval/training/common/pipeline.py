@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from .loop import Stage
+from .scenes import Scene
 from .workshop import Workshop
 
 Chains = tuple[tuple[tuple[Stage, ...], ...], ...]
@@ -31,6 +33,8 @@ class Pipeline:
         starts_from: the model whose training it goes on from, if any.
         threads: threads to use in all by default (0: as many as the machine has).
         finish: what ends the training in place of `card.finish`, called with the same arguments.
+        foreground: tells which visual tokens of a scene's picture show something, for the foreground oracle.
+        further: the names of the stages that can also go on from a finished checkpoint, the last ones of all.
     """
 
     name: str
@@ -42,11 +46,18 @@ class Pipeline:
     starts_from: str | None = None
     threads: int = 0
     finish: Callable[..., dict[str, Any]] | None = None
+    foreground: Callable[[Scene], Tensor] | None = None
+    further: tuple[str, ...] = ()
 
     @property
     def stages(self) -> dict[str, Stage]:
         """Every stage by name, in order."""
         return {stage.name: stage for group in self.chains for chain in group for stage in chain}
+
+    def going_on(self) -> tuple[str, Chains]:
+        """The last stage of what a finished checkpoint went through, and the stages of `further`."""
+        names = list(self.stages)
+        return names[names.index(self.further[0]) - 1], ((tuple(self.stages[name] for name in self.further),),)
 
 
 def run_stages(open_workshop: Callable[[], Workshop], stages: Sequence[Stage], threads: int) -> None:

@@ -14,6 +14,7 @@ from functools import lru_cache
 
 import numpy as np
 from PIL import Image
+from torch import Tensor
 
 from .glyphs import GLYPH_SIZE, GLYPHS
 
@@ -280,6 +281,11 @@ def patch_labels(scene: Scene) -> np.ndarray:
         labels[2, row : row + span, column : column + span] = ALPHABET.index(glyph) + 1
         labels[3, row : row + span, column : column + span] = i + 1
     return labels.reshape(len(LABEL_SIZES), -1)
+
+
+def foreground(labels: Tensor) -> Tensor:
+    """Which patches or tokens show a thing or a glyph, bool `[batch, patches]`, from labels `[batch, labels, patches]`."""
+    return (labels[:, 0] > 0) | (labels[:, 2] > 0)
 
 
 PRESENCE_SIZE = len(SHAPES) * len(COLOURS) + len(ALPHABET)

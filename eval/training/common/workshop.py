@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import nn
+from transformers import AutoModelForImageTextToText, PreTrainedModel
 
 from .language import Prompts
 from .loop import Stage, Step, adamw, load_parts, run_stage
@@ -44,6 +45,18 @@ class Workshop:
     def export(self, folder: Path) -> None:
         """Write the parts as an ordinary checkpoint folder."""
         raise NotImplementedError
+
+    def take(self, model: PreTrainedModel) -> None:
+        """Take the weights of a checkpoint that `export` wrote; what only training uses stays as it is."""
+        raise NotImplementedError
+
+    def adopt(self, folder: Path, stage: Stage) -> None:
+        """Let a checkpoint folder's weights count as what a stage ended with."""
+        self.take(AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32))
+        parts = {name: part.state_dict() for name, part in self.parts.items()}
+        torch.save(
+            {"parts": parts, "optimizer": {}, "step": stage.steps, "seconds": 0.0}, self.out / f"{stage.name}.pt"
+        )
 
     def load(self, stage: str, *names: str) -> None:
         """Take parts (all when none is named) from a stage's file."""

@@ -8,11 +8,12 @@ from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
-from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from ..common.language import Prompts, language_config, prepare
 from ..common.loop import Metrics, Stage
 from ..common.losses import weighed
+from ..common.places import Places
 from ..common.tokenizer import build_tokenizer
 from ..common.workshop import Workshop
 from .checkpoint import build_projector
@@ -39,10 +40,17 @@ class ClipWorkshop(Workshop, Generic[BatchT]):
         prepare(self.language, tokenizer)
         self.symbolic = self.make_symbols(tokenizer)
         self.projector = build_projector(tokenizer)
+        self.places = Places()
 
     def make_symbols(self, tokenizer: PreTrainedTokenizerFast) -> nn.Module:
         """The module that writes labels as visual tokens."""
         return SymbolicTokens(tokenizer)
+
+    def take(self, model: PreTrainedModel) -> None:
+        """Take a checkpoint's tower, projector and language model."""
+        self.tower.load_state_dict(model.model.vision_tower.state_dict())
+        self.projector.load_state_dict(model.model.multi_modal_projector.state_dict())
+        self.language.model.load_state_dict(model.model.language_model.state_dict())
 
     @property
     def words(self) -> Tensor:

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from ..common.dropping import Drop
 from ..common.loop import Phase, Stage
 from ..common.pipeline import Pipeline
-from .batches import BUSY, CROWDED, DENSE, FULL, TOY, BatchPlan
+from .batches import BUSY, CROWDED, DENSE, FULL, MIXED, TOY, BatchPlan, foreground_mask
 from .workshop import LlavaWorkshop
 
 TURNS = (("attribute", 2), ("existence", 2), ("counting", 1), ("relation", 2), ("reading", 1))
@@ -76,11 +77,33 @@ JOINT = (
     ),
 )  # fmt: skip
 
+PLACES_TURNS = (("attribute", 1), ("existence", 2), ("counting", 3), ("relation", 6), ("reading", 1))
+PRUNED_TURNS = (("attribute", 1), ("existence", 1), ("counting", 4), ("relation", 1), ("reading", 2))
+
+PRUNED = (
+    Stage(
+        "pruned", "pruned",
+        (Phase(228, BatchPlan(4, canvases=MIXED, rounds=3, turns=PLACES_TURNS, drop=Drop(0.05, 0.6, 0.25))),),
+        (5e-4, 1e-3), 6_000_000,
+        after=(("joint_more", "tower", "heads", "symbolic", "projector", "language"),), warmup=15, floor=0.3,
+        horizon=500,
+    ),
+    Stage(
+        "pruned_more", "pruned",
+        (Phase(240, BatchPlan(4, canvases=MIXED, rounds=3, turns=PRUNED_TURNS, drop=Drop(0.15, 0.45, 0.5))),),
+        (4e-4, 8e-4), 6_500_000, after=(("pruned",),), warmup=5, floor=0.02,
+    ),
+)  # fmt: skip
+"""From here on background tokens are dropped; first with many questions about places, which it did not learn
+in so few steps."""
+
 PIPELINE = Pipeline(
     name="tiny-llava",
     model_class="LlavaForConditionalGeneration",
-    chains=((TOWER, LANGUAGE), ((BRIDGE,),), (JOINT,)),
+    chains=((TOWER, LANGUAGE), ((BRIDGE,),), ((*JOINT, *PRUNED),)),
     workshop=LlavaWorkshop,
     card=Path(__file__).with_name("card.md"),
     large=False,
+    foreground=foreground_mask,
+    further=("pruned", "pruned_more"),
 )

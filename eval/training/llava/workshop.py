@@ -8,10 +8,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..common.answer_kept import answer_kept
+from ..common.bf16_attention import use_bf16_attention
 from ..common.grounding import Grounding
 from ..common.language import answer
 from ..common.loop import Metrics, Stage
 from ..common.losses import by_task, weighed
+from ..common.optimizer import MuonAdamW
 from .batches import Batch, make_batch
 from .checkpoint import assemble, export
 from .clip_workshop import BALANCE, ClipWorkshop
@@ -22,7 +25,7 @@ from .tower import FEATURE_LAYER, looking_at, normalise, tower_config
 class LlavaWorkshop(ClipWorkshop[Batch]):
     """The parts for pictures of one tile."""
 
-    part_names = ("tower", "heads", "language", "symbolic", "projector")
+    part_names = ("tower", "heads", "language", "symbolic", "projector", "places")
     make_batch = staticmethod(make_batch)
     clip = tower_config()
 
@@ -80,3 +83,32 @@ class LlavaWorkshop(ClipWorkshop[Batch]):
             return answers.loss + 0.5 * weighed(losses, balance), figures
 
         self.run(stage, self.part_names, [[self.tower, self.heads, self.projector], [self.language]], step)
+
+    def train_pruned(self, stage: Stage, probes: float = 0.3) -> None:
+        """Projector and language model on the features of the finished tower, with tokens dropped as the plan says.
+
+        Matrix products are in bf16.
+
+        Args:
+            stage: the stage.
+            probes: weight of the probes that ask where things are.
+        """
+        use_bf16_attention(self.language)
+
+        def step(batch: Batch, wanted: bool) -> tuple[Tensor, Metrics]:
+            with torch.autocast("cpu", torch.bfloat16):
+                with torch.no_grad(), looking_at(self.tower, batch.window):
+                    pixels = normalise(batch.pixels)
+                    hidden = self.tower(pixel_values=pixels, output_hidden_states=True).hidden_states[FEATURE_LAYER]
+                visual = self.projector(hidden[:, 1:]).repeat(len(batch.kept) // len(hidden), 1, 1)
+                answers, _, _ = answer_kept(
+                    self.language, self.prompts.prefix, visual, batch.kept, batch.compact, batch.ids, batch.targets
+                )
+                where = self.places(answers, batch.places)
+            figures: Metrics = {}
+            if wanted:
+                figures = {"answers": answers.loss, **where, **by_task(batch, answers.right)}
+            return answers.loss + probes * weighed(where, {}), figures
+
+        learn = [[self.projector], [self.language, self.places]]
+        self.run(stage, self.part_names, learn, step, MuonAdamW)

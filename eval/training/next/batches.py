@@ -8,15 +8,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..common.dropping import Drop, draw_kept, rows_used
 from ..common.glyphs import GLYPH_SIZE
-from ..common.language import SLOT, Prompts
+from ..common.language import Prompts
+from ..common.places import name_places
 from ..common.scenes import (
-    COLOUR_NAMES,
     PATCH_SIZE,
-    SHAPES,
     Scene,
     decode_jpeg,
     encode_jpeg,
+    foreground,
     make_scene,
     patch_labels,
     render,
@@ -45,6 +46,10 @@ class TilePlan:
     turns: tuple[tuple[str, int], ...] = ()
     broken: float = 0.0
     """Share of pictures whose string must run over the edge between two crops (of the others some do by chance)."""
+    drop: Drop | None = None
+    """How background tokens are dropped, newlines with them."""
+    rounds: int = 1
+    """How often every picture stands in a batch that drops tokens, each time with other questions and other tokens dropped."""
 
 
 @dataclass
@@ -54,7 +59,8 @@ class TileBatch:
     `pixels` (batch, tiles, height, width, 3); `tile_labels` (batch, tiles, labels, patches) and `presence` (batch,
     tiles, pairs and glyphs) as each tile shows them; `labels` (batch, labels, tokens) of the whole sequence, where a
     string counts on from crop to crop; `places` (batch, slots, tokens, 2) say where in the picture (0 to 1) the thing lies
-    that a word names, nan where it names none or several.
+    that a word names, nan where it names none or several. `kept` (batch, tokens) says which tokens are not dropped, and
+    `compact` whether these are renumbered. Of several rounds all but the pixels and what tiles show is there.
     """
 
     grid: tuple[int, int]
@@ -67,6 +73,8 @@ class TileBatch:
     targets: Tensor
     places: Tensor
     tasks: list[list[str]]
+    kept: Tensor
+    compact: bool
 
 
 def make_batch(plan: TilePlan, prompts: Prompts, rng: np.random.Generator) -> TileBatch:
@@ -87,29 +95,42 @@ def make_batch(plan: TilePlan, prompts: Prompts, rng: np.random.Generator) -> Ti
     pixels = torch.empty(0)
     if plan.draw:
         pixels = torch.stack([cut(decode_jpeg(encode_jpeg(render(scene)))) for scene in scenes])
-    tile_labels, labels = [], []
-    for scene in scenes:
-        whole = patch_labels(scene).reshape(5, height // PATCH_SIZE, width // PATCH_SIZE)
-        small = thumbnail_labels(scene, plan.cells)[None]
-        tile_labels.append(np.concatenate([small, cut_labels(whole, plan.cells)]))
-        labels.append(
-            np.concatenate([small[0].reshape(5, -1), np.pad(whole, ((0, 0), (0, 0), (0, 1))).reshape(5, -1)], 1)
-        )
-    ids, targets, tasks = prompts.ask(scenes, plan.turns, rng)
-    rows = zip(scenes, ids.tolist(), strict=True) if plan.turns else ()
-    places = [[name_places(scene, slot, prompts) for slot in slots] for scene, slots in rows]
+    tile_labels = [
+        np.concatenate([thumbnail_labels(scene, plan.cells)[None], cut_labels(raster_labels(scene), plan.cells)])
+        for scene in scenes
+    ]
+    ids, targets, tasks = prompts.ask(scenes * plan.rounds, plan.turns, rng)
+    asked = zip(scenes * plan.rounds, ids.tolist(), strict=True) if plan.turns else ()
+    places = [[name_places(scene, slot, prompts) for slot in slots] for scene, slots in asked]
+    window = tile_window(plan.cells, rng)
+    whole = torch.from_numpy(np.stack([sequence_labels(scene, plan.cells) for scene in scenes] * plan.rounds))
+    kept, compact = draw_kept(foreground(whole), plan.drop, rng)
+    rows = rows_used(kept, plan.size)
     return TileBatch(
         grid=grid,
         tile_labels=torch.from_numpy(np.stack(tile_labels)).flatten(3),
-        labels=torch.from_numpy(np.stack(labels)),
+        labels=whole[:rows],
         presence=torch.from_numpy(np.stack([tile_presence(tiles) for tiles in tile_labels])),
-        window=tile_window(plan.cells, rng),
+        window=window,
         pixels=pixels,
-        ids=ids,
-        targets=targets,
-        places=torch.tensor(places),
-        tasks=tasks,
+        ids=ids[:rows],
+        targets=targets[:rows],
+        places=torch.tensor(places[:rows]),
+        tasks=tasks[:rows],
+        kept=kept[:rows],
+        compact=compact,
     )
+
+
+def raster_labels(scene: Scene) -> np.ndarray:
+    """`patch_labels` as (labels, rows, columns)."""
+    return patch_labels(scene).reshape(-1, scene.height // PATCH_SIZE, scene.size // PATCH_SIZE)
+
+
+def sequence_labels(scene: Scene, cells: int) -> np.ndarray:
+    """Labels (labels, tokens) of the sequence of all tokens: the thumbnail's, then the crops' rows, nothing at newlines."""
+    whole = np.pad(raster_labels(scene), ((0, 0), (0, 0), (0, 1)))
+    return np.concatenate([thumbnail_labels(scene, cells).reshape(len(whole), -1), whole.reshape(len(whole), -1)], 1)
 
 
 def is_broken(scene: Scene, tile: int) -> bool:
@@ -124,16 +145,6 @@ def tile_window(cells: int, rng: np.random.Generator) -> Tensor:
     return torch.from_numpy((row[:, None] * GRID + column[None]).flatten())
 
 
-def name_places(scene: Scene, ids: list[int], prompts: Prompts) -> list[tuple[float, float]]:
-    """Column and row (0 to 1) of the only thing that each token names, nan elsewhere."""
-    nowhere = (float("nan"), float("nan"))
-    places = [nowhere] * SLOT
-    words = prompts.tokenizer.convert_ids_to_tokens(ids)
-    for i, word in enumerate(words):
-        if word not in SHAPES:
-            continue
-        colour = COLOUR_NAMES.index(words[i - 1]) if words[i - 1] in COLOUR_NAMES else None
-        named = [t for t in scene.things if SHAPES[t.shape] == word and colour in (None, t.colour)]
-        if len(named) == 1:
-            places[i] = (named[0].x / scene.size, named[0].y / scene.height)
-    return places
+def foreground_mask(scene: Scene) -> Tensor:
+    """Which visual tokens of a scene's picture, newlines included, show a thing or a glyph, bool `[tokens]`."""
+    return foreground(torch.from_numpy(sequence_labels(scene, CELLS))[None])[0]

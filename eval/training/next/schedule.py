@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from ..common.dropping import Drop
 from ..common.loop import Phase, Stage
 from ..common.pipeline import Pipeline
 from ..llava.clip_workshop import BALANCE
-from .batches import ALL_GRIDS, COARSE_GRIDS, SMALL_GRIDS, SQUARE, TEST_GRIDS, TilePlan
+from .batches import ALL_GRIDS, COARSE_GRIDS, SMALL_GRIDS, SQUARE, TEST_GRIDS, TilePlan, foreground_mask
 from .workshop import NextWorkshop
 
 TURNS = (("attribute", 2), ("existence", 2), ("counting", 2), ("relation", 3), ("reading", 1))
@@ -21,6 +22,8 @@ def coarse(grids: tuple[tuple[int, int], ...]) -> TilePlan:
     """Labels of coarse tiles with questions."""
     return TilePlan(16, grids, cells=6, things=(3, 5), radius=(8.0, 11.0), draw=False, turns=TURNS)
 
+
+PRUNED_TURNS = (("attribute", 1), ("existence", 2), ("counting", 3), ("relation", 3), ("reading", 4))
 
 STAGES = (
     Stage(
@@ -55,9 +58,15 @@ STAGES = (
         (3e-4, 4.5e-4), 16_000_000,
         after=(("joint_more",),), warmup=5, floor=0.02,
     ),
+    Stage(
+        "pruned", "pruned",
+        (Phase(300, TilePlan(4, TEST_GRIDS, turns=PRUNED_TURNS, broken=0.4, rounds=3, drop=Drop(0.12, 0.5, 0.4))),),
+        (4e-4, 8e-4), 17_000_000, after=(("joint_last", "tower", "heads", "projector", "stitcher", "language"),),
+        warmup=10, floor=0.02,
+    ),
 )  # fmt: skip
 """Pictures that are not square come in the second tower stage, with a distorted first tile; then more reading, and at the end
-more strings that run over the edge between two crops."""
+more strings that run over the edge between two crops. In the last stage background tokens are dropped."""
 
 PIPELINE = Pipeline(
     name="tiny-llava-next",
@@ -67,4 +76,6 @@ PIPELINE = Pipeline(
     card=Path(__file__).with_name("card.md"),
     starts_from="tiny-llava",
     threads=1,
+    foreground=foreground_mask,
+    further=("pruned",),
 )

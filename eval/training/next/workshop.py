@@ -6,12 +6,16 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from ..common.answer_kept import answer_kept
+from ..common.bf16_attention import use_bf16_attention
+from ..common.dropping import gather_tokens
 from ..common.grounding import Grounding
 from ..common.language import answer
 from ..common.loop import Metrics, Stage
 from ..common.losses import by_task, weighed
+from ..common.optimizer import MuonAdamW
 from ..llava.clip_workshop import BALANCE, ClipWorkshop
 from ..llava.symbolic import SymbolicTokens, blur_labels
 from ..llava.tower import FEATURE_LAYER, GRID, normalise
@@ -25,7 +29,7 @@ from .tiles import CELLS, FIRST, Stitcher, TileSymbols
 class NextWorkshop(ClipWorkshop[TileBatch]):
     """The parts for pictures of several tiles; `start` is the folder of tiny-llava's training."""
 
-    part_names = ("tower", "heads", "language", "symbolic", "projector", "stitcher", "insight")
+    part_names = ("tower", "heads", "language", "symbolic", "projector", "stitcher", "insight", "places")
     make_batch = staticmethod(make_batch)
     clip = tile_tower_config()
 
@@ -53,6 +57,11 @@ class NextWorkshop(ClipWorkshop[TileBatch]):
         for name in ("tower", "heads", "language", "projector"):
             self.parts[name].load_state_dict(states[name])
         self.symbolic.symbols.load_state_dict(states["symbolic"])  # type: ignore[union-attr]
+
+    def take(self, model: PreTrainedModel) -> None:
+        """Take a checkpoint's tower, projector, newline and language model."""
+        super().take(model)
+        self.stitcher.newline.data.copy_(model.model.image_newline.data)
 
     def export(self, folder: Path) -> None:
         """Write the parts as an ordinary LLaVA-NeXT checkpoint folder."""
@@ -99,7 +108,7 @@ class NextWorkshop(ClipWorkshop[TileBatch]):
             return loss, told if wanted else {}
 
         learn = [*self.decoder_layers, self.insight, *([self.symbolic, self.stitcher] if symbols else [])]
-        self.run(stage, ("language", "symbolic", "stitcher", "insight"), [learn], step)
+        self.run(stage, ("language", "symbolic", "stitcher", "insight", "places"), [learn], step)
 
     def train_joint(self, stage: Stage) -> None:
         """Everything together on real pictures and the answers; the tower's own losses stay on beside them."""
@@ -118,3 +127,35 @@ class NextWorkshop(ClipWorkshop[TileBatch]):
 
         learn = [[self.tower, self.heads, self.projector], [self.language, self.stitcher, self.insight]]
         self.run(stage, self.part_names, learn, step)
+
+    def train_pruned(self, stage: Stage, probes: float = 0.3) -> None:
+        """Projector, newline and language model on the finished tower's features, with tokens dropped as the plan says.
+
+        Matrix products are in bf16.
+
+        Args:
+            stage: the stage.
+            probes: weight of the heads that ask where things are and what is printed.
+        """
+        use_bf16_attention(self.language)
+
+        def step(batch: TileBatch, wanted: bool) -> tuple[Tensor, Metrics]:
+            with torch.autocast("cpu", torch.bfloat16):
+                with torch.no_grad():
+                    pixels = normalise(batch.pixels.flatten(0, 1))
+                    hidden = self.tower(pixel_values=pixels, output_hidden_states=True).hidden_states[FEATURE_LAYER]
+                tiles = self.projector(hidden[:, 1:]).unflatten(0, batch.tile_labels.shape[:2])
+                visual = self.stitcher(tiles, batch.grid)
+                visual = visual.repeat(len(batch.kept) // len(visual), 1, 1)
+                answers, index, valid = answer_kept(
+                    self.language, self.prompts.prefix, visual, batch.kept, batch.compact, batch.ids, batch.targets
+                )
+                where = self.places(answers, batch.places)
+                seen = gather_tokens(batch.labels.transpose(1, 2), index) * valid[..., None]
+                inner, figures = self.insight(answers, seen.transpose(1, 2), batch.places)
+            losses = {**where, "llm_glyph": inner["llm_glyph"], "llm_order": inner["llm_order"]}
+            told: Metrics = {"answers": answers.loss, **where, **figures, **by_task(batch, answers.right)}
+            return answers.loss + probes * weighed(losses, {}), told if wanted else {}
+
+        learn = [[self.projector], [self.language, self.stitcher, self.insight, self.places]]
+        self.run(stage, self.part_names, learn, step, MuonAdamW)

@@ -12,6 +12,7 @@ PATCH_LABELS: dict[str, int] = {**LABEL_SIZES, "quarter": 5}
 """Classes of each label of a patch; `quarter` tells which corner of its glyph a patch holds (0: no glyph)."""
 TOKEN_LABELS: dict[str, int] = {**LABEL_SIZES, "covered": 2}
 """Classes of each label of a visual token; a glyph belongs to the token that holds its upper left patch."""
+COVERED = list(TOKEN_LABELS).index("covered")
 
 
 def scene_labels(scene: Scene) -> tuple[np.ndarray, np.ndarray]:

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLTextModel
 
+from ..common.dropping import gather_tokens, kept_index, kept_mask
 from ..common.language import SLOT, Answers, grade, slot_mask
 from .tokenizer import VisionPrompts
 
@@ -21,8 +22,7 @@ def slot_layout(prefix: int, size: tuple[int, int], suffix: int, slots: int) -> 
     Every slot sees what stands in front of all slots, and itself.
     """
     rows, columns = size
-    row, column = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
-    visual = prefix + torch.stack([torch.zeros_like(row), row, column]).flatten(1)
+    visual = prefix + grid_positions(size)
     after = prefix + max(size)
     text = torch.cat([torch.arange(suffix), (suffix + torch.arange(SLOT)).repeat(slots)])
     position = torch.cat(
@@ -30,6 +30,54 @@ def slot_layout(prefix: int, size: tuple[int, int], suffix: int, slots: int) -> 
         dim=1,
     )
     return slot_mask(prefix + rows * columns + suffix, slots), position[:, None]
+
+
+def grid_positions(size: tuple[int, int]) -> Tensor:
+    """M-RoPE ids (3, tokens) of a picture of rows x columns tokens, counted from its first."""
+    row, column = torch.meshgrid(torch.arange(size[0]), torch.arange(size[1]), indexing="ij")
+    return torch.stack([torch.zeros_like(row), row, column]).flatten(1)
+
+
+def answer_kept(
+    language: Qwen2_5_VLTextModel,
+    prompts: VisionPrompts,
+    visual: Tensor,
+    size: tuple[int, int],
+    kept: Tensor,
+    ids: Tensor,
+    labels: Tensor,
+) -> Answers:
+    """What `answer` gives, but for the early loss, without the tokens that are not `kept` (batch, tokens).
+
+    All others have the position ids of the whole prompt.
+    """
+    batch, slots, _ = ids.shape
+    words = language.embed_tokens
+    index, valid = kept_index(kept)
+    before, after = (words(torch.tensor(part)).expand(batch, -1, -1) for part in (prompts.prefix, prompts.suffix))
+    seen = gather_tokens(visual, index).to(before.dtype)
+    embeds = torch.cat([before, seen, after, words(ids.flatten(1))], dim=1)
+    first, suffix = before.shape[1], after.shape[1]
+    text = torch.cat([torch.arange(suffix), (suffix + torch.arange(SLOT)).repeat(slots)])
+    position = torch.cat(
+        [
+            torch.arange(first).expand(3, batch, -1),
+            first + grid_positions(size)[:, index],
+            (first + max(size) + text).expand(3, batch, -1),
+        ],
+        dim=-1,
+    )
+    output = language(
+        inputs_embeds=embeds,
+        attention_mask=kept_mask(valid, first, suffix, slots),
+        position_ids=position,
+        use_cache=False,
+    )
+    start = first + index.shape[1] + suffix
+    graded = grade(
+        lambda hidden: F.linear(hidden, words.weight), output.last_hidden_state[:, start:], labels, early=False
+    )
+    return Answers(*graded, (), position, start)
 
 
 def answer(

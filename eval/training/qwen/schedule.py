@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from ..common.dropping import Drop
 from ..common.loop import Phase, Stage
 from ..common.pipeline import Pipeline
-from .batches import SizedPlan
+from .batches import SizedPlan, foreground_mask
 from .workshop import QwenWorkshop
 
 SMALL = ((5, 5), (4, 6), (6, 4), (5, 6), (6, 6), (8, 4))
@@ -52,10 +53,21 @@ JOINT = Stage(
     after=(("language_more", *READS), ("tower_full", *SEES)), warmup=20,
 )  # fmt: skip
 
+PRUNED_TURNS = (("attribute", 2), ("existence", 2), ("counting", 4), ("relation", 3), ("reading", 2))
+
+PRUNED = Stage(
+    "pruned", "pruned",
+    (Phase(300, SizedPlan(700, SIZES, turns=PRUNED_TURNS, rounds=3, drop=Drop(0.15, 0.45, 0.6))),),
+    (5e-4,), 6_000_000, after=(("joint", *SEES, "language"),), warmup=10, floor=0.02,
+)  # fmt: skip
+"""From here on background tokens are dropped."""
+
 PIPELINE = Pipeline(
     name="tiny-qwen2.5-vl",
     model_class="Qwen2_5_VLForConditionalGeneration",
-    chains=((TOWER, LANGUAGE), ((JOINT,),)),
+    chains=((TOWER, LANGUAGE), ((JOINT, PRUNED),)),
     workshop=QwenWorkshop,
     card=Path(__file__).with_name("card.md"),
+    foreground=foreground_mask,
+    further=("pruned",),
 )

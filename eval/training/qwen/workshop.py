@@ -7,16 +7,18 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
+from ..common.bf16_attention import use_bf16_attention
 from ..common.loop import Metrics, Stage
 from ..common.losses import by_task, weighed
+from ..common.optimizer import MuonAdamW
 from ..common.workshop import Workshop
 from .batches import SizedBatch, make_batch
 from .codes import Codes, blur, fit_codes
 from .guides import Guides
-from .language import answer
+from .language import answer, answer_kept
 from .model import build_model, export
-from .optimizer import MuonAdamW
 from .tokenizer import VisionPrompts, build_tokenizer
 from .tower import TowerHeads, look
 
@@ -56,6 +58,10 @@ class QwenWorkshop(Workshop):
     def export(self, folder: Path) -> None:
         """Write the parts as an ordinary Qwen2.5-VL checkpoint folder."""
         export(self.model, folder)
+
+    def take(self, model: PreTrainedModel) -> None:
+        """Take all weights of a checkpoint."""
+        self.model.load_state_dict(model.state_dict())
 
     def match(self, labels: Tensor, tokens: Tensor) -> Tensor:
         """How far merged tokens are from their codes, as a share of the codes' variance; glyphs weigh four times more."""
@@ -113,3 +119,23 @@ class QwenWorkshop(Workshop):
 
         learn = [[self.tower, self.heads], [self.language, self.guides]]
         self.run(stage, self.part_names, learn, step, MuonAdamW)
+
+    def train_pruned(self, stage: Stage) -> None:
+        """Layers of the language model on the finished tower's tokens, of which some are dropped as the plan says.
+
+        Matrix products are in bf16.
+        """
+        use_bf16_attention(self.language)
+
+        def step(batch: SizedBatch, wanted: bool) -> tuple[Tensor, Metrics]:
+            with torch.autocast("cpu", torch.bfloat16):
+                with torch.no_grad():
+                    _, tokens = look(self.tower, batch.pixels, batch.size)
+                tokens = tokens.repeat(len(batch.kept) // len(tokens), 1, 1)
+                answers = answer_kept(
+                    self.language, self.prompts, tokens, batch.size, batch.kept, batch.ids, batch.targets
+                )
+            return answers.loss, {"answers": answers.loss, **by_task(batch, answers.right)} if wanted else {}
+
+        learn = [[self.language.layers, self.language.norm]]
+        self.run(stage, ("tower", "heads", "language"), learn, step, MuonAdamW)

@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from ..common.language import Answers
 from ..common.loop import Metrics, Stage
 from ..common.losses import by_task, weighed
+from ..common.optimizer import MuonAdamW
 from ..common.workshop import Workshop
 from ..qwen.batches import SizedBatch
 from ..qwen.codes import Codes, blur
 from ..qwen.language import answer as answer_pictures
 from ..qwen.model import TOKEN_SIZE
-from ..qwen.optimizer import MuonAdamW
 from ..qwen.tokenizer import VisionPrompts, build_tokenizer
 from ..qwen.tower import TowerHeads, look
 from ..qwen.workshop import SEEN

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..common.language import WIDTH
-from ..common.loop import Stage
+from .language import WIDTH
+from .loop import Stage
 
 
 class MuonAdamW:
