@@ -19,8 +19,9 @@ from transformers import DynamicCache
 
 import vlmprune
 from support.families.qwen_case import QwenCase, token_types
+from support.family_cases import FAMILY_CASES
 from support.layerwise import MERGED_INSIDE, Positions, default_positions, language_model_inputs, placeholders
-from support.matrix import MATRIX, METHOD_PARAMETERS, REQUIRED, few_tokens
+from support.matrix import MATRIX, METHOD_PARAMETERS, REQUIRED, croppable, few_tokens
 from support.merging import COMBINED, given_merged
 from support.oracle import suppressed
 from support.tiny_models import FamilyCase
@@ -44,11 +45,14 @@ def modelled(name: str) -> bool:
     return not trimmed and not any(PIXELS in part.needs for part in parts)
 
 
+# What they hold is not given back, and the sequences crop.
+NOT_CROPPED = tuple(case.name for case in FAMILY_CASES if not croppable(case))
 CASES = {
     parameter.id: parameter.values
     for parameter in MATRIX
     if (not get_method(parameter.values[0]).merges or parameter.values[0] in COMBINED.keys() - MERGED_INSIDE.keys())
     and modelled(parameter.values[0])
+    and not parameter.values[1].name.startswith(NOT_CROPPED)
 }
 IMAGES = ("A", "B", "small", "large")
 VIDEOS = ("video small", "video large")
