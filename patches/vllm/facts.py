@@ -159,6 +159,11 @@ class VllmQwen2VL(VllmQwen, Qwen2VL):
 class VllmQwen25VL(VllmQwen, Qwen25VL):
     """Qwen2.5-VL."""
 
+    @property
+    def has_projector(self) -> bool:
+        """False: vLLM calls the merger past its hooks, for it may be compiled."""
+        return False
+
     @cached_property
     def tower_reader(self) -> TowerReader:
         """Reads what enters vLLM's attention, and undoes the order by windows."""

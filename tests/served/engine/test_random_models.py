@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import vlmprune
-from support.served import CHECKPOINTS, Prompt, Reference, engine, scene_prompts
+from support.served import Prompt, Reference, engine, scene_prompts
 from support.served_random import RANDOM_MODELS, write_random_model
 from vlmprune.errors import UnsupportedMethodError
 from vlmprune.methods.registry import make_method
@@ -16,23 +16,22 @@ from vlmprune.patches.vllm.image_pruner import ImagePruner
 from vlmprune.patches.vllm.refusals import check_family, check_method, served
 
 
-@pytest.fixture(scope="module", params=[*RANDOM_MODELS, "tiny-qwen2.5-vl", "tiny-llava", "tiny-llava-next"])
+@pytest.fixture(scope="module", params=RANDOM_MODELS)
 def folder(request, tmp_path_factory):
-    if request.param in RANDOM_MODELS:
-        return write_random_model(request.param, tmp_path_factory.mktemp("models") / request.param)
-    return CHECKPOINTS / request.param
+    return write_random_model(request.param, tmp_path_factory.mktemp("models") / request.param)
 
 
-def prompts_of(name):
-    tall = (0,) if name == "tiny-llava" else (0, 240, 336)
-    *one, first, second = [replace(prompt, question="what is shown here ?") for prompt in scene_prompts(5, tall=tall)]
+def prompts_of():
+    *one, first, second = [
+        replace(prompt, question="what is shown here ?") for prompt in scene_prompts(5, tall=(0, 240, 336))
+    ]
     return [*one, Prompt("describe the picture ."), Prompt("and ?", (*first.pictures, *second.pictures))]
 
 
 @torch.no_grad()
 def test_same_answers_and_every_method_keeps_the_same(folder):
     host = Reference(folder)
-    prompts = prompts_of(folder.name)
+    prompts = prompts_of()
     if folder.name == "llava-onevision":
         # transformers cuts pictures in crops only where they are alone in their prompt, vLLM always.
         prompts = prompts[:-1]
@@ -45,7 +44,7 @@ def test_same_answers_and_every_method_keeps_the_same(folder):
         checked, refused = check_methods(host, served_engine, prompts[:3])
     assert {"random", "uniform", "divprune", "fastervlm", "vtc_cls"} <= checked
     assert checked | refused == set(served())
-    assert ("pool" in checked) == (folder.name not in ("llava-onevision", "tiny-llava-next"))
+    assert ("pool" in checked) == (folder.name != "llava-onevision")
 
 
 def check_methods(host, served_engine, prompts):
