@@ -55,7 +55,7 @@ $(VENV_OLDEST)/.installed: pyproject.toml Makefile
 	touch $@
 
 test-vllm: $(VENV_VLLM)/.installed  ## Run the tests of the plug-in for vLLM, on the CPU.
-	OMP_NUM_THREADS=1 $(VENV_VLLM)/bin/python -m pytest tests/served
+	OMP_NUM_THREADS=1 $(VENV_VLLM)/bin/python -m pytest tests/served/engine
 
 # The torchvision that pip finds beside a torch for CPUs has no operators of its own, and declares the shapes of what they
 # give when it is imported, which fails; nothing here calls one. vLLM needs neither torchaudio nor torchcodec, which fail too.
