@@ -152,7 +152,8 @@ def described(choice: Choice, target: Target, trial: Timed) -> Tuning:
     """The choice in a line to paste and a sentence."""
     cut = " The time was used up before the search was through." if choice.out_of_time else ""
     if choice.cell is None:
-        return Tuning(choice, "", f"Nothing that was tried meets {target.text} ({choice.tried} cells tried).{cut}")
+        tried = f"on the {choice.searched} items of the search ({choice.tried} cells tried)"
+        return Tuning(choice, "", f"Nothing that was tried meets {target.text} {tried}.{cut}")
     line = paste_line(replace(choice.cell, resources=()))
     low, high = choice.interval
     if target.kind == "kl":
