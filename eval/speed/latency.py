@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 import vlmprune
 from vlmprune.errors import BudgetError
-from vlmprune.eval.models.memory import PeakMemory, garbage_kept
+from vlmprune.eval.models.memory import PeakMemory
 from vlmprune.eval.models.visual_tokens import visual_tokens
 from vlmprune.eval.run.cells import Cell, LeftOut, not_reachable
 
@@ -124,10 +124,9 @@ class _Probe:
             del output
             prefill = self._clock(lambda: model(**inputs, use_cache=True, logits_to_keep=1))
             self.layers = self._visual_per_layer()
-            with garbage_kept():
-                peak.start()
-                first, decode = time_generation(model, inputs, self.new_tokens)
-                self.peak = peak.read()
+            peak.start()
+            first, decode = time_generation(model, inputs, self.new_tokens)
+            self.peak = peak.read()
         vision = self._clock(lambda: encode_images(model, inputs))
         ideal = self._clock(IdealPrefill.prepare(model, inputs, self.layers).run)
         if not keep_times:
