@@ -8,6 +8,7 @@ from accelerate import cpu_offload, disk_offload, dispatch_model
 
 import vlmprune
 from support.deeper import deeper
+from support.families import gemma4
 from support.family_cases import FAMILY_CASES
 from support.matrix import serves
 from support.tiny_models import LLAVA_CLIP_GQA
@@ -57,11 +58,25 @@ def check(case, method, dispatched):
 
 @pytest.mark.filterwarnings("ignore:The following device_map keys")
 @pytest.mark.parametrize(
-    ("family", "method"), [(family, method) for family in FAMILY_CASES for method in METHODS if serves(method, family)]
+    ("family", "method"),
+    [
+        (family, method)
+        for family in FAMILY_CASES
+        for method in METHODS
+        if serves(method, family) and family not in gemma4.CASES
+    ],
 )
 def test_generate_on_a_split_model(family, method, tmp_path):
     case = case_of(family, method)
     check(case, method, split(copy.deepcopy(case.build(torch.float32)), tmp_path))
+
+
+@pytest.mark.filterwarnings("ignore:The following device_map keys")
+def test_the_host_of_gemma_4_reads_weights_of_its_offloaded_decoder(tmp_path):
+    case = gemma4.CASES[0]
+    model = split(copy.deepcopy(case.build(torch.float32)), tmp_path)
+    with torch.no_grad(), pytest.raises(RuntimeError, match="device meta"):
+        model.generate(**case.inputs(ROWS), max_new_tokens=2, do_sample=False)
 
 
 @pytest.mark.parametrize("way", ["cpu_offload", "disk_offload"])

@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers.masking_utils import create_causal_mask
 
 from support.layerwise import Positions
+from vlmprune.patches.families.registry import find_family
 
 
 @dataclass(frozen=True, eq=False)
@@ -129,7 +130,7 @@ def row_logits(model: Any, sequence: CallerSequence, row: int, first: int = 0) -
     Returns:
         The columns from `first` on that are alive after the last layer, and their logits `[columns, vocabulary]`.
     """
-    language_model = model.model.language_model
+    language_model = find_family(model).language_model
     seen = sequence.layers[row]
     columns = (sequence.mask[row] & (seen > 0)).nonzero().flatten()
     hidden = sequence.embeddings[row, columns]

@@ -165,6 +165,6 @@ def test_a_family_with_images_of_any_size_is_refused():
     model = QWEN2_VL.build(torch.float32)
     with pytest.raises(
         UnsupportedMethodError,
-        match=r"tiles of one size.*LLaVA, ViP-LLaVA, LLaVA-NeXT, LLaVA-NeXT-Video, LLaVA-OneVision\.",
+        match=r"tiles of one size.*LLaVA, ViP-LLaVA, LLaVA-NeXT, LLaVA-NeXT-Video, LLaVA-OneVision, InternVL, Idefics3\.",
     ):
         vlmprune.apply(model, "hired")

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from support.family_cases import FAMILY_CASES
+from support.matrix import serves
 from vlmprune.errors import ParameterError
 from vlmprune.methods import ZOOPrune
 from vlmprune.methods.input import zooprune_sensitivity
@@ -13,8 +14,10 @@ from vlmprune.methods.input.zooprune_sensitivity import sensitivity
 from vlmprune.methods.projector import ProjectorLayers
 from vlmprune.patches.families.registry import find_family
 
-# One of every kind of projector.
-KINDS = {type(find_family(case.build(torch.float32)).projector): case for case in FAMILY_CASES}
+# One of every kind of projector that the method can be served with.
+KINDS = {
+    type(find_family(case.build(torch.float32)).projector): case for case in FAMILY_CASES if serves("zooprune", case)
+}
 
 
 @pytest.mark.parametrize("case", KINDS.values(), ids=[kind.__name__ for kind in KINDS])
