@@ -6,22 +6,19 @@ from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, nn
 
 from vlmprune.errors import LayoutError
 from vlmprune.layout import VisualLayout, raster_layout
-from vlmprune.methods.batch import TowerFacts
 
 from ..parts import Part
 from ..tower.encoded_visuals import EncodedVisuals
-from .decoder import decoder_gap
 from .facts import PictureKind, Preparation
 from .family import Family
-from .wrappers import without_wrappers
+from .gemma_base import GemmaBase, image_blocks
 
 
-class Gemma3(Family):
+class Gemma3(GemmaBase):
     """A SigLIP tower whose patches are averaged in square cells, and a decoder with sliding windows in most of its layers.
 
     An image is one tile. Crops (pan and scan) are images of their own, each between its own markers, for only the text
@@ -51,32 +48,6 @@ class Gemma3(Family):
         Part("projector.tokens_per_side"),
     )
 
-    @classmethod
-    def tower_facts_of(cls, config: Any) -> TowerFacts:
-        """Facts of the SigLIP tower: the last layer gives the features."""
-        vision = config.vision_config
-        depth = int(vision.num_hidden_layers)
-        return TowerFacts(depth, depth - 1, has_cls=False, heads=int(vision.num_attention_heads))
-
-    @property
-    def vision_tower(self) -> nn.Module:
-        """The SigLIP vision model."""
-        return without_wrappers(self.multimodal_model.vision_tower)  # type: ignore[arg-type]
-
-    @property
-    def vision_layers(self) -> nn.ModuleList:
-        """The encoder layers of the tower."""
-        tower: Any = getattr(self.vision_tower, "vision_model", self.vision_tower)
-        return tower.encoder.layers
-
-    def vision_attention(self, layer: int) -> nn.Module:
-        """Return `self_attn` of an encoder layer."""
-        return self.vision_layers[layer].self_attn  # type: ignore[return-value]
-
-    def vision_layer(self, layer: int) -> nn.Module:
-        """Return an encoder layer."""
-        return self.vision_layers[layer]
-
     @property
     def projector(self) -> nn.Module:
         """Average pooling, a norm and a product; it is given all patches of a tile."""
@@ -88,21 +59,6 @@ class Gemma3(Family):
         vision = self.config.vision_config
         patches, tokens = int(vision.image_size) // int(vision.patch_size), int(self.config.mm_tokens_per_image**0.5)
         return patches, patches // tokens
-
-    @property
-    def has_grid(self) -> bool:
-        """Every image is one square raster."""
-        return True
-
-    @cached_property
-    def decoder_gap(self) -> str | None:
-        """Why tokens cannot be dropped between decoder layers: most of them attend in windows."""
-        return decoder_gap(self.language_model, range(self.decoder_layers))
-
-    @property
-    def has_first_layer(self) -> bool:
-        """Whether the first decoder layer attends to all tokens before; it has a window in the published models."""
-        return super().has_first_layer and decoder_gap(self.language_model, range(1)) is None
 
     def attention_blocks(self, inputs: Mapping[str, Any], columns: int, past: int) -> Tensor | None:
         """Return the images of each row by the token types, as the host numbers them; None where it got none."""
@@ -138,19 +94,3 @@ class Gemma3(Family):
         device = features.device if weight.device.type == "meta" else weight.device
         projected: Tensor = projector.mm_soft_emb_norm(features.to(device, weight.dtype)) @ weight
         return projected.to(features.device)
-
-
-def image_blocks(seen: Tensor, columns: int, past: int) -> Tensor:
-    """Return the numbers of unbroken runs of image tokens, int64 `[batch, columns]`, -1 elsewhere.
-
-    Args:
-        seen: bool `[batch, tokens]`, the image tokens of the whole sequence from its first on, as hosts read it; behind its end
-            there are none.
-        columns: tokens per row of the call.
-        past: tokens before it.
-    """
-    own = torch.nn.functional.pad(
-        seen[:, past : past + columns], (0, max(0, past + columns - max(past, seen.shape[1])))
-    )
-    before = torch.nn.functional.pad(own, (1, -1))
-    return ((own & ~before).cumsum(1) - 1).masked_fill(~own, -1)

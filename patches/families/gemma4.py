@@ -10,21 +10,18 @@ from torch import Tensor, nn
 
 from vlmprune.errors import LayoutError
 from vlmprune.layout import VisualLayout, raster_layout
-from vlmprune.methods.batch import TowerFacts
 
 from ..calls import PIXELS
 from ..parts import Part
 from ..tower.encoded_visuals import EncodedVisuals
 from ..tower.positioned import PositionedTowerReader
 from ..tower.reader import TowerReader
-from .decoder import decoder_gap
 from .facts import PictureKind, Preparation
 from .family import Family
-from .gemma3 import image_blocks
-from .wrappers import without_wrappers
+from .gemma_base import GemmaBase, image_blocks
 
 
-class Gemma4(Family):
+class Gemma4(GemmaBase):
     """A tower over pictures of any size, padded to one length and averaged in cells; a decoder with windows and shared keys.
 
     The processor says where each patch lies; a cell of 3 x 3 patches is one visual token. Where the decoder is configured so,
@@ -57,56 +54,15 @@ class Gemma4(Family):
         Part("projector"),
     )
 
-    @classmethod
-    def tower_facts_of(cls, config: Any) -> TowerFacts:
-        """Facts of the tower: the last layer gives the features."""
-        vision = config.vision_config
-        depth = int(vision.num_hidden_layers)
-        return TowerFacts(depth, depth - 1, has_cls=False, heads=int(vision.num_attention_heads))
-
-    @property
-    def vision_tower(self) -> nn.Module:
-        """The vision transformer, pooling included."""
-        return without_wrappers(self.multimodal_model.vision_tower)  # type: ignore[arg-type]
-
-    @property
-    def vision_layers(self) -> nn.ModuleList:
-        """The encoder layers of the tower."""
-        tower: Any = self.vision_tower
-        return tower.encoder.layers
-
     @cached_property
     def tower_reader(self) -> TowerReader:
         """Reads padded pictures whose patches carry their places."""
         return PositionedTowerReader(int(self.config.vision_config.pooling_kernel_size))
 
-    def vision_attention(self, layer: int) -> nn.Module:
-        """Return `self_attn` of an encoder layer."""
-        return self.vision_layers[layer].self_attn  # type: ignore[return-value]
-
-    def vision_layer(self, layer: int) -> nn.Module:
-        """Return an encoder layer."""
-        return self.vision_layers[layer]
-
     @property
     def projector(self) -> nn.Module:
         """`embed_vision`: a norm and a product."""
         return self.multimodal_model.embed_vision  # type: ignore[return-value]
-
-    @property
-    def has_grid(self) -> bool:
-        """Every image is one raster."""
-        return True
-
-    @cached_property
-    def decoder_gap(self) -> str | None:
-        """Why tokens cannot be dropped between decoder layers: most of them attend in windows, some share keys of others."""
-        return decoder_gap(self.language_model, range(self.decoder_layers))
-
-    @property
-    def has_first_layer(self) -> bool:
-        """Whether the first decoder layer attends to all tokens before; it has a window in the published models."""
-        return super().has_first_layer and decoder_gap(self.language_model, range(1)) is None
 
     def attention_blocks(self, inputs: Mapping[str, Any], columns: int, past: int) -> Tensor | None:
         """Return the pictures of each row by the token types, as the host numbers them; None where they are plainly causal."""

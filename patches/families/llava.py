@@ -13,9 +13,8 @@ from vlmprune.layout import VisualLayout, raster_layout, unknown_layout
 
 from ..parts import Part, missing_parts
 from ..tower.encoded_visuals import EncodedVisuals
+from .encoder_tower import EncoderTower
 from .facts import Preparation, drops_cls, state_layers
-from .family import Family
-from .wrappers import without_wrappers
 
 BLOCK_PARTS = tuple(
     Part(f"vision_layers.*.{name}")
@@ -24,7 +23,7 @@ BLOCK_PARTS = tuple(
 """What reducing tokens in a block of the vision tower relies on."""
 
 
-class Llava(Family):
+class Llava(EncoderTower):
     """One tile an image, one raster of patch features, 1-D positions."""
 
     name: ClassVar[str] = "LLaVA"
@@ -37,25 +36,6 @@ class Llava(Family):
         Part("projector"),
     )
     has_equal_tiles: ClassVar[bool] = True
-
-    @property
-    def vision_tower(self) -> nn.Module:
-        """The CLIP or SigLIP vision model."""
-        return without_wrappers(self.multimodal_model.vision_tower)  # type: ignore[arg-type]
-
-    @property
-    def vision_layers(self) -> nn.ModuleList:
-        """The encoder layers of the tower."""
-        tower: Any = getattr(self.vision_tower, "vision_model", self.vision_tower)
-        return tower.encoder.layers
-
-    def vision_attention(self, layer: int) -> nn.Module:
-        """Return `self_attn` of an encoder layer."""
-        return self.vision_layers[layer].self_attn  # type: ignore[return-value]
-
-    def vision_layer(self, layer: int) -> nn.Module:
-        """Return an encoder layer."""
-        return self.vision_layers[layer]
 
     @property
     def projector(self) -> nn.Module:
